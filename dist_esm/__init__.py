@@ -1,0 +1,1 @@
+"""Data-parallel ESM-2 protein embeddings with torch.distributed."""

@@ -1,0 +1,38 @@
+"""fair-esm's alphabet as a lookup table over bytes: sequences to tokens without a Python loop.
+
+The table is read off fair-esm's own `Alphabet`, so the tokens are fair-esm's by construction. The only module that imports esm.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from esm.data import Alphabet
+from numpy.typing import NDArray
+
+RESIDUES = b"ACDEFGHIKLMNPQRSTVWYXBUZO"
+"""The letters that a protein may have once the residue policy has been applied."""
+
+_alphabet = Alphabet.from_architecture("ESM-1b")
+BOS: int = _alphabet.cls_idx
+EOS: int = _alphabet.eos_idx
+PAD: int = _alphabet.padding_idx
+NUM_TOKENS = len(_alphabet)
+
+TOKEN_OF_BYTE: NDArray[np.uint8] = np.full(256, _alphabet.unk_idx, dtype=np.uint8)
+for _letter in RESIDUES:
+    TOKEN_OF_BYTE[_letter] = _alphabet.get_idx(chr(_letter))
+TOKEN_OF_BYTE.flags.writeable = False
+
+
+def tokenize(residues: bytes) -> NDArray[np.uint8]:
+    """fair-esm's tokens of a sequence of `RESIDUES`.
+
+    Returns
+    -------
+    uint8 array, shape (len(residues) + 2,)
+        BOS, one token for each residue, EOS.
+    """
+    tokens = np.empty(len(residues) + 2, dtype=np.uint8)
+    tokens[0], tokens[-1] = BOS, EOS
+    np.take(TOKEN_OF_BYTE, np.frombuffer(residues, dtype=np.uint8), out=tokens[1:-1])
+    return tokens

@@ -1,0 +1,404 @@
+"""Answers to outputs: one thread that owns the state of every unit in flight.
+
+The reader announces proteins, the device answers segments, in whatever order suits them; here both meet, each vector finds its
+protein's place in file order, and what is complete is written. Everything arrives as a message through one bounded queue and is
+handled by one thread, so there is nothing to lock; a slow disk fills the queue and slows the others down.
+
+Memory is the announced proteins that are not answered yet, the answers kept for identical sequences (`DEDUPE_BYTES`), and the
+in-memory part of the spools of the units in flight.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_esm.attempt import attempt
+from dist_esm.config import Include
+from dist_esm.records import Answer, Failure, FastaFile, Protein, RecordOutcome, Segment, Tally, Unit, UnitFailure, UnitOutcome, UnitResult
+from dist_esm.writers import Embeddings, Spool, write_output, write_piece
+
+Vectors = dict[tuple[Include, int], NDArray[np.float32]]
+"""A protein's finished representations by kind and layer: mean and bos (D,), per_tok (L, D)."""
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """One record as the reader passed it on."""
+
+    ticket: int
+    unit: int
+    protein: Protein
+    outcome: RecordOutcome
+    num_embedded: int
+    """Residues that get an embedding."""
+    num_segments: int
+    like: int | None = None
+    """Ticket of the first record with the same residues, whose answer is kept; its own if it is the first."""
+    forgotten: tuple[int, ...] = ()
+    """Tickets whose answers no later record will ask for."""
+
+
+@dataclass
+class Piece:
+    """One output in the making."""
+
+    number: int
+    ids: list[str] = field(default_factory=list)
+    headers: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    spools: dict[tuple[Include, int], Spool] = field(default_factory=dict)
+    num_rows: int = 0
+    num_answered: int = 0
+    is_closed: bool = False
+
+
+@dataclass
+class UnitState:
+    """One unit in flight."""
+
+    unit: Unit
+    started: float
+    pieces: list[Piece] = field(default_factory=list)
+    written: dict[int, str] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
+    num_records: int = 0
+    is_closed: bool = False
+
+
+@dataclass
+class Waiting:
+    """A protein that has a place and no answer yet."""
+
+    unit: int
+    piece: Piece
+    index: int
+    row: int
+    num_embedded: int
+    answers: list[Answer | None]
+
+
+class Collector:
+    """Takes announcements and answers, writes outputs, and says what became of each unit.
+
+    Parameters
+    ----------
+    files
+        The plan's files.
+    output_dir
+        Where outputs go; pieces and spools go to ``.dist_esm`` inside it.
+    include, layers, width
+        Representations to write, and D.
+    max_proteins_per_output
+        Records of one numbered part.
+    rank
+        For results and failures.
+    on_outcome
+        Called in the collector's thread with each unit's outcome.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[FastaFile],
+        output_dir: Path,
+        include: Sequence[Include],
+        layers: Sequence[int],
+        width: int,
+        max_proteins_per_output: int,
+        rank: int,
+        on_outcome: Callable[[UnitOutcome], None],
+    ) -> None:
+        self.files = files
+        self.output_dir = output_dir
+        self.include = include
+        self.layers = list(layers)
+        self.width = width
+        self.main_layer = self.layers[-1]
+        self.max_proteins_per_output = max_proteins_per_output
+        self.rank = rank
+        self.on_outcome = on_outcome
+        self.scratch = output_dir / ".dist_esm"
+        self.crash: Exception | None = None
+        self._units: dict[int, UnitState] = {}
+        self._waiting: dict[int, Waiting] = {}
+        self._followers: dict[int, list[int]] = {}
+        self._kept: dict[int, Vectors | Exception | None] = {}
+        self._inbox: queue.Queue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.Queue(maxsize=16)
+        self._thread = threading.Thread(target=self._work, name="collector", daemon=True)
+        self._thread.start()
+
+    # What the other threads call.
+
+    def begin(self, key: int, unit: Unit) -> None:
+        """A unit is being read."""
+        self._post(self._on_begin, key, unit, time.monotonic())
+
+    def announce(self, batch: list[Announcement]) -> None:
+        """Records were read."""
+        self._post(self._on_announce, batch)
+
+    def end(self, key: int) -> None:
+        """All records of a unit were announced."""
+        self._post(self._on_end, key)
+
+    def fail(self, key: int, error: Exception) -> None:
+        """A unit cannot be read."""
+        self._post(self._on_fail, key, error)
+
+    def abandon(self, key: int) -> None:
+        """A unit was not read to its end; it gets no outcome."""
+        self._post(self._discard, key)
+
+    def answer(self, segments: Sequence[Segment], answers: Sequence[Answer | Exception]) -> None:
+        """A pack was computed; an exception in an answer's place fails its protein's unit."""
+        self._post(self._on_answers, segments, answers)
+
+    def close(self) -> None:
+        """Wait until every message is handled; units that are not complete by then have no outcome.
+
+        Raises
+        ------
+        Exception
+            What stopped the collector, if it is broken.
+        """
+        self._inbox.put(None)
+        self._thread.join()
+        for key in list(self._units):
+            self._discard(key)
+        if self.crash is not None:
+            raise self.crash
+
+    # What the collector's own thread does.
+
+    def _post(self, handle: Callable[..., None], *args: Any) -> None:
+        self._inbox.put((handle, args))
+
+    def _work(self) -> None:
+        while (message := self._inbox.get()) is not None:
+            if self.crash is None:
+                handle, args = message
+                crash = attempt(lambda handle=handle, args=args: handle(*args))  # type: ignore[misc]
+                if isinstance(crash, Exception):
+                    self.crash = crash
+
+    def _on_begin(self, key: int, unit: Unit, started: float) -> None:
+        self._units[key] = UnitState(unit, started)
+
+    def _on_announce(self, batch: list[Announcement]) -> None:
+        for record in batch:
+            if record.like == record.ticket:
+                self._kept[record.ticket] = None
+            state = self._units.get(record.unit)
+            if state is not None:
+                self._place(state, record)
+            for ticket in record.forgotten:
+                self._kept.pop(ticket, None)
+
+    def _place(self, state: UnitState, record: Announcement) -> None:
+        """Give a record its place in its unit's output, and its answer if an identical sequence has one already."""
+        piece = self._piece_for(state, record)
+        self._note(state, piece, record)
+        if record.outcome is RecordOutcome.skipped:
+            return
+        self._waiting[record.ticket] = Waiting(
+            record.unit, piece, len(piece.ids), piece.num_rows, record.num_embedded, [None] * record.num_segments
+        )
+        piece.ids.append(record.protein.id)
+        piece.headers.append(record.protein.header)
+        piece.lengths.append(record.num_embedded)
+        piece.num_rows += record.num_embedded
+        if record.like in (None, record.ticket):
+            return
+        state.tally.deduplicated += 1
+        answer = self._kept.get(record.like)
+        if isinstance(answer, Exception):
+            self._on_fail(record.unit, answer)
+        elif answer is not None:
+            self._settle(record.ticket, answer)
+        else:
+            self._followers.setdefault(record.like, []).append(record.ticket)
+
+    def _piece_for(self, state: UnitState, record: Announcement) -> Piece:
+        """The piece that the next record belongs to; a part that is full is closed."""
+        unit = state.unit
+        part, index = divmod(state.num_records, self.max_proteins_per_output) if unit.first_part is not None else (0, state.num_records)
+        if index == 0 and state.pieces:
+            state.pieces[-1].is_closed = True
+            self._write_if_complete(record.unit, state, state.pieces[-1])
+        if part == len(state.pieces):
+            state.pieces.append(Piece(part))
+        state.num_records += 1
+        return state.pieces[part]
+
+    def _note(self, state: UnitState, piece: Piece, record: Announcement) -> None:
+        """Count a record, and list it if anything about it is not as it came."""
+        protein, changes, tally = record.protein, record.protein.changes, state.tally
+        outcome = record.outcome.name
+        tally.outcomes[outcome] = tally.outcomes.get(outcome, 0) + 1
+        tally.residues += record.num_embedded
+        tally.unnamed += protein.is_unnamed
+        if record.outcome is RecordOutcome.windowed:
+            tally.windows += record.num_segments
+        if protein.skipped:
+            tally.skipped[protein.skipped] = tally.skipped.get(protein.skipped, 0) + 1
+        numbers = (changes.upper_cased, changes.stops_removed, changes.gaps_removed, changes.replaced)
+        if changes:
+            for name, number in zip(("upper_cased", "stops_removed", "gaps_removed", "replaced"), numbers, strict=True):
+                tally.changed[name] = tally.changed.get(name, 0) + number
+            tally.changed["records"] = tally.changed.get("records", 0) + 1
+        if changes or protein.is_unnamed or record.outcome is not RecordOutcome.ok:
+            note = protein.skipped or ("no id in the header" if protein.is_unnamed else "")
+            windows = record.num_segments if record.outcome is RecordOutcome.windowed else 0
+            number = state.unit.before.sequences + state.num_records
+            columns = (number, protein.id, outcome, len(protein.residues), record.num_embedded, windows, *numbers, note)
+            piece.notes.append("\t".join(map(str, columns)))
+
+    def _on_answers(self, segments: Sequence[Segment], answers: Sequence[Answer | Exception]) -> None:
+        for segment, answer in zip(segments, answers, strict=True):
+            waiting = self._waiting.get(segment.protein)
+            if waiting is None:
+                continue
+            if isinstance(answer, Exception):
+                if segment.protein in self._kept:
+                    self._kept[segment.protein] = answer
+                for ticket in [segment.protein, *self._followers.pop(segment.protein, [])]:
+                    if ticket in self._waiting:
+                        self._on_fail(self._waiting[ticket].unit, answer)
+                self._waiting.pop(segment.protein, None)
+                continue
+            waiting.answers[segment.part] = answer
+            if all(waiting.answers):
+                vectors = self._combine(waiting)
+                if segment.protein in self._kept:
+                    self._kept[segment.protein] = vectors
+                followers = self._followers.pop(segment.protein, [])
+                for ticket in [segment.protein, *followers]:
+                    self._settle(ticket, vectors)
+
+    def _wanted(self) -> list[tuple[Include, int]]:
+        """Kinds and layers to write: those included, and the mean of the main layer."""
+        kinds = {(kind, layer): None for kind in self.include for layer in self.layers}
+        return list({**kinds, (Include.mean, self.main_layer): None})
+
+    def _combine(self, waiting: Waiting) -> Vectors:
+        """The segments of a protein as one: sums added in order and divided once, rows end to end, BOS of the first."""
+        answers = [answer for answer in waiting.answers if answer is not None]
+        vectors: Vectors = {}
+        for kind, layer in self._wanted():
+            if kind is Include.mean:
+                total = answers[0].sums[layer]
+                for answer in answers[1:]:
+                    total = total + answer.sums[layer]
+                vectors[kind, layer] = total / np.float32(waiting.num_embedded)
+            elif kind is Include.bos:
+                vectors[kind, layer] = answers[0].bos[layer]
+            else:
+                vectors[kind, layer] = np.concatenate([answer.rows[layer] for answer in answers])
+        return vectors
+
+    def _settle(self, ticket: int, vectors: Vectors) -> None:
+        """Put a protein's vectors in their place."""
+        waiting = self._waiting.pop(ticket, None)
+        state = self._units.get(waiting.unit) if waiting else None
+        if waiting is None or state is None:
+            return
+        if not all(np.isfinite(rows).all() for rows in vectors.values()):
+            name = waiting.piece.ids[waiting.index]
+            self._on_fail(waiting.unit, FloatingPointError(f"the embedding of {name} is not finite: use a wider dtype, for example dtype=fp32"))
+            return
+        error = attempt(lambda: self._spool(waiting, vectors))
+        if isinstance(error, Exception):
+            self._on_fail(waiting.unit, error)
+            return
+        waiting.piece.num_answered += 1
+        self._write_if_complete(waiting.unit, state, waiting.piece)
+
+    def _spool(self, waiting: Waiting, vectors: Vectors) -> None:
+        for (kind, layer), rows in vectors.items():
+            spool = waiting.piece.spools.get((kind, layer))
+            if spool is None:
+                self.scratch.mkdir(parents=True, exist_ok=True)
+                spool = waiting.piece.spools[kind, layer] = Spool(rows.shape[-1], self.scratch)
+            spool.write(waiting.row if kind is Include.per_tok else waiting.index, rows)
+
+    def _on_end(self, key: int) -> None:
+        state = self._units.get(key)
+        if state is None:
+            return
+        if not state.pieces:
+            state.pieces.append(Piece(0))
+        state.is_closed = state.pieces[-1].is_closed = True
+        self._write_if_complete(key, state, state.pieces[-1])
+
+    def _on_fail(self, key: int, error: Exception) -> None:
+        state = self._discard(key)
+        if state is not None:
+            unit = state.unit
+            failure = Failure.of(self.files[unit.file].path, error, self.rank)
+            self.on_outcome(UnitFailure(unit.file, unit.ordinal, failure, time.monotonic() - state.started))
+
+    def _discard(self, key: int) -> UnitState | None:
+        """Forget a unit and whatever is there of its output."""
+        state = self._units.pop(key, None)
+        if state is not None:
+            for piece in state.pieces:
+                for spool in piece.spools.values():
+                    spool.close()
+            for path in state.written.values():
+                (self.output_dir / path).unlink(missing_ok=True)
+        return state
+
+    def _write_if_complete(self, key: int, state: UnitState, piece: Piece) -> None:
+        if not piece.is_closed or piece.num_answered < len(piece.ids) or piece.number in state.written:
+            return
+        written = attempt(lambda: self._write(state, piece))
+        for spool in piece.spools.values():
+            spool.close()
+        if isinstance(written, Exception):
+            self._on_fail(key, written)
+            return
+        state.written[piece.number] = written
+        state.tally.duplicate_ids += len(piece.ids) - len(set(piece.ids))
+        state.pieces[piece.number] = Piece(piece.number, is_closed=True)
+        if state.is_closed and len(state.written) == len(state.pieces):
+            del self._units[key]
+            unit = state.unit
+            pieces = tuple(state.written[number] for number in sorted(state.written))
+            self.on_outcome(UnitResult(unit.file, unit.ordinal, pieces, state.tally, self.rank, time.monotonic() - state.started))
+
+    def _write(self, state: UnitState, piece: Piece) -> str:
+        """Write a piece: a whole output, a numbered part of one, or what `join` will make one of."""
+        tensors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}
+        for kind, layer in self._wanted():
+            spool = piece.spools.get((kind, layer))
+            tensors[kind][layer] = spool.tensor() if spool else torch.empty(0, self.width)
+        embeddings = Embeddings(
+            piece.ids,
+            piece.headers,
+            piece.lengths,
+            self.main_layer,
+            tensors[Include.mean],
+            tensors[Include.bos],
+            tensors[Include.per_tok],
+            piece.notes,
+        )
+        unit = state.unit
+        stem = self.output_dir / self.files[unit.file].output
+        if unit.first_part is not None:
+            path = write_output(embeddings, self.include, stem.with_name(f"{stem.name}.part{unit.first_part + piece.number + 1:05d}"))
+        elif unit.is_whole:
+            path = write_output(embeddings, self.include, stem)
+        else:
+            path = write_piece(embeddings, self.scratch / "pieces" / f"{unit.file:06d}.{unit.ordinal:06d}.pt")
+        return str(path.relative_to(self.output_dir))

@@ -1,0 +1,71 @@
+"""Proteins to packs: plain Python on ints, first-fit over a few open packs.
+
+Packs know nothing of files, so a thousand files of ten proteins fill them as well as one file of ten thousand. Segments go into
+the first open pack with room; when too many packs are open the fullest is let go. Memory is the open packs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dist_esm.records import Pack, Segment
+
+MIN_SEGMENT = 3
+"""Tokens of the smallest segment: BOS, one residue, EOS."""
+
+
+class Packer:
+    """Fills packs of at most `capacity` tokens; a segment that is longer gets a pack of its own.
+
+    Parameters
+    ----------
+    capacity
+        Tokens of a pack, `toks_per_batch`.
+    max_open
+        Packs that are filled at the same time: the look-ahead.
+    """
+
+    def __init__(self, capacity: int, max_open: int = 8) -> None:
+        self.capacity = capacity
+        self.max_open = max_open
+        self._open: list[list[Segment]] = []
+        self._room: list[int] = []
+
+    def add(self, segment: Segment) -> Iterator[Pack]:
+        """Take a segment; yields the packs that are full."""
+        size = len(segment.tokens)
+        index = next((i for i, room in enumerate(self._room) if room >= size), None)
+        if index is None:
+            index = len(self._open)
+            self._open.append([])
+            self._room.append(self.capacity)
+        self._open[index].append(segment)
+        self._room[index] -= size
+        if self._room[index] < MIN_SEGMENT:
+            yield self._close(index)
+        elif len(self._open) > self.max_open:
+            yield self._close(min(range(len(self._open)), key=lambda i: self._room[i]))
+
+    def flush(self) -> Iterator[Pack]:
+        """Let all open packs go, the oldest first."""
+        while self._open:
+            yield self._close(0)
+
+    def _close(self, index: int) -> Pack:
+        del self._room[index]
+        return Pack(tuple(self._open.pop(index)))
+
+
+def windows(num_residues: int, width: int, overlap: int) -> list[tuple[int, int, int, int]]:
+    """Cut a long protein into overlapping windows of equal width.
+
+    Each residue is answered by the window in which it is most central; ties go to the earlier window. The last window is
+    moved back to end with the protein.
+
+    Returns
+    -------
+    list of (start, stop, first kept, one past the last kept), residues counted from 0 in the protein
+    """
+    starts = list(range(0, num_residues - width, width - overlap)) + [num_residues - width]
+    borders = [0] + [(a + b + width + 1) // 2 for a, b in zip(starts, starts[1:], strict=False)] + [num_residues]
+    return [(start, start + width, keep, stop) for start, keep, stop in zip(starts, borders, borders[1:], strict=False)]

@@ -1,0 +1,240 @@
+"""The glossary: the values that pass between stages, none of which knows a device, a process group or a file format.
+
+A *file* is one input FASTA; a *unit* is what a rank takes, a whole file or a slice of one; a *protein* is one record; a
+*segment* is what one forward sees of a protein (all of it, its first residues, or one window); a *pack* is whole segments
+laid end to end; an *outcome* is what became of a unit, a value and never an exception that escapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class WorkerStatus(Enum):
+    """What a rank is doing, as published through the process group's store."""
+
+    IDLE = "idle"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+class RecordOutcome(Enum):
+    """What became of one FASTA record. Over a run the counts of these add up to the records that were read."""
+
+    ok = "ok"
+    truncated = "truncated"
+    windowed = "windowed"
+    skipped = "skipped"
+    failed = "failed"
+
+
+@dataclass(frozen=True)
+class FastaFile:
+    """One input file as the plan saw it."""
+
+    path: Path
+    output: Path
+    """Its output relative to `output_dir`, without format suffix: ``viruses/a_ESM``."""
+    num_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A range of whole records of one file, in bytes of its decompressed text.
+
+    A block-gzip file can be entered at a block: `seek` is a pair (offset in the file, offset in the text) at or before `start`.
+    """
+
+    path: Path
+    start: int = 0
+    stop: int | None = None
+    """None: to the end."""
+    seek: tuple[int, int] = (0, 0)
+    is_gzip: bool = False
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a scan of a slice's bytes found, before any record is parsed."""
+
+    sequences: int = 0
+    """Lines that begin with `>`."""
+    residues: int = 0
+    """Bytes of sequence lines."""
+    squares: int = 0
+    """Sum over records of (residues that one forward sees) squared: the work of attention."""
+    lines: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(
+            self.sequences + other.sequences, self.residues + other.residues, self.squares + other.squares, self.lines + other.lines
+        )
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a rank takes: a whole file, or one slice of a file that is too large for one rank."""
+
+    file: int
+    """Index of its file in the plan."""
+    ordinal: int
+    """0, 1, ... among the units of its file."""
+    slice: Slice
+    count: Count
+    before: Count
+    """The units of the same file that come first, so that line and record numbers are those of the file."""
+    is_whole: bool
+    """It is all of its file."""
+    first_part: int | None = None
+    """Number of its first numbered part, if its file has too many proteins for one output."""
+    unreadable: str | None = None
+    """Why the scan could not read it; reading it will fail with the same reason."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Letters of one record that were put right or replaced."""
+
+    upper_cased: int = 0
+    stops_removed: int = 0
+    gaps_removed: int = 0
+    replaced: int = 0
+
+    def __bool__(self) -> bool:
+        return self != NO_CHANGES
+
+
+NO_CHANGES = Changes()
+
+
+@dataclass(frozen=True)
+class Protein:
+    """One FASTA record after the residue policy, or the reason why it has none."""
+
+    id: str
+    header: str
+    residues: bytes
+    """Letters of fair-esm's alphabet; empty if the record is skipped."""
+    changes: Changes = NO_CHANGES
+    is_unnamed: bool = False
+    """The record had no id and was given one."""
+    skipped: str | None = None
+    """Why the record gets no embedding."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What one forward sees of a protein, and which of its residues the answer is taken from."""
+
+    protein: int
+    """Ticket of the protein; the segments of one protein share it."""
+    part: int
+    """0, 1, ... among the segments of its protein."""
+    tokens: NDArray[np.uint8]
+    """fair-esm's tokens, BOS and EOS included; shape (residues + 2,)."""
+    keep: tuple[int, int]
+    """First and one past the last residue, within the segment, that the protein's answer takes from it."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Whole segments laid end to end, without padding."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(segment.tokens) for segment in self.segments)
+
+    def halves(self) -> tuple[Pack, Pack]:
+        middle = len(self.segments) // 2
+        return Pack(self.segments[:middle]), Pack(self.segments[middle:])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The wanted representations of one segment, on the host, fp32."""
+
+    sums: dict[int, NDArray[np.float32]]
+    """Layer to the sum over the kept residues, shape (D,)."""
+    bos: dict[int, NDArray[np.float32]]
+    """Layer to the representation of BOS, shape (D,)."""
+    rows: dict[int, NDArray[np.float32]]
+    """Layer to the kept residues' own representations, shape (kept, D); empty unless wanted."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A file that got no output, and why."""
+
+    path: str
+    error_type: str
+    error_message: str
+    rank: int
+
+    @classmethod
+    def of(cls, path: Path, error: Exception, rank: int) -> Failure:
+        message = " ".join(str(error).split()) or repr(error)
+        return cls(str(path), type(error).__name__, message, rank)
+
+
+@dataclass
+class Tally:
+    """Counts of records and residues, for one unit or for many."""
+
+    outcomes: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Reason to records."""
+    changed: dict[str, int] = field(default_factory=dict)
+    """Kind of change to letters, and `records` to the records that had any."""
+    residues: int = 0
+    """Residues that were embedded."""
+    duplicate_ids: int = 0
+    unnamed: int = 0
+    windows: int = 0
+    deduplicated: int = 0
+    """Records that took the answer of an identical sequence."""
+
+    def add(self, other: Tally) -> None:
+        for mine, theirs in ((self.outcomes, other.outcomes), (self.skipped, other.skipped), (self.changed, other.changed)):
+            for key, number in theirs.items():
+                mine[key] = mine.get(key, 0) + number
+        for name in ("residues", "duplicate_ids", "unnamed", "windows", "deduplicated"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    @property
+    def sequences(self) -> int:
+        return sum(self.outcomes.values())
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """A unit that is written: its pieces are in place under their names."""
+
+    file: int
+    ordinal: int
+    pieces: tuple[str, ...]
+    """Paths relative to `output_dir`, in order."""
+    tally: Tally
+    rank: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class UnitFailure:
+    """A unit that is not written, and why."""
+
+    file: int
+    ordinal: int
+    failure: Failure
+    seconds: float
+
+
+UnitOutcome = UnitResult | UnitFailure

@@ -1,0 +1,217 @@
+"""What became of every file and record: report.json, failed_files.txt and the text at the end.
+
+The counts of `records` add up: in = ok + truncated + windowed + skipped + failed + not_attempted.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dist_esm.plan import Plan
+from dist_esm.records import Failure, RecordOutcome, Tally, UnitFailure, UnitOutcome
+from dist_esm.writers import atomically
+
+
+@dataclass(frozen=True)
+class RankSummary:
+    """One rank's own account of its work."""
+
+    rank: int
+    host: str
+    device: str
+    status: str
+    seconds: float
+    tokens: int
+    split_packs: int
+    outcomes: list[UnitOutcome]
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """A file whose output is in place."""
+
+    path: str
+    output: str
+    """Relative to `output_dir`; of a file in numbered parts, the first."""
+    parts: int
+    sequences: int
+    residues: int
+    truncated: int
+    rank: int
+    seconds: float
+    units: int
+    tally: Tally
+
+
+@dataclass
+class Report:
+    """The whole run, as rank 0 writes it."""
+
+    status: str
+    reason: str | None
+    files: list[FileReport]
+    failed: list[Failure]
+    not_attempted: list[str]
+    records: dict[str, Any]
+    ranks: list[dict[str, Any]]
+    seconds: float
+    config: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        return {"complete": 0, "partial": 2, "aborted": 1}[self.status]
+
+
+def failures_by_file(outcomes: Sequence[UnitOutcome]) -> dict[int, Failure]:
+    """The first failure of each file that has one."""
+    failed: dict[int, Failure] = {}
+    for outcome in sorted(outcomes, key=lambda outcome: (outcome.file, outcome.ordinal)):
+        if isinstance(outcome, UnitFailure):
+            failed.setdefault(outcome.file, outcome.failure)
+    return failed
+
+
+def make_report(plan: Plan, ranks: Sequence[RankSummary], joined: dict[int, str | Failure], reason: str | None, seconds: float) -> Report:
+    """Combine what the ranks say.
+
+    Parameters
+    ----------
+    plan
+        What there was to do.
+    ranks
+        What each rank did.
+    joined
+        For each file that was cut and joined, its output, or why it could not be joined.
+    reason
+        Why the run was stopped, if it was.
+    seconds
+        Wall time of the run.
+    """
+    outcomes = [outcome for rank in ranks for outcome in rank.outcomes]
+    failed = failures_by_file(outcomes) | {file: end for file, end in joined.items() if isinstance(end, Failure)}
+    done: dict[int, list[Any]] = {}
+    for outcome in sorted(outcomes, key=lambda outcome: (outcome.file, outcome.ordinal)):
+        if not isinstance(outcome, UnitFailure):
+            done.setdefault(outcome.file, []).append(outcome)
+    total = Tally(outcomes={outcome.name: 0 for outcome in RecordOutcome})
+    files, not_attempted, num_not_attempted = [], [], 0
+    for number, file in enumerate(plan.files):
+        units = plan.units_of(number)
+        num_records = sum(unit.count.sequences for unit in units)
+        results = done.get(number, [])
+        if number in failed:
+            total.outcomes["failed"] += num_records
+        elif len(results) < len(units):
+            not_attempted.append(str(file.path))
+            num_not_attempted += num_records
+        else:
+            tally = Tally()
+            for result in results:
+                tally.add(result.tally)
+            total.add(tally)
+            pieces = [piece for result in results for piece in result.pieces]
+            output = joined.get(number, pieces[0])
+            parts = 1 if number in joined else len(pieces)
+            took = sum(result.seconds for result in results)
+            truncated = tally.outcomes.get("truncated", 0)
+            files.append(
+                FileReport(
+                    str(file.path), str(output), parts, tally.sequences, tally.residues, truncated, results[0].rank, round(took, 3), len(units), tally
+                )
+            )
+    status = "aborted" if reason is not None else "partial" if failed else "complete"
+    records = {
+        "in": sum(unit.count.sequences for unit in plan.units),
+        **total.outcomes,
+        "not_attempted": num_not_attempted,
+        "skipped_by_reason": total.skipped,
+        "changed": total.changed,
+        "residues": total.residues,
+        "duplicate_ids": total.duplicate_ids,
+        "unnamed": total.unnamed,
+        "windows": total.windows,
+        "deduplicated": total.deduplicated,
+    }
+    return Report(
+        status, reason, files, [failed[file] for file in sorted(failed)], not_attempted, records, [rank_entry(rank) for rank in ranks], round(seconds, 3)
+    )
+
+
+def rank_entry(rank: RankSummary) -> dict[str, Any]:
+    results = [outcome for outcome in rank.outcomes if not isinstance(outcome, UnitFailure)]
+    return {
+        "rank": rank.rank,
+        "host": rank.host,
+        "device": rank.device,
+        "status": rank.status,
+        "files": len({result.file for result in results}),
+        "sequences": sum(result.tally.sequences for result in results),
+        "tokens": rank.tokens,
+        "seconds": round(rank.seconds, 3),
+        "tokens_per_second": round(rank.tokens / rank.seconds, 1) if rank.seconds else 0.0,
+        "split_packs": rank.split_packs,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    names = ("dist_esm", "torch", "fair-esm", "biopython", "hydra-core", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def write_report(report: Report, output_dir: Path) -> None:
+    """Write report.json, and failed_files.txt with a line ``path|error_type|error_message`` for each failure."""
+    with atomically(output_dir / "failed_files.txt") as beside:
+        lines = [f"{failure.path}|{failure.error_type}|{failure.error_message}\n" for failure in report.failed]
+        beside.write_text("".join(lines), encoding="utf-8")
+    content = asdict(report)
+    for entry in content["files"]:
+        tally = entry.pop("tally")
+        entry["records"] = tally["outcomes"]
+        entry |= {key: tally[key] for key in ("skipped", "changed", "duplicate_ids", "unnamed", "windows", "deduplicated")}
+    with atomically(output_dir / "report.json") as beside:
+        beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def summary(report: Report, output_dir: Path) -> str:
+    """The run in a few lines, for people."""
+    records = report.records
+    num_files = len(report.files) + len(report.failed) + len(report.not_attempted)
+    tokens = sum(rank["tokens"] for rank in report.ranks)
+    working = max((rank["seconds"] for rank in report.ranks), default=0.0)
+    lines = [
+        f"{report.status}: {len(report.files)} of {num_files} files embedded in {report.seconds:.1f} s, outputs in {output_dir}",
+        f"proteins: {records['in']} read, "
+        + ", ".join(f"{records[key]} {key}" for key in ("ok", "truncated", "windowed", "skipped", "failed", "not_attempted") if records[key] or key == "ok")
+        + f"; {records['residues']} residues embedded",
+    ]
+    if records["deduplicated"]:
+        lines.append(f"identical sequences: {records['deduplicated']} proteins took the embedding of one already computed")
+    if changed := {key: number for key, number in records["changed"].items() if key != "records"}:
+        lines.append(f"letters changed in {records['changed']['records']} proteins: " + ", ".join(f"{number} {key}" for key, number in changed.items()))
+    for rank in report.ranks:
+        lines.append(
+            f"rank {rank['rank']} ({rank['device']}): {rank['status']}, {rank['sequences']} proteins, {rank['tokens']} tokens "
+            f"in {rank['seconds']:.1f} s, {rank['tokens_per_second']:.0f} tokens/s"
+            + (f", {rank['split_packs']} packs split" if rank["split_packs"] else "")
+        )
+    if working:
+        lines.append(f"all ranks: {tokens} tokens, {tokens / working:.0f} tokens/s")
+    if report.model.get("weights") == "random":
+        lines.append("WEIGHTS ARE RANDOM: these embeddings mean nothing; they are for tests and benchmarks")
+    if report.reason:
+        lines.append(f"stopped: {report.reason}")
+    lines += [f"failed: {failure.path}: {failure.error_type}: {failure.error_message}" for failure in report.failed[:20]]
+    if len(report.failed) > 20:
+        lines.append(f"and {len(report.failed) - 20} more failures, all in failed_files.txt")
+    if report.not_attempted:
+        lines.append(f"not attempted: {len(report.not_attempted)} files, listed in report.json")
+    return "\n".join(lines)

@@ -1,0 +1,201 @@
+"""fair-esm's checkpoints to an `ESM2` on a device: located or fetched, checked, and copied straight to device and dtype.
+
+The file is memory-mapped and each tensor is copied once, so a rank holds neither a random initialisation nor an fp32 copy of the
+model. The contact-regression file that fair-esm asks for is not needed: contacts are not computed here.
+
+``weights=random`` draws seeded weights on the device itself: the same on every device of a kind, meant for tests and benchmarks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from dist_esm.config import ModelConfig
+from dist_esm.esm2 import ESM2, NUM_TOKENS, Architecture
+from dist_esm.kernels import AttentionFunction
+
+URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
+RANDOM = "random"
+KNOWN = {
+    Architecture(6, 320, 20): "esm2_t6_8M_UR50D",
+    Architecture(12, 480, 20): "esm2_t12_35M_UR50D",
+    Architecture(30, 640, 20): "esm2_t30_150M_UR50D",
+    Architecture(33, 1280, 20): "esm2_t33_650M_UR50D",
+    Architecture(36, 2560, 40): "esm2_t36_3B_UR50D",
+    Architecture(48, 5120, 40): "esm2_t48_15B_UR50D",
+}
+_PREFIX = re.compile(r"^encoder\.(sentence_encoder\.)?")
+
+
+def architecture(config: ModelConfig) -> Architecture:
+    return Architecture(config.num_layers, config.embed_dim, config.attention_heads)
+
+
+def locate(config: ModelConfig) -> Path | None:
+    """Where the checkpoint is or will be: the path given, or fair-esm's own place in torch hub's cache; None for random weights."""
+    if config.weights == RANDOM:
+        return None
+    if config.weights is not None:
+        return Path(config.weights).expanduser()
+    return Path(torch.hub.get_dir()) / "checkpoints" / f"{config.name}.pt"
+
+
+def fetch(config: ModelConfig) -> None:
+    """Make sure that the checkpoint is there, downloading it into torch hub's cache if the configuration asks for that.
+
+    Raises
+    ------
+    ValueError
+        If a path that was given does not exist, or if the download fails.
+    """
+    path = locate(config)
+    if path is None or path.is_file():
+        return
+    if config.weights is not None:
+        raise ValueError(f"model.weights={config.weights} is not a file: name a fair-esm checkpoint, or use null (download) or random")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    url = URL.format(name=config.name)
+    try:
+        torch.hub.download_url_to_file(url, str(path), progress=False)
+    except (URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(f"{path} is missing and {url} cannot be downloaded ({reason}): put the file there, or name it with model.weights=PATH") from None
+
+
+def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, attention: AttentionFunction) -> ESM2:
+    """An ESM-2 in eval mode: matrix products in `dtype`, norms and embeddings in fp32.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint is damaged, incomplete or of another architecture.
+    """
+    arch = architecture(config)
+    path = locate(config)
+    with torch.device("meta"):
+        model = ESM2(arch, attention)
+    if path is None:
+        generator = torch.Generator(device).manual_seed(config.seed)
+        _fill(model, lambda name: random_tensor(arch, name, generator), device, dtype)
+    else:
+        state = read_checkpoint(path, arch, config.name)
+        _fill(model, state.__getitem__, device, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """fair-esm's names of the tensors that the forward needs, and their shapes."""
+    width = arch.embed_dim
+    norm = {"weight": (width,), "bias": (width,)}
+    layer: dict[str, tuple[int, ...]] = {}
+    for name, rows, columns in (("fc1", 4 * width, width), ("fc2", width, 4 * width), *((f"self_attn.{p}_proj", width, width) for p in ("q", "k", "v", "out"))):
+        layer |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    for name in ("self_attn_layer_norm", "final_layer_norm"):
+        layer |= {f"{name}.{part}": shape for part, shape in norm.items()}
+    layer["self_attn.rot_emb.inv_freq"] = (arch.head_dim // 2,)
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (NUM_TOKENS, width)}
+    shapes |= {f"layers.{number}.{name}": shape for number in range(arch.num_layers) for name, shape in layer.items()}
+    return shapes | {f"emb_layer_norm_after.{part}": shape for part, shape in norm.items()}
+
+
+def read_checkpoint(path: Path, arch: Architecture, name: str) -> Mapping[str, Tensor]:
+    """fair-esm's tensors of an ESM-2 checkpoint, memory-mapped, under their names without the encoder prefixes.
+
+    Raises
+    ------
+    ValueError
+        If the file is not a readable checkpoint of this architecture with all its tensors.
+    """
+    with open(path, "rb") as file:
+        starts_as_zip = file.read(2) == b"PK"
+    is_zip = zipfile.is_zipfile(path)
+    if starts_as_zip and not is_zip:
+        raise ValueError(f"{path} is truncated: {path.stat().st_size} bytes without the end of the archive; remove it and fetch it again")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read as a fair-esm checkpoint: {str(error).splitlines()[0]}") from None
+    tensors = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path} is no fair-esm checkpoint: it has no entry 'model'")
+    state = {_PREFIX.sub("", key): value for key, value in tensors.items()}
+    _check_architecture(path, state, arch, name)
+    shapes = tensor_shapes(arch)
+    missing = [key for key in shapes if key not in state]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(f"{path} lacks {shown}: it is not a whole {name}")
+    wrong = next((key for key, shape in shapes.items() if tuple(state[key].shape) != shape), None)
+    if wrong is not None:
+        raise ValueError(f"{path}: {wrong} has shape {tuple(state[wrong].shape)}, {name} wants {shapes[wrong]}")
+    settings = content.get("cfg", {}).get("model") if isinstance(content.get("cfg"), dict) else None
+    if not getattr(settings, "token_dropout", True):
+        raise ValueError(f"{path} was trained without token dropout: no ESM-2 is, and its embeddings would be scaled wrongly")
+    return state
+
+
+def _check_architecture(path: Path, state: Mapping[str, Tensor], arch: Architecture, name: str) -> None:
+    embedding = state.get("embed_tokens.weight")
+    numbers = [int(key.split(".")[1]) for key in state if re.match(r"layers\.\d+\.", key)]
+    frequencies = state.get("layers.0.self_attn.rot_emb.inv_freq")
+    if embedding is None or embedding.ndim != 2 or not numbers or frequencies is None:
+        raise ValueError(f"{path} is no ESM-2 checkpoint: it lacks embed_tokens, layers or rotary frequencies")
+    width = embedding.shape[1]
+    found = Architecture(max(numbers) + 1, width, width // (2 * len(frequencies)))
+    if found != arch:
+        known = KNOWN.get(found)
+        remedy = f"use model={known}" if known else "name the checkpoint of that model"
+        raise ValueError(f"{path} holds {known or 'another model'} ({found}), but model={name} has {arch}: {remedy}")
+
+
+def random_tensor(arch: Architecture, name: str, generator: torch.Generator) -> Tensor:
+    """One seeded tensor under fair-esm's name, scaled so that activations stay of order one through any number of layers."""
+    shape = tensor_shapes(arch)[name] if name.startswith(("embed", "emb_")) else tensor_shapes(Architecture(1, arch.embed_dim, arch.attention_heads))[re.sub(r"^layers\.\d+", "layers.0", name)]
+    device = generator.device
+    if name.endswith("inv_freq"):
+        return 1.0 / (10000 ** (torch.arange(0, arch.head_dim, 2, device=device).float() / arch.head_dim))
+    if "layer_norm" in name:
+        values = torch.randn(shape, generator=generator, device=device) * 0.1
+        return values + 1 if name.endswith("weight") else values
+    scale = 0.02 if name.endswith("bias") else 1.0 if name.startswith("embed") else shape[1] ** -0.5
+    if "out_proj" in name or "fc2" in name:
+        scale /= (2 * arch.num_layers) ** 0.5
+    return torch.randn(shape, generator=generator, device=device) * scale
+
+
+def _fill(model: ESM2, tensor: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """Create the model's parameters on the device from fair-esm's tensors."""
+
+    def put(module: nn.Module, part: str, to: torch.dtype, *names: str) -> None:
+        sources = [tensor(name) for name in names]
+        target = torch.empty((sum(len(source) for source in sources), *sources[0].shape[1:]), dtype=to, device=device)
+        first = 0
+        for source in sources:
+            target[first : first + len(source)].copy_(source)
+            first += len(source)
+        setattr(module, part, nn.Parameter(target, requires_grad=False))
+
+    put(model.embed_tokens, "weight", torch.float32, "embed_tokens.weight")
+    for number, layer in enumerate(model.layers):
+        prefix = f"layers.{number}"
+        for part in ("weight", "bias"):
+            put(layer.qkv, part, dtype, *(f"{prefix}.self_attn.{p}_proj.{part}" for p in ("q", "k", "v")))  # type: ignore[arg-type]
+            put(layer.out, part, dtype, f"{prefix}.self_attn.out_proj.{part}")  # type: ignore[arg-type]
+            put(layer.fc1, part, dtype, f"{prefix}.fc1.{part}")  # type: ignore[arg-type]
+            put(layer.fc2, part, dtype, f"{prefix}.fc2.{part}")  # type: ignore[arg-type]
+            put(layer.attention_norm, part, torch.float32, f"{prefix}.self_attn_layer_norm.{part}")  # type: ignore[arg-type]
+            put(layer.ffn_norm, part, torch.float32, f"{prefix}.final_layer_norm.{part}")  # type: ignore[arg-type]
+    for part in ("weight", "bias"):
+        put(model.final_norm, part, torch.float32, f"emb_layer_norm_after.{part}")
+    model.inv_freq = tensor("layers.0.self_attn.rot_emb.inv_freq").to(device, torch.float32)

@@ -1,0 +1,229 @@
+"""The one door to torch.distributed: who this rank is, what all ranks know of each other, and the process group.
+
+A world of one needs neither a process group nor a store, and callers do not ask. Ranks talk through torchrun's store (small facts:
+problems at the start, the digest of the plan, status, a request to stop) and through the process group (the results at the end:
+NCCL on GPUs, gloo on CPUs). No rank waits inside a collective for another's work: they meet in the store first, where waiting has
+no time limit and the ranks that are missing are named every minute.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_esm.records import WorkerStatus
+
+log = logging.getLogger("dist_esm")
+
+POLL_SECONDS = 0.1
+NAME_MISSING_SECONDS = 60.0
+HASTE_SECONDS = 3.0
+
+
+class Refused(Exception):
+    """The run cannot start; `problems` are the distinct reasons, each one line."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = list(problems)
+
+
+class World:
+    """This rank among all ranks."""
+
+    def __init__(self, store: dist.Store | None, rank: int, world_size: int, local_rank: int, local_world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.local_rank = local_rank
+        self.local_world_size = local_world_size
+        self.host = socket.gethostname()
+        self._store = store
+        self._meetings = 0
+        self._status = WorkerStatus.IDLE
+
+    @classmethod
+    @contextmanager
+    def connect(cls) -> Iterator[World]:
+        """Join the ranks that torchrun started, or be a world of one. CUDA is not touched."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            yield cls(None, 0, 1, 0, 1)
+            return
+        store, rank, world_size = next(iter(dist.rendezvous("env://")))
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        world = cls(dist.PrefixStore("dist_esm", store), rank, world_size, local_rank, local_world_size)
+        world.set_status(WorkerStatus.IDLE)
+        try:
+            yield world
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            world._leave()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def start_process_group(self, device: torch.device) -> None:
+        """Start the process group: NCCL on a GPU, gloo on a CPU."""
+        if self._store is not None:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=dist.PrefixStore("process_group", self._store),
+                rank=self.rank,
+                world_size=self.world_size,
+                device_id=device if device.type == "cuda" else None,
+            )
+
+    def exchange(self, value: str) -> list[str]:
+        """Give every rank the values of all ranks, in order of rank, through the store. All ranks call it, the same number of times."""
+        if self._store is None:
+            return [value]
+        store = self._store
+        self._meetings += 1
+        name = f"meeting/{self._meetings}"
+        self._store.set(f"{name}/{self.rank}", value)
+        if self.is_main:
+            keys = [f"{name}/{rank}" for rank in range(self.world_size)]
+            self._wait_for(lambda: store.check(keys), lambda: [rank for rank, key in enumerate(keys) if not store.check([key])])
+            self._store.set(name, json.dumps([self._store.get(key).decode() for key in keys]))
+        self._wait_for(lambda: store.check([name]), lambda: [0])
+        return list(json.loads(self._store.get(name)))
+
+    def agree(self, problem: str | None) -> None:
+        """Go on only if no rank has a problem.
+
+        Raises
+        ------
+        Refused
+            On every rank, with the distinct problems of all of them.
+        """
+        problems = [json.loads(text) for text in self.exchange(json.dumps(problem))]
+        distinct = list(dict.fromkeys(text for text in problems if text is not None))
+        if distinct:
+            raise Refused(distinct)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Give every rank the values of all ranks through the process group; ranks meet in the store before they enter it."""
+        self.exchange("")
+        if self._store is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def set_status(self, status: WorkerStatus) -> None:
+        """Publish what this rank is doing."""
+        self._status = status
+        if self._store is not None:
+            self._store.set(f"status/{self.rank}", status.name)
+
+    def get_worker_status(self) -> dict[int, WorkerStatus]:
+        """What every rank is doing, by rank."""
+        if self._store is None:
+            return {0: self._status}
+        found = {}
+        for rank in range(self.world_size):
+            key = f"status/{rank}"
+            found[rank] = WorkerStatus[self._store.get(key).decode()] if self._store.check([key]) else WorkerStatus.IDLE
+        return found
+
+    def is_complete(self) -> bool:
+        """Whether every rank has come to its end, in success or failure."""
+        return all(status in (WorkerStatus.COMPLETED, WorkerStatus.FAILED) for status in self.get_worker_status().values())
+
+    def wait_until_complete(self) -> None:
+        """Wait for the ranks that still work."""
+        if self._store is not None:
+            self._wait_for(self.is_complete, lambda: [rank for rank, status in self.get_worker_status().items() if status is WorkerStatus.PROCESSING])
+
+    def request_stop(self, reason: str) -> None:
+        """Ask every rank to take no further unit."""
+        if self._store is not None:
+            self._store.set("stop", reason)
+
+    def stop_reason(self) -> str | None:
+        """The reason of a stop that some rank requested, if any."""
+        return self._store.get("stop").decode() if self._store is not None and self._store.check(["stop"]) else None
+
+    def collect_in_haste(self, value: Any) -> list[Any]:
+        """On rank 0, what the ranks that can still answer within `HASTE_SECONDS` have to say; for runs that are being ended."""
+        if self._store is None:
+            return [value]
+        self._store.set(f"haste/{self.rank}", pickle.dumps(value))
+        if not self.is_main:
+            return [value]
+        keys = [f"haste/{rank}" for rank in range(self.world_size)]
+        deadline = time.monotonic() + HASTE_SECONDS
+        while not self._store.check(keys) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return [pickle.loads(self._store.get(key)) for key in keys if self._store.check([key])]
+
+    @contextmanager
+    def watching(self, on_stop: Callable[[str], None]) -> Iterator[None]:
+        """While the block runs, call ``on_stop(reason)`` once if some rank requests a stop."""
+        if self._store is None:
+            yield
+            return
+        done = threading.Event()
+        store = self._store
+
+        def watch() -> None:
+            while not done.wait(0.5):
+                if store.check(["stop"]):
+                    on_stop(store.get("stop").decode())
+                    return
+
+        thread = threading.Thread(target=watch, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _wait_for(self, is_there: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
+        pause, since = 0.005, time.monotonic()
+        while not is_there():
+            time.sleep(pause)
+            pause = min(POLL_SECONDS, pause * 1.5)
+            if time.monotonic() - since > NAME_MISSING_SECONDS:
+                since = time.monotonic()
+                log.info("waiting for ranks %s", missing())
+
+    def _leave(self) -> None:
+        """Rank 0 goes last, so that its exit code ends no other rank half way."""
+        assert self._store is not None
+        self._store.set(f"left/{self.rank}", "")
+        if self.is_main:
+            keys = [f"left/{rank}" for rank in range(self.world_size)]
+            deadline = time.monotonic() + 5
+            while not self._store.check(keys) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+
+
+def is_main_rank() -> bool:
+    """Whether this process speaks for the run, as torchrun's environment has it, before any connection."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def setup_logging(rank: int) -> None:
+    """INFO and above to stderr, each line with its rank."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S"))
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
