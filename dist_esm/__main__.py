@@ -7,14 +7,16 @@ leave a folder and a log behind. Each rank composes for itself; what is wrong is
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -119,22 +121,37 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None, conf
             raise ValueError(f"{sorted(missing)[0]} is required: for example input=proteins/")
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(explain(error)) from None
+        raise ValueError(explain(error, overrides)) from None
     assert isinstance(config, Config)
     return config
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's message in one line that names key, value and remedy."""
-    seen, messages = {id(error)}, [str(error)]
-    cause = error.__cause__
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
+    noise = ("full_key:", "object_type=", "reference_type=", "To append", "Set the environment", "Config search path", "provider=", "See https")
+    messages, cause = [], error
+    while cause is not None and str(cause) not in messages:
         messages.append(str(cause))
-        cause = cause.__cause__
+        cause = cause.__cause__  # type: ignore[assignment]
     lines = [line.strip() for message in messages for line in message.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "To append", "Set the environment", "reference_type="))]
-    return " ".join(dict.fromkeys(kept))
+    text = " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+    keys = [*leaf_keys(OmegaConf.to_container(OmegaConf.structured(Config)))]
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key not in keys and not key.startswith("hydra"):
+            near = difflib.get_close_matches(key, keys, n=1)
+            return f"{key!r} is no key" + (f": did you mean {near[0]}?" if near else ": see --help for the keys")
+    if isinstance(error, OverrideParseException):
+        return f'{error.override}: {text}: quote values that have special characters, for example \'input="a (1).fasta"\''
+    return text
+
+
+def leaf_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all keys of a nested dict, groups included."""
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from leaf_keys(value, f"{prefix}{key}.")
 
 
 if __name__ == "__main__":

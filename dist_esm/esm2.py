@@ -44,6 +44,27 @@ class Architecture:
         return f"{self.num_layers} layers, width {self.embed_dim}, {self.attention_heads} heads"
 
 
+class Linear(nn.Linear):
+    """A linear layer whose parameters are left as they are created: `weights` puts the checkpoint's in their place."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: on the meta device even that costs seconds of imports."""
+
+
+class LayerNorm(nn.LayerNorm):
+    """The same for LayerNorm."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing."""
+
+
+class Embedding(nn.Embedding):
+    """The same for the token embedding."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing."""
+
+
 class Layer(nn.Module):
     """One pre-norm transformer block, with query, key and value in one matrix product."""
 
@@ -51,12 +72,12 @@ class Layer(nn.Module):
         super().__init__()
         width = arch.embed_dim
         self.heads = arch.attention_heads
-        self.attention_norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.ffn_norm = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.attention_norm = LayerNorm(width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
+        self.ffn_norm = LayerNorm(width)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
 
     def forward(self, x_TD: Tensor, cos_T1H: Tensor, sin_T1H: Tensor, seqlens: Seqlens, attention: AttentionFunction) -> Tensor:
         dtype = self.qkv.weight.dtype
@@ -90,9 +111,9 @@ class ESM2(nn.Module):
         super().__init__()
         self.arch = arch
         self.attention = attention
-        self.embed_tokens = nn.Embedding(NUM_TOKENS, arch.embed_dim)
+        self.embed_tokens = Embedding(NUM_TOKENS, arch.embed_dim)
         self.layers = nn.ModuleList(Layer(arch) for _ in range(arch.num_layers))
-        self.final_norm = nn.LayerNorm(arch.embed_dim)
+        self.final_norm = LayerNorm(arch.embed_dim)
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", torch.empty(arch.head_dim // 2))
 

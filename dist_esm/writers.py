@@ -120,8 +120,7 @@ def write_pt(embeddings: Embeddings, include: Sequence[Include], path: Path) -> 
         content["bos_representations"] = embeddings.bos
     if Include.per_tok in include:
         content["representations"] = {layer: list(rows.split(embeddings.lengths)) for layer, rows in embeddings.per_tok.items()}
-    with atomically(path) as beside:
-        torch.save(content, beside)
+    save(content, path)
 
 
 def write_output(embeddings: Embeddings, include: Sequence[Include], stem: Path) -> Path:
@@ -144,9 +143,14 @@ def write_output(embeddings: Embeddings, include: Sequence[Include], stem: Path)
 
 def write_piece(embeddings: Embeddings, path: Path) -> Path:
     """Write what one unit of a cut file contributes, for `join`."""
-    with atomically(path) as beside:
-        torch.save(asdict(embeddings), beside)
+    save(asdict(embeddings), path)
     return path
+
+
+def save(content: dict[str, object], path: Path) -> None:
+    """`torch.save`, atomically. Through an open file, since the name of a path would become part of the archive's bytes."""
+    with atomically(path) as beside, open(beside, "wb") as file:
+        torch.save(content, file)
 
 
 @contextmanager
