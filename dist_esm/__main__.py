@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(config: Config | None, problem: str | None) -> int:
     """Join the other ranks and run, or refuse with all problems of all ranks, said once."""
     from dist_esm.run import run
-    from dist_esm.world import Refused, World, setup_logging
+    from dist_esm.world import RefusedError, World, setup_logging
 
     with World.connect() as world:
         setup_logging(world.rank)
@@ -86,7 +86,7 @@ def start(config: Config | None, problem: str | None) -> int:
             world.agree(problem)
             assert config is not None
             return run(config, world)
-        except Refused as refused:
+        except RefusedError as refused:
             if world.is_main:
                 for line in refused.problems:
                     print(f"dist_esm: error: {line}", file=sys.stderr, flush=True)
@@ -112,9 +112,11 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None, conf
             raise ValueError(f"{override!r} is not key=value: for example input=proteins/")
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    searchpath = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    searchpath = [f"hydra.searchpath=['file://{conf_dir()}']"] if config_dir else []
+    if config_dir and not Path(config_dir).is_dir():
+        raise ValueError(f"--config-dir {config_dir} is not a directory: name the one that holds {config_name}.yaml")
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with initialize_config_dir(str(Path(config_dir or conf_dir()).resolve()), version_base="1.3"):
             composed = compose(config_name, overrides=[*overrides, *searchpath])
         missing = OmegaConf.missing_keys(composed)
         if missing:

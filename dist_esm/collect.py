@@ -158,7 +158,7 @@ class Collector:
 
     def abandon(self, key: int) -> None:
         """A unit was not read to its end; it gets no outcome."""
-        self._post(self._discard, key)
+        self._post(self._on_abandon, key)
 
     def answer(self, segments: Sequence[Segment], answers: Sequence[Answer | Exception]) -> None:
         """A pack was computed; an exception in an answer's place fails its protein's unit."""
@@ -347,6 +347,9 @@ class Collector:
             unit = state.unit
             failure = Failure.of(self.files[unit.file].path, error, self.rank)
             self.on_outcome(UnitFailure(unit.file, unit.ordinal, failure, time.monotonic() - state.started))
+
+    def _on_abandon(self, key: int) -> None:
+        self._discard(key)
 
     def _discard(self, key: int) -> UnitState | None:
         """Forget a unit and whatever is there of its output."""

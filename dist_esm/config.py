@@ -23,6 +23,8 @@ class Include(Enum):
 
 
 class Dtype(Enum):
+    """Precision of parameters and matrix products."""
+
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
@@ -30,18 +32,24 @@ class Dtype(Enum):
 
 
 class DeviceKind(Enum):
+    """Where to run."""
+
     auto = "auto"
     cuda = "cuda"
     cpu = "cpu"
 
 
 class Attention(Enum):
+    """Implementations of attention, see `kernels`."""
+
     auto = "auto"
     varlen = "varlen"
     sdpa = "sdpa"
 
 
 class Format(Enum):
+    """File format of the outputs."""
+
     pt = "pt"
     fair_esm = "fair_esm"
     h5 = "h5"
@@ -50,12 +58,16 @@ class Format(Enum):
 
 
 class AssignBy(Enum):
+    """Cost of a unit in the greedy assignment."""
+
     sequences = "sequences"
     residues = "residues"
     flops = "flops"
 
 
 class Job(Enum):
+    """What to do."""
+
     embed = "embed"
     plan = "plan"
     selfcheck = "selfcheck"
@@ -117,6 +129,8 @@ class ResidueConfig:
 
 @dataclass
 class Config:
+    """Every key of the command line."""
+
     input: Any = MISSING
     """A FASTA file, a directory (searched recursively), a glob, or a list of these."""
     output_dir: Path = Path("embeddings")
@@ -179,9 +193,12 @@ def to_dict(config: Config) -> dict[str, Any]:
     return {key: plain(value) for key, value in asdict(config).items()}
 
 
-NOT_YET = {
-    "format": {Format.fair_esm, Format.h5, Format.parquet, Format.safetensors},
-    "job": {Job.plan, Job.selfcheck, Job.verify},
+LEAST = {
+    "truncation_seq_length": 1,
+    "toks_per_batch": 3,
+    "max_consecutive_failures": 1,
+    "max_proteins_per_output": 1,
+    "window_overlap": 0,
 }
 
 
@@ -195,7 +212,8 @@ def check(config: Config) -> None:
     """
     inputs = config.input_list()
     if not inputs or not all(isinstance(item, str) and item for item in inputs):
-        raise ValueError(f"input={config.input!r} is neither a path, a glob nor a list of these: for example input=proteins/ or input=[a.fasta,b.fasta]")
+        remedy = "for example input=proteins/ or input=[a.fasta,b.fasta]"
+        raise ValueError(f"input={config.input!r} is neither a path, a glob nor a list of these: {remedy}")
     num_layers = config.model.num_layers
     resolved = config.resolved_layers()
     if not resolved:
@@ -207,11 +225,10 @@ def check(config: Config) -> None:
         raise ValueError(f"repr_layers={config.repr_layers} names a layer twice: name each once")
     if not config.include or len(set(config.include)) < len(config.include):
         raise ValueError("include must name each wanted representation once: any of mean, bos, per_tok")
-    lower_bounds: dict[str, float] = {"truncation_seq_length": 1, "toks_per_batch": 3, "max_consecutive_failures": 1, "max_proteins_per_output": 1, "window_overlap": 0}
-    for key, least in lower_bounds.items():
+    for key, least in LEAST.items():
         value = getattr(config, key)
         if value is not None and value < least:
-            raise ValueError(f"{key}={value} is too small: use {least:g} or more")
+            raise ValueError(f"{key}={value} is too small: use {least} or more")
     if not 0 < config.unit_share <= 1:
         raise ValueError(f"unit_share={config.unit_share} is not a share: use a number above 0 and up to 1")
     if config.long is Long.window:
@@ -220,7 +237,7 @@ def check(config: Config) -> None:
             raise ValueError("long=window needs a window: set truncation_seq_length to its residues, for example 1022")
         if config.window_overlap >= limit:
             raise ValueError(f"window_overlap={config.window_overlap} must be smaller than the window, truncation_seq_length={limit}")
-    for key, values in NOT_YET.items():
-        value = getattr(config, key)
-        if value in values:
-            raise ValueError(f"{key}={value.name} is not there yet: use {key}={'pt' if key == 'format' else 'embed'}")
+    if config.format is not Format.pt:
+        raise ValueError(f"format={config.format.name} is not there yet: use format=pt")
+    if config.job is not Job.embed:
+        raise ValueError(f"job={config.job.name} is not there yet: use job=embed")

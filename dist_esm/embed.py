@@ -42,6 +42,7 @@ class Stop:
         self._lock = threading.Lock()
 
     def set(self, reason: str, at_once: bool = False) -> None:
+        """Ask for a stop."""
         with self._lock:
             self.reason = self.reason or reason
             self.at_once = self.at_once or at_once
@@ -114,6 +115,8 @@ def embed_units(units: Sequence[Unit], files: Sequence[FastaFile], config: Confi
         if stop.at_once:
             continue
         answers, num_splits = embed_pack(engine, pack)
+        if stop.at_once:
+            continue
         result.num_tokens += pack.num_tokens
         result.num_split_packs += num_splits
         collector.answer(pack.segments, answers)
@@ -189,6 +192,7 @@ class Reader(threading.Thread):
         self._kept_bytes = 0
 
     def run(self) -> None:
+        """Read all units, then say so with None in `packs`."""
         crash = attempt(self._read_all)
         self.crash = crash if isinstance(crash, Exception) else None
         self.packs.put(None)

@@ -80,6 +80,7 @@ class Engine:
             torch.cuda.empty_cache()
 
     def close(self) -> None:
+        """Start nothing more; what is running ends with its segment."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
 

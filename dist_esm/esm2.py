@@ -38,6 +38,7 @@ class Architecture:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.embed_dim // self.attention_heads
 
     def __str__(self) -> str:
@@ -80,6 +81,7 @@ class Layer(nn.Module):
         self.fc2 = Linear(4 * width, width)
 
     def forward(self, x_TD: Tensor, cos_T1H: Tensor, sin_T1H: Tensor, seqlens: Seqlens, attention: AttentionFunction) -> Tensor:
+        """x + attention, then x + feed-forward; `x_TD` is the residual stream."""
         dtype = self.qkv.weight.dtype
         h_TD = self.attention_norm(x_TD).to(dtype)
         q_TNH, k_TNH, v_TNH = self.qkv(h_TD).view(len(x_TD), 3, self.heads, -1).unbind(1)
@@ -87,7 +89,9 @@ class Layer(nn.Module):
         a_TD = attention(q_TNH, k_TNH, v_TNH, seqlens).reshape(len(x_TD), -1)
         x_TD = x_TD + self.out(a_TD)
         h_TD = self.ffn_norm(x_TD).to(dtype)
-        return x_TD + self.fc2(F.gelu(self.fc1(h_TD)))
+        h_TD = F.gelu(self.fc1(h_TD))
+        added_TD: Tensor = self.fc2(h_TD)
+        return x_TD + added_TD
 
 
 def rotate(x_TNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
@@ -119,6 +123,7 @@ class ESM2(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters are."""
         return self.inv_freq.device
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, seqlens: Seqlens, repr_layers: Collection[int]) -> dict[int, Tensor]:

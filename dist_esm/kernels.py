@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,8 @@ class Seqlens:
 
     @classmethod
     def of(cls, bounds: list[int], device: torch.device) -> Seqlens:
-        longest = max(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
+        """From token offsets on the host."""
+        longest = max(stop - start for start, stop in pairwise(bounds))
         return cls(bounds, torch.tensor(bounds, dtype=torch.int32, device=device), longest)
 
 
@@ -46,7 +48,7 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, Seqlens], Tensor]
 def sdpa(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, seqlens: Seqlens) -> Tensor:
     """Attend within each protein by torch's own choice of kernel, one call for each; rows past the last protein are zero."""
     out_TNH = torch.zeros_like(q_TNH) if seqlens.bounds[-1] < len(q_TNH) else torch.empty_like(q_TNH)
-    for start, stop in zip(seqlens.bounds, seqlens.bounds[1:], strict=False):
+    for start, stop in pairwise(seqlens.bounds):
         q, k, v = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TNH, v_TNH))
         out_TNH[start:stop] = F.scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1)
     return out_TNH

@@ -151,9 +151,11 @@ class Pack:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all segments."""
         return sum(len(segment.tokens) for segment in self.segments)
 
     def halves(self) -> tuple[Pack, Pack]:
+        """Two packs of about as many segments each."""
         middle = len(self.segments) // 2
         return Pack(self.segments[:middle]), Pack(self.segments[middle:])
 
@@ -181,6 +183,7 @@ class Failure:
 
     @classmethod
     def of(cls, path: Path, error: Exception, rank: int) -> Failure:
+        """From what was raised, its message in one line."""
         message = " ".join(str(error).split()) or repr(error)
         return cls(str(path), type(error).__name__, message, rank)
 
@@ -203,6 +206,7 @@ class Tally:
     """Records that took the answer of an identical sequence."""
 
     def add(self, other: Tally) -> None:
+        """Count what another tally counted."""
         for mine, theirs in ((self.outcomes, other.outcomes), (self.skipped, other.skipped), (self.changed, other.changed)):
             for key, number in theirs.items():
                 mine[key] = mine.get(key, 0) + number
@@ -211,6 +215,7 @@ class Tally:
 
     @property
     def sequences(self) -> int:
+        """Records, whatever became of them."""
         return sum(self.outcomes.values())
 
 

@@ -67,6 +67,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
+        """0 complete, 2 partial, 1 aborted."""
         return {"complete": 0, "partial": 2, "aborted": 1}[self.status]
 
 
@@ -146,6 +147,7 @@ def make_report(plan: Plan, ranks: Sequence[RankSummary], joined: dict[int, str 
 
 
 def rank_entry(rank: RankSummary) -> dict[str, Any]:
+    """A rank's account as report.json has it."""
     results = [outcome for outcome in rank.outcomes if not isinstance(outcome, UnitFailure)]
     return {
         "rank": rank.rank,
@@ -198,11 +200,9 @@ def summary(report: Report, output_dir: Path) -> str:
     if changed := {key: number for key, number in records["changed"].items() if key != "records"}:
         lines.append(f"letters changed in {records['changed']['records']} proteins: " + ", ".join(f"{number} {key}" for key, number in changed.items()))
     for rank in report.ranks:
-        lines.append(
-            f"rank {rank['rank']} ({rank['device']}): {rank['status']}, {rank['sequences']} proteins, {rank['tokens']} tokens "
-            f"in {rank['seconds']:.1f} s, {rank['tokens_per_second']:.0f} tokens/s"
-            + (f", {rank['split_packs']} packs split" if rank["split_packs"] else "")
-        )
+        split = f", {rank['split_packs']} packs split" if rank["split_packs"] else ""
+        speed = f"{rank['tokens']} tokens in {rank['seconds']:.1f} s, {rank['tokens_per_second']:.0f} tokens/s"
+        lines += [f"rank {rank['rank']} ({rank['device']}): {rank['status']}, {rank['sequences']} proteins, {speed}{split}"]
     if working:
         lines.append(f"all ranks: {tokens} tokens, {tokens / working:.0f} tokens/s")
     if report.model.get("weights") == "random":

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
 from dist_esm.attempt import attempt
 from dist_esm.config import Config, Include, to_dict
-from dist_esm.embed import RankResult, Stop, embed_units
+from dist_esm.embed import Stop, embed_units
 from dist_esm.engine import Engine
 from dist_esm.kernels import choose_attention, choose_device, choose_dtype
 from dist_esm.plan import Plan, assign, count_slice, cut_files, find_files, make_plan, make_units
@@ -41,7 +41,7 @@ def run(config: Config, world: World) -> int:
 
     Raises
     ------
-    Refused
+    RefusedError
         On every rank, if the run cannot start on one of them.
     """
     started = time.monotonic()
@@ -107,7 +107,7 @@ def together(world: World, work: Callable[[], T]) -> T:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         problem = " ".join(str(error).split())
     world.agree(problem)
-    return value  # type: ignore[return-value]
+    return cast(T, value)
 
 
 def make_output_dir(output_dir: Path) -> None:
@@ -133,7 +133,7 @@ def agree_on_plan(config: Config, files: list[FastaFile], world: World) -> Plan:
 
     Raises
     ------
-    Refused
+    RefusedError
         If ranks see different inputs.
     """
     slices = cut_files(files, config.unit_share)

@@ -38,6 +38,7 @@ _PREFIX = re.compile(r"^encoder\.(sentence_encoder\.)?")
 
 
 def architecture(config: ModelConfig) -> Architecture:
+    """The architecture that a configuration names."""
     return Architecture(config.num_layers, config.embed_dim, config.attention_heads)
 
 
@@ -69,7 +70,8 @@ def fetch(config: ModelConfig) -> None:
         torch.hub.download_url_to_file(url, str(path), progress=False)
     except (URLError, OSError) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(f"{path} is missing and {url} cannot be downloaded ({reason}): put the file there, or name it with model.weights=PATH") from None
+        remedy = "put the file there, or name it with model.weights=PATH"
+        raise ValueError(f"{path} is missing and {url} cannot be downloaded ({reason}): {remedy}") from None
 
 
 def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, attention: AttentionFunction) -> ESM2:
@@ -85,8 +87,9 @@ def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, at
     with torch.device("meta"):
         model = ESM2(arch, attention)
     if path is None:
+        shapes = tensor_shapes(arch)
         generator = torch.Generator(device).manual_seed(config.seed)
-        _fill(model, lambda name: random_tensor(arch, name, generator), device, dtype)
+        _fill(model, lambda name: random_tensor(name, shapes[name], arch.num_layers, generator), device, dtype)
     else:
         state = read_checkpoint(path, arch, config.name)
         _fill(model, state.__getitem__, device, dtype)
@@ -98,7 +101,9 @@ def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     width = arch.embed_dim
     norm = {"weight": (width,), "bias": (width,)}
     layer: dict[str, tuple[int, ...]] = {}
-    for name, rows, columns in (("fc1", 4 * width, width), ("fc2", width, 4 * width), *((f"self_attn.{p}_proj", width, width) for p in ("q", "k", "v", "out"))):
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        layer |= {f"self_attn.{name}.weight": (width, width), f"self_attn.{name}.bias": (width,)}
+    for name, rows, columns in (("fc1", 4 * width, width), ("fc2", width, 4 * width)):
         layer |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
     for name in ("self_attn_layer_norm", "final_layer_norm"):
         layer |= {f"{name}.{part}": shape for part, shape in norm.items()}
@@ -159,18 +164,17 @@ def _check_architecture(path: Path, state: Mapping[str, Tensor], arch: Architect
         raise ValueError(f"{path} holds {known or 'another model'} ({found}), but model={name} has {arch}: {remedy}")
 
 
-def random_tensor(arch: Architecture, name: str, generator: torch.Generator) -> Tensor:
+def random_tensor(name: str, shape: tuple[int, ...], num_layers: int, generator: torch.Generator) -> Tensor:
     """One seeded tensor under fair-esm's name, scaled so that activations stay of order one through any number of layers."""
-    shape = tensor_shapes(arch)[name] if name.startswith(("embed", "emb_")) else tensor_shapes(Architecture(1, arch.embed_dim, arch.attention_heads))[re.sub(r"^layers\.\d+", "layers.0", name)]
     device = generator.device
     if name.endswith("inv_freq"):
-        return 1.0 / (10000 ** (torch.arange(0, arch.head_dim, 2, device=device).float() / arch.head_dim))
+        return 1.0 / (10000 ** (torch.arange(shape[0], device=device).float() / shape[0]))
     if "layer_norm" in name:
         values = torch.randn(shape, generator=generator, device=device) * 0.1
         return values + 1 if name.endswith("weight") else values
     scale = 0.02 if name.endswith("bias") else 1.0 if name.startswith("embed") else shape[1] ** -0.5
     if "out_proj" in name or "fc2" in name:
-        scale /= (2 * arch.num_layers) ** 0.5
+        scale /= (2 * num_layers) ** 0.5
     return torch.randn(shape, generator=generator, device=device) * scale
 
 

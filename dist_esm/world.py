@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from dist_esm.records import WorkerStatus
 
@@ -33,7 +35,7 @@ NAME_MISSING_SECONDS = 60.0
 HASTE_SECONDS = 3.0
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The run cannot start; `problems` are the distinct reasons, each one line."""
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -44,7 +46,7 @@ class Refused(Exception):
 class World:
     """This rank among all ranks."""
 
-    def __init__(self, store: dist.Store | None, rank: int, world_size: int, local_rank: int, local_world_size: int) -> None:
+    def __init__(self, store: Store | None, rank: int, world_size: int, local_rank: int, local_world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
         self.local_rank = local_rank
@@ -61,10 +63,10 @@ class World:
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             yield cls(None, 0, 1, 0, 1)
             return
-        store, rank, world_size = next(iter(dist.rendezvous("env://")))
+        store, rank, world_size = next(iter(rendezvous("env://")))
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        world = cls(dist.PrefixStore("dist_esm", store), rank, world_size, local_rank, local_world_size)
+        world = cls(PrefixStore("dist_esm", store), rank, world_size, local_rank, local_world_size)
         world.set_status(WorkerStatus.IDLE)
         try:
             yield world
@@ -75,17 +77,19 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this rank speaks for the run."""
         return self.rank == 0
 
-    def start_process_group(self, device: torch.device) -> None:
-        """Start the process group: NCCL on a GPU, gloo on a CPU."""
+    def start_process_group(self, device: torch.device, timeout: timedelta | None = None) -> None:
+        """Start the process group: NCCL on a GPU, gloo on a CPU; `timeout` is that of its collectives, by default the backend's."""
         if self._store is not None:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore("process_group", self._store),
+                store=PrefixStore("process_group", self._store),
                 rank=self.rank,
                 world_size=self.world_size,
                 device_id=device if device.type == "cuda" else None,
+                timeout=timeout,
             )
 
     def exchange(self, value: str) -> list[str]:
@@ -108,13 +112,13 @@ class World:
 
         Raises
         ------
-        Refused
+        RefusedError
             On every rank, with the distinct problems of all of them.
         """
         problems = [json.loads(text) for text in self.exchange(json.dumps(problem))]
         distinct = list(dict.fromkeys(text for text in problems if text is not None))
         if distinct:
-            raise Refused(distinct)
+            raise RefusedError(distinct)
 
     def all_gather(self, value: Any) -> list[Any]:
         """Give every rank the values of all ranks through the process group; ranks meet in the store before they enter it."""
@@ -163,14 +167,14 @@ class World:
         """On rank 0, what the ranks that can still answer within `HASTE_SECONDS` have to say; for runs that are being ended."""
         if self._store is None:
             return [value]
-        self._store.set(f"haste/{self.rank}", pickle.dumps(value))
+        self._store.set(f"haste/{self.rank}", pickle.dumps(value).hex())
         if not self.is_main:
             return [value]
         keys = [f"haste/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + HASTE_SECONDS
         while not self._store.check(keys) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-        return [pickle.loads(self._store.get(key)) for key in keys if self._store.check([key])]
+        return [pickle.loads(bytes.fromhex(self._store.get(key).decode())) for key in keys if self._store.check([key])]
 
     @contextmanager
     def watching(self, on_stop: Callable[[str], None]) -> Iterator[None]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class Spool:
 
     def __init__(self, width: int, directory: Path) -> None:
         self.width = width
-        self._file = tempfile.SpooledTemporaryFile(dir=directory)  # noqa: SIM115 - closed by close()
+        self._file = tempfile.SpooledTemporaryFile(dir=str(directory))  # noqa: SIM115 - closed by close()
         self._on_disk = False
         self._num_bytes = 0
 
@@ -79,6 +80,7 @@ class Spool:
         return torch.frombuffer(data, dtype=torch.float32).view(-1, self.width)
 
     def close(self) -> None:
+        """Give the rows up."""
         self._file.close()
 
 
@@ -119,7 +121,7 @@ def write_pt(embeddings: Embeddings, include: Sequence[Include], path: Path) -> 
     if Include.bos in include:
         content["bos_representations"] = embeddings.bos
     if Include.per_tok in include:
-        content["representations"] = {layer: list(rows.split(embeddings.lengths)) for layer, rows in embeddings.per_tok.items()}
+        content["representations"] = {layer: list(torch.split(rows, embeddings.lengths)) for layer, rows in embeddings.per_tok.items()}
     save(content, path)
 
 
@@ -172,12 +174,12 @@ def join(paths: Sequence[Path], directory: Path) -> Iterator[Embeddings]:
                         spools.append(Spool(tensor.shape[1], directory))
                         rows[kind, layer] = (spools[-1], 0)
                     spool, first = rows[kind, layer]
-                    for chunk in tensor.split(1 << 12):
+                    for chunk in torch.split(tensor, 1 << 12):
                         spool.write(first, chunk.numpy())
                         first += len(chunk)
                     rows[kind, layer] = (spool, first)
         assert whole is not None
-        joined = {kind: {layer: spool.tensor() for (k, layer), (spool, _) in rows.items() if k == kind} for kind in kinds}
+        joined: dict[str, Any] = {kind: {layer: spool.tensor() for (k, layer), (spool, _) in rows.items() if k == kind} for kind in kinds}
         yield replace(whole, **joined)
     finally:
         for spool in spools:

@@ -1,0 +1,152 @@
+"""Our forward against fair-esm's own, in fp32 with the same parameters, layer by layer; packed against alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import A3B_SHAPED, A8M, A35M, DATA, fair_esm_model, random_state, relative_error, write_checkpoint
+from dist_esm.alphabet import tokenize
+from dist_esm.config import ModelConfig
+from dist_esm.engine import Engine
+from dist_esm.esm2 import ESM2, Architecture
+from dist_esm.kernels import Seqlens, sdpa
+from dist_esm.records import Pack, Segment
+from dist_esm.weights import load_model
+from esm.data import Alphabet
+
+SEQUENCES = (b"M", b"MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVV", b"ACDEFGHIKLMNPQRSTVWYXBUZO" * 4, b"GAVLIPFMW" * 21)
+CPU = torch.device("cpu")
+MODELS = [pytest.param((A8M, False), id="8M"), pytest.param((A8M, True), id="8M-hard"), pytest.param((A35M, False), id="35M"), pytest.param((A3B_SHAPED, False), id="3B-shaped")]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
+    """Our model, loaded from a checkpoint file, and fair-esm's with the same parameters."""
+    arch, hard = request.param
+    state = random_state(arch, seed=1, hard=hard)
+    path = write_checkpoint(tmp_path_factory.mktemp("pair") / "model.pt", arch, state)
+    config = ModelConfig("tested", arch.num_layers, arch.embed_dim, arch.attention_heads, str(path))
+    return load_model(config, CPU, torch.float32, sdpa), fair_esm_model(arch, state)
+
+
+@torch.inference_mode()
+def ours(model: ESM2, sequences) -> list[dict[int, torch.Tensor]]:
+    """Every layer of each protein, all in one pack."""
+    tokens = [tokenize(sequence) for sequence in sequences]
+    bounds = [0, *np.cumsum([len(one) for one in tokens]).tolist()]
+    positions = np.concatenate([np.arange(len(one)) for one in tokens])
+    layers = range(model.arch.num_layers + 1)
+    hidden = model(torch.from_numpy(np.concatenate(tokens)).long(), torch.from_numpy(positions), Seqlens.of(bounds, CPU), layers)
+    return [{layer: hidden[layer][start:stop] for layer in layers} for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+@torch.inference_mode()
+def theirs(model, sequence: bytes) -> dict[int, torch.Tensor]:
+    _, _, tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter()([("id", sequence.decode())])
+    hidden = model(tokens, repr_layers=list(range(model.num_layers + 1)))["representations"]
+    return {layer: tensor[0] for layer, tensor in hidden.items()}
+
+
+def test_every_layer_of_a_pack_is_fair_esms(pair):
+    model, oracle = pair
+    for sequence, mine in zip(SEQUENCES, ours(model, SEQUENCES), strict=True):
+        expected = theirs(oracle, sequence)
+        assert mine.keys() == expected.keys()
+        for layer, tensor in expected.items():
+            assert relative_error(mine[layer], tensor) <= 1e-5, (layer, len(sequence))
+
+
+def test_packed_equals_alone(pair):
+    model, _ = pair
+    for sequence, packed in zip(SEQUENCES, ours(model, SEQUENCES), strict=True):
+        for layer, tensor in ours(model, [sequence])[0].items():
+            assert relative_error(packed[layer], tensor) <= 1e-5, (layer, len(sequence))
+
+
+def segment(sequence: bytes, number: int) -> Segment:
+    return Segment(number, 0, tokenize(sequence), (0, len(sequence)))
+
+
+def test_mean_bos_and_rows_are_fair_esms(pair):
+    model, oracle = pair
+    layers = [0, 1, model.arch.num_layers]
+    engine = Engine(model, layers, wants_rows=True, num_threads=2)
+    answers = engine.run(Pack(tuple(segment(sequence, i) for i, sequence in enumerate(SEQUENCES))))
+    engine.close()
+    for sequence, answer in zip(SEQUENCES, answers, strict=True):
+        expected = theirs(oracle, sequence)
+        for layer in layers:
+            rows = expected[layer][1 : len(sequence) + 1]
+            assert relative_error(torch.from_numpy(answer.rows[layer]), rows) <= 1e-5
+            assert relative_error(torch.from_numpy(answer.sums[layer] / len(sequence)), rows.mean(0)) <= 1e-5
+            assert relative_error(torch.from_numpy(answer.bos[layer]), expected[layer][0]) <= 1e-5
+
+
+def test_a_lower_layer_stops_the_forward_early_with_the_same_numbers(pair):
+    model, _ = pair
+    full = ours(model, SEQUENCES[1:2])[0]
+    seen = []
+    hooks = [layer.register_forward_hook(lambda *_, n=n: seen.append(n)) for n, layer in enumerate(model.layers, start=1)]
+    engine = Engine(model, [1], wants_rows=True, num_threads=1)
+    answer = engine.run(Pack((segment(SEQUENCES[1], 0),)))[0]
+    engine.close()
+    for hook in hooks:
+        hook.remove()
+    assert seen == [1]
+    assert relative_error(torch.from_numpy(answer.rows[1]), full[1][1:-1]) <= 1e-5
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_same_bits_in_any_company(pair, num_threads):
+    model, _ = pair
+    segments = [segment(sequence, i) for i, sequence in enumerate(SEQUENCES)]
+    engine = Engine(model, [model.arch.num_layers], wants_rows=True, num_threads=num_threads)
+    alone = [engine.run(Pack((one,)))[0] for one in segments]
+    together = engine.run(Pack(tuple(reversed(segments))))[::-1]
+    engine.close()
+    for one, other in zip(alone, together, strict=True):
+        for kind in ("sums", "bos", "rows"):
+            for layer, array in getattr(one, kind).items():
+                np.testing.assert_array_equal(array, getattr(other, kind)[layer])
+
+
+def test_bf16_stays_close_to_fair_esms_fp32():
+    for hard, least in ((False, 0.9999), (True, 0.999)):
+        state = random_state(A8M, seed=2, hard=hard)
+        oracle = fair_esm_model(A8M, state)
+        model = bf16_model(A8M, state)
+        engine = Engine(model, [A8M.num_layers], wants_rows=False, num_threads=2)
+        answers = engine.run(Pack(tuple(segment(sequence, i) for i, sequence in enumerate(SEQUENCES))))
+        engine.close()
+        for sequence, answer in zip(SEQUENCES, answers, strict=True):
+            expected = theirs(oracle, sequence)[A8M.num_layers][1 : len(sequence) + 1].mean(0)
+            cosine = torch.cosine_similarity(torch.from_numpy(answer.sums[A8M.num_layers]), expected, dim=0)
+            assert cosine >= least, (hard, len(sequence))
+
+
+def bf16_model(arch: Architecture, state) -> ESM2:
+    from dist_esm import weights
+
+    with torch.device("meta"):
+        model = ESM2(arch, sdpa)
+    weights._fill(model, state.__getitem__, CPU, torch.bfloat16)
+    return model.eval()
+
+
+def test_truncation_is_fair_esms(checkpoint_8m, tmp_path):
+    """The first 1,022 residues, as fair-esm's batch converter and its extract script take them."""
+    from conftest import run_ranks
+
+    header, *lines = (DATA / "long.fasta").read_text().splitlines()
+    sequence = "".join(lines)
+    assert len(sequence) > 1022
+    result = run_ranks(None, f"input={DATA / 'long.fasta'}", f"output_dir={tmp_path}", "model=esm2_t6_8M_UR50D", f"model.weights={checkpoint_8m}")
+    assert result.returncode == 0, result.stderr
+    oracle = fair_esm_model(A8M, random_state(A8M))
+    _, _, tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter(1022)([("id", sequence)])
+    with torch.inference_mode():
+        expected = oracle(tokens, repr_layers=[6])["representations"][6][0, 1:1023].mean(0)
+    output = torch.load(tmp_path / "long_ESM.pt", weights_only=True)
+    assert output["proteins"] == [header[1:].split()[0]]
+    assert relative_error(output["data"][0], expected) <= 1e-5
