@@ -144,7 +144,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
             near = difflib.get_close_matches(key, keys, n=1)
             return f"{key!r} is no key" + (f": did you mean {near[0]}?" if near else ": see --help for the keys")
     if isinstance(error, OverrideParseException):
-        return f'{error.override}: {text}: quote values that have special characters, for example \'input="a (1).fasta"\''
+        return f"{error.override}: {text}: quote values that have special characters, for example 'input=\"a (1).fasta\"'"
     return text
 
 

@@ -202,6 +202,8 @@ class Collector:
             state = self._units.get(record.unit)
             if state is not None:
                 self._place(state, record)
+            elif record.like == record.ticket:  # its unit has failed, yet records of others may wait for its answer
+                self._waiting[record.ticket] = Waiting(record.unit, Piece(0), 0, 0, record.num_embedded, [None] * record.num_segments)
             for ticket in record.forgotten:
                 self._kept.pop(ticket, None)
 
@@ -211,9 +213,7 @@ class Collector:
         self._note(state, piece, record)
         if record.outcome is RecordOutcome.skipped:
             return
-        self._waiting[record.ticket] = Waiting(
-            record.unit, piece, len(piece.ids), piece.num_rows, record.num_embedded, [None] * record.num_segments
-        )
+        self._waiting[record.ticket] = Waiting(record.unit, piece, len(piece.ids), piece.num_rows, record.num_embedded, [None] * record.num_segments)
         piece.ids.append(record.protein.id)
         piece.headers.append(record.protein.header)
         piece.lengths.append(record.num_embedded)

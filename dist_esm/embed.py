@@ -291,5 +291,3 @@ class Reader(threading.Thread):
         if self._batch:
             self.collector.announce(self._batch)
             self._batch = []
-
-

@@ -48,9 +48,7 @@ class Engine:
         CPU only: segments that run side by side; None: the cores of this process.
     """
 
-    def __init__(
-        self, model: ESM2, layers: Sequence[int], wants_rows: bool, toks_per_batch: int | None = None, num_threads: int | None = None
-    ) -> None:
+    def __init__(self, model: ESM2, layers: Sequence[int], wants_rows: bool, toks_per_batch: int | None = None, num_threads: int | None = None) -> None:
         self.model = model
         self.layers = list(layers)
         self.wants_rows = wants_rows

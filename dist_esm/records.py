@@ -73,9 +73,7 @@ class Count:
     lines: int = 0
 
     def __add__(self, other: Count) -> Count:
-        return Count(
-            self.sequences + other.sequences, self.residues + other.residues, self.squares + other.squares, self.lines + other.lines
-        )
+        return Count(self.sequences + other.sequences, self.residues + other.residues, self.squares + other.squares, self.lines + other.lines)
 
 
 @dataclass(frozen=True)

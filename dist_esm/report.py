@@ -124,9 +124,7 @@ def make_report(plan: Plan, ranks: Sequence[RankSummary], joined: dict[int, str 
             took = sum(result.seconds for result in results)
             truncated = tally.outcomes.get("truncated", 0)
             files.append(
-                FileReport(
-                    str(file.path), str(output), parts, tally.sequences, tally.residues, truncated, results[0].rank, round(took, 3), len(units), tally
-                )
+                FileReport(str(file.path), str(output), parts, tally.sequences, tally.residues, truncated, results[0].rank, round(took, 3), len(units), tally)
             )
     status = "aborted" if reason is not None else "partial" if failed else "complete"
     records = {

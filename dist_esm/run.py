@@ -143,8 +143,8 @@ def agree_on_plan(config: Config, files: list[FastaFile], world: World) -> Plan:
     counted = []
     for index in sorted(assign(sizes, keys, world.world_size)[world.rank]):
         number, piece, problem = slices[index]
-        found, unreadable = ([(piece, Count())], problem) if problem else count_slice(
-            piece, config.truncation_seq_length, config.max_proteins_per_output, number in is_cut
+        found, unreadable = (
+            ([(piece, Count())], problem) if problem else count_slice(piece, config.truncation_seq_length, config.max_proteins_per_output, number in is_cut)
         )
         counted += [(index, one.start, one.stop, one.seek, (n.sequences, n.residues, n.squares, n.lines), unreadable) for one, n in found]
     everything = sorted((entry for text in world.exchange(json.dumps(counted)) for entry in json.loads(text)), key=lambda entry: entry[:2])

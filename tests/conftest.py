@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from esm.model import esm2 as fair_esm
+
 from dist_esm.esm2 import Architecture
 from dist_esm.weights import KNOWN, random_tensor, tensor_shapes
-from esm.model.esm2 import ESM2 as FairESM2
 
 DATA = Path(__file__).parent / "data"
 PROTEINS = DATA / "proteins"
@@ -47,9 +48,9 @@ def random_state(arch: Architecture, seed: int = 0, hard: bool = False) -> dict[
     return state
 
 
-def fair_esm_model(arch: Architecture, state: dict[str, torch.Tensor]) -> FairESM2:
+def fair_esm_model(arch: Architecture, state: dict[str, torch.Tensor]) -> fair_esm.ESM2:
     """fair-esm's own module with these parameters, in fp32."""
-    model = FairESM2(arch.num_layers, arch.embed_dim, arch.attention_heads, "ESM-1b", token_dropout=True)
+    model = fair_esm.ESM2(arch.num_layers, arch.embed_dim, arch.attention_heads, "ESM-1b", token_dropout=True)
     result = model.load_state_dict(state, strict=False)
     assert not result.unexpected_keys
     assert all(key.startswith(("lm_head", "contact_head")) for key in result.missing_keys)

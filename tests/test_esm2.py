@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
-from conftest import A3B_SHAPED, A8M, A35M, DATA, fair_esm_model, random_state, relative_error, write_checkpoint
+from esm.data import Alphabet
+
+from conftest import A3B_SHAPED, A8M, A35M, DATA, fair_esm_model, random_state, relative_error, run_ranks, write_checkpoint
+from dist_esm import weights
 from dist_esm.alphabet import tokenize
-from dist_esm.config import ModelConfig
+from dist_esm.config import Attention, ModelConfig
 from dist_esm.engine import Engine
 from dist_esm.esm2 import ESM2, Architecture
-from dist_esm.kernels import Seqlens, sdpa
+from dist_esm.kernels import Seqlens, choose_attention, sdpa
 from dist_esm.records import Pack, Segment
 from dist_esm.weights import load_model
-from esm.data import Alphabet
 
 SEQUENCES = (b"M", b"MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVV", b"ACDEFGHIKLMNPQRSTVWYXBUZO" * 4, b"GAVLIPFMW" * 21)
 CPU = torch.device("cpu")
-MODELS = [pytest.param((A8M, False), id="8M"), pytest.param((A8M, True), id="8M-hard"), pytest.param((A35M, False), id="35M"), pytest.param((A3B_SHAPED, False), id="3B-shaped")]
+MODELS = [
+    pytest.param((A8M, False), id="8M"),
+    pytest.param((A8M, True), id="8M-hard"),
+    pytest.param((A35M, False), id="35M"),
+    pytest.param((A3B_SHAPED, False), id="3B-shaped"),
+]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -38,7 +47,7 @@ def ours(model: ESM2, sequences) -> list[dict[int, torch.Tensor]]:
     positions = np.concatenate([np.arange(len(one)) for one in tokens])
     layers = range(model.arch.num_layers + 1)
     hidden = model(torch.from_numpy(np.concatenate(tokens)).long(), torch.from_numpy(positions), Seqlens.of(bounds, CPU), layers)
-    return [{layer: hidden[layer][start:stop] for layer in layers} for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [{layer: hidden[layer][start:stop] for layer in layers} for start, stop in pairwise(bounds)]
 
 
 @torch.inference_mode()
@@ -97,6 +106,42 @@ def test_a_lower_layer_stops_the_forward_early_with_the_same_numbers(pair):
     assert relative_error(torch.from_numpy(answer.rows[1]), full[1][1:-1]) <= 1e-5
 
 
+def test_rows_without_a_protein_change_nothing(pair):
+    """On a GPU a pack is filled up to a fixed number of rows; the same forward on a CPU shows that they stay out of the answers."""
+    model, _ = pair
+    segments = [segment(sequence, i) for i, sequence in enumerate(SEQUENCES)]
+    engine = Engine(model, [model.arch.num_layers], wants_rows=True, num_threads=1)
+    filled = engine._forward(segments, num_rows=640)
+    alone = [engine.run(Pack((one,)))[0] for one in segments]
+    engine.close()
+    for one, other in zip(filled, alone, strict=True):
+        for layer in one.rows:
+            assert one.rows[layer].shape == other.rows[layer].shape
+            assert relative_error(torch.from_numpy(one.rows[layer]), torch.from_numpy(other.rows[layer])) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_bits_are_the_same_in_any_company_and_the_numbers_fair_esms(dtype):
+    device = torch.device("cuda", 0)
+    state = random_state(A3B_SHAPED, seed=1)
+    with torch.device("meta"):
+        model = ESM2(A3B_SHAPED, choose_attention(Attention.auto, device, dtype)[1])
+    weights._fill(model, state.__getitem__, device, dtype)
+    oracle = fair_esm_model(A3B_SHAPED, state)
+    engine = Engine(model.eval(), [2], wants_rows=True, toks_per_batch=1024)
+    segments = [segment(sequence, i) for i, sequence in enumerate(SEQUENCES)]
+    alone = [engine.run(Pack((one,)))[0] for one in segments]
+    together = engine.run(Pack(tuple(reversed(segments))))[::-1]
+    for sequence, one, other in zip(SEQUENCES, alone, together, strict=True):
+        np.testing.assert_array_equal(one.rows[2], other.rows[2])
+        np.testing.assert_array_equal(one.sums[2], other.sums[2])
+        expected = theirs(oracle, sequence)[2][1 : len(sequence) + 1]
+        if dtype is torch.float32:
+            assert relative_error(torch.from_numpy(one.rows[2]), expected) <= 1e-5
+        assert torch.cosine_similarity(torch.from_numpy(one.sums[2]), expected.sum(0), dim=0) >= 0.9999
+
+
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_same_bits_in_any_company(pair, num_threads):
     model, _ = pair
@@ -126,8 +171,6 @@ def test_bf16_stays_close_to_fair_esms_fp32():
 
 
 def bf16_model(arch: Architecture, state) -> ESM2:
-    from dist_esm import weights
-
     with torch.device("meta"):
         model = ESM2(arch, sdpa)
     weights._fill(model, state.__getitem__, CPU, torch.bfloat16)
@@ -136,8 +179,6 @@ def bf16_model(arch: Architecture, state) -> ESM2:
 
 def test_truncation_is_fair_esms(checkpoint_8m, tmp_path):
     """The first 1,022 residues, as fair-esm's batch converter and its extract script take them."""
-    from conftest import run_ranks
-
     header, *lines = (DATA / "long.fasta").read_text().splitlines()
     sequence = "".join(lines)
     assert len(sequence) > 1022

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from conftest import PROTEINS
 from dist_esm.__main__ import compose_config
 from dist_esm.config import Dtype, Include, check
@@ -50,8 +51,9 @@ def test_yaml_and_schema_name_the_same_keys_and_defaults():
     """Help is read off the yaml, types and docs off the schema: they must not drift apart."""
     from dataclasses import fields
 
-    from dist_esm.config import Config
     from omegaconf import OmegaConf
+
+    from dist_esm.config import Config
 
     yaml = OmegaConf.load(__import__("dist_esm.__main__", fromlist=["conf_dir"]).conf_dir() / "config.yaml")
     assert set(yaml) - {"defaults"} == {field.name for field in fields(Config)} - {"model"}

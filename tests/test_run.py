@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from Bio import SeqIO
+from esm.data import Alphabet
+
 from conftest import A8M, PROTEINS, command, environment, fair_esm_model, random_state, read_report, relative_error, run_ranks
 from dist_esm.scan import raw_blocks, whole
-from esm.data import Alphabet
 
 MODEL = "model=esm2_t6_8M_UR50D"
 OUTPUTS = ["large_ESM.pt", "medium_ESM.pt", "viruses/small_ESM.pt", "viruses/tiny_ESM.pt"]
@@ -141,9 +142,7 @@ def test_three_bad_files_in_a_row_abort_and_name_what_was_not_attempted(tmp_path
     assert len(report["failed"]) == 3
     assert report["records"]["in"] == 64 == report["records"]["failed"] + report["records"]["not_attempted"]
     assert "Traceback" not in result.stderr
-    relaxed = run_ranks(
-        2, f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "max_consecutive_failures=4"
-    )
+    relaxed = run_ranks(2, f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "max_consecutive_failures=4")
     assert relaxed.returncode == 1
     report = read_report(tmp_path / "out")
     assert (report["status"], report["not_attempted"], len(report["files"])) == ("partial", [], 1)
@@ -188,9 +187,7 @@ def test_an_interrupted_run_keeps_what_is_done_and_reports_itself_aborted(number
     for i in range(40):
         (tmp_path / "in" / f"{i:02}.fasta").write_text("".join(f">{j}\n{protein[j + i :]}\n" for j in range(10)))
     settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=2000"]
-    process = subprocess.Popen(
-        command(2, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
-    )
+    process = subprocess.Popen(command(2, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
     try:
         deadline = time.monotonic() + 90
         while len(list((tmp_path / "out").glob("*.pt"))) < 2 and time.monotonic() < deadline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from conftest import A8M, A35M, random_state, write_checkpoint
 from dist_esm.config import ModelConfig
 from dist_esm.kernels import sdpa

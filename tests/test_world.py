@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import PROTEINS, command, environment, run_ranks
 from dist_esm.records import WorkerStatus
 from dist_esm.world import World
