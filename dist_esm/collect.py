@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.attempt import attempt
-from dist_esm.config import Include
-from dist_esm.records import Answer, Failure, FastaFile, Protein, RecordOutcome, Segment, Tally, Unit, UnitFailure, UnitOutcome, UnitResult
-from dist_esm.writers import Embeddings, Spool, write_output, write_piece
+from dist_esm.config import Format, Include
+from dist_esm.records import Answer, Failure, FastaFile, Protein, RecordOutcome, Row, Segment, Tally, Unit, UnitFailure, UnitOutcome, UnitResult
+from dist_esm.spool import Embeddings, Spool, torch_dtype, write_piece
+from dist_esm.writers import write_output
 
-Vectors = dict[tuple[Include, int], NDArray[np.float32]]
+Vectors = dict[tuple[Include, int], NDArray[Any]]
 """A protein's finished representations by kind and layer: mean and bos (D,), per_tok (L, D)."""
 
 
@@ -54,12 +55,10 @@ class Piece:
     """One output in the making."""
 
     number: int
-    ids: list[str] = field(default_factory=list)
-    headers: list[str] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     spools: dict[tuple[Include, int], Spool] = field(default_factory=dict)
-    num_rows: int = 0
+    num_residues: int = 0
     num_answered: int = 0
     is_closed: bool = False
 
@@ -89,6 +88,39 @@ class Waiting:
     answers: list[Answer | None]
 
 
+@dataclass(frozen=True)
+class OutputSettings:
+    """What to write, and where."""
+
+    output_dir: Path
+    format: Format
+    include: Sequence[Include]
+    layers: Sequence[int]
+    width: int
+    """D."""
+    dtype: np.dtype[Any]
+    """float32 or float16."""
+    max_proteins_per_output: int
+    """Records of one numbered part."""
+    provenance: dict[str, Any]
+    """Goes into every output."""
+
+    @property
+    def main_layer(self) -> int:
+        """The last layer requested, whose mean is always written."""
+        return self.layers[-1]
+
+    @property
+    def scratch(self) -> Path:
+        """Where spools and pieces wait."""
+        return self.output_dir / ".dist_esm"
+
+    def wanted(self) -> list[tuple[Include, int]]:
+        """Kinds and layers to write: those included, and the mean of the main layer."""
+        kinds = {(kind, layer): None for kind in self.include for layer in self.layers}
+        return list({**kinds, (Include.mean, self.main_layer): None})
+
+
 class Collector:
     """Takes announcements and answers, writes outputs, and says what became of each unit.
 
@@ -96,39 +128,19 @@ class Collector:
     ----------
     files
         The plan's files.
-    output_dir
-        Where outputs go; pieces and spools go to ``.dist_esm`` inside it.
-    include, layers, width
-        Representations to write, and D.
-    max_proteins_per_output
-        Records of one numbered part.
+    settings
+        What to write, and where.
     rank
         For results and failures.
     on_outcome
         Called in the collector's thread with each unit's outcome.
     """
 
-    def __init__(
-        self,
-        files: Sequence[FastaFile],
-        output_dir: Path,
-        include: Sequence[Include],
-        layers: Sequence[int],
-        width: int,
-        max_proteins_per_output: int,
-        rank: int,
-        on_outcome: Callable[[UnitOutcome], None],
-    ) -> None:
+    def __init__(self, files: Sequence[FastaFile], settings: OutputSettings, rank: int, on_outcome: Callable[[UnitOutcome], None]) -> None:
         self.files = files
-        self.output_dir = output_dir
-        self.include = include
-        self.layers = list(layers)
-        self.width = width
-        self.main_layer = self.layers[-1]
-        self.max_proteins_per_output = max_proteins_per_output
+        self.settings = settings
         self.rank = rank
         self.on_outcome = on_outcome
-        self.scratch = output_dir / ".dist_esm"
         self.crash: Exception | None = None
         self._units: dict[int, UnitState] = {}
         self._waiting: dict[int, Waiting] = {}
@@ -213,11 +225,11 @@ class Collector:
         self._note(state, piece, record)
         if record.outcome is RecordOutcome.skipped:
             return
-        self._waiting[record.ticket] = Waiting(record.unit, piece, len(piece.ids), piece.num_rows, record.num_embedded, [None] * record.num_segments)
-        piece.ids.append(record.protein.id)
-        piece.headers.append(record.protein.header)
-        piece.lengths.append(record.num_embedded)
-        piece.num_rows += record.num_embedded
+        self._waiting[record.ticket] = Waiting(record.unit, piece, len(piece.rows), piece.num_residues, record.num_embedded, [None] * record.num_segments)
+        protein, number = record.protein, state.unit.before.sequences + state.num_records - 1
+        row = Row(protein.id, protein.header, number, len(protein.residues), record.num_embedded, record.outcome.name, *astuple(protein.changes))
+        piece.rows.append(row)
+        piece.num_residues += record.num_embedded
         if record.like in (None, record.ticket):
             return
         state.tally.deduplicated += 1
@@ -232,7 +244,7 @@ class Collector:
     def _piece_for(self, state: UnitState, record: Announcement) -> Piece:
         """The piece that the next record belongs to; a part that is full is closed."""
         unit = state.unit
-        part, index = divmod(state.num_records, self.max_proteins_per_output) if unit.first_part is not None else (0, state.num_records)
+        part, index = divmod(state.num_records, self.settings.max_proteins_per_output) if unit.first_part is not None else (0, state.num_records)
         if index == 0 and state.pieces:
             state.pieces[-1].is_closed = True
             self._write_if_complete(record.unit, state, state.pieces[-1])
@@ -286,16 +298,11 @@ class Collector:
                 for ticket in [segment.protein, *followers]:
                     self._settle(ticket, vectors)
 
-    def _wanted(self) -> list[tuple[Include, int]]:
-        """Kinds and layers to write: those included, and the mean of the main layer."""
-        kinds = {(kind, layer): None for kind in self.include for layer in self.layers}
-        return list({**kinds, (Include.mean, self.main_layer): None})
-
     def _combine(self, waiting: Waiting) -> Vectors:
         """The segments of a protein as one: sums added in order and divided once, rows end to end, BOS of the first."""
         answers = [answer for answer in waiting.answers if answer is not None]
         vectors: Vectors = {}
-        for kind, layer in self._wanted():
+        for kind, layer in self.settings.wanted():
             if kind is Include.mean:
                 total = answers[0].sums[layer]
                 for answer in answers[1:]:
@@ -313,9 +320,11 @@ class Collector:
         state = self._units.get(waiting.unit) if waiting else None
         if waiting is None or state is None:
             return
+        with np.errstate(over="ignore"):
+            vectors = {key: rows.astype(self.settings.dtype, copy=False) for key, rows in vectors.items()}
         if not all(np.isfinite(rows).all() for rows in vectors.values()):
-            name = waiting.piece.ids[waiting.index]
-            self._on_fail(waiting.unit, FloatingPointError(f"the embedding of {name} is not finite: use a wider dtype, for example dtype=fp32"))
+            name = waiting.piece.rows[waiting.index].id
+            self._on_fail(waiting.unit, FloatingPointError(f"the embedding of {name} is not finite: use a wider dtype or save_dtype, for example float32"))
             return
         error = attempt(lambda: self._spool(waiting, vectors))
         if isinstance(error, Exception):
@@ -328,8 +337,8 @@ class Collector:
         for (kind, layer), rows in vectors.items():
             spool = waiting.piece.spools.get((kind, layer))
             if spool is None:
-                self.scratch.mkdir(parents=True, exist_ok=True)
-                spool = waiting.piece.spools[kind, layer] = Spool(rows.shape[-1], self.scratch)
+                self.settings.scratch.mkdir(parents=True, exist_ok=True)
+                spool = waiting.piece.spools[kind, layer] = Spool(rows.shape[-1], self.settings.dtype, self.settings.scratch)
             spool.write(waiting.row if kind is Include.per_tok else waiting.index, rows)
 
     def _on_end(self, key: int) -> None:
@@ -359,11 +368,11 @@ class Collector:
                 for spool in piece.spools.values():
                     spool.close()
             for path in state.written.values():
-                (self.output_dir / path).unlink(missing_ok=True)
+                (self.settings.output_dir / path).unlink(missing_ok=True)
         return state
 
     def _write_if_complete(self, key: int, state: UnitState, piece: Piece) -> None:
-        if not piece.is_closed or piece.num_answered < len(piece.ids) or piece.number in state.written:
+        if not piece.is_closed or piece.num_answered < len(piece.rows) or piece.number in state.written:
             return
         written = attempt(lambda: self._write(state, piece))
         for spool in piece.spools.values():
@@ -372,7 +381,7 @@ class Collector:
             self._on_fail(key, written)
             return
         state.written[piece.number] = written
-        state.tally.duplicate_ids += len(piece.ids) - len(set(piece.ids))
+        state.tally.duplicate_ids += len(piece.rows) - len({row.id for row in piece.rows})
         state.pieces[piece.number] = Piece(piece.number, is_closed=True)
         if state.is_closed and len(state.written) == len(state.pieces):
             del self._units[key]
@@ -383,25 +392,26 @@ class Collector:
     def _write(self, state: UnitState, piece: Piece) -> str:
         """Write a piece: a whole output, a numbered part of one, or what `join` will make one of."""
         tensors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}
-        for kind, layer in self._wanted():
+        for kind, layer in self.settings.wanted():
             spool = piece.spools.get((kind, layer))
-            tensors[kind][layer] = spool.tensor() if spool else torch.empty(0, self.width)
+            tensors[kind][layer] = spool.tensor() if spool else torch.empty(0, self.settings.width, dtype=torch_dtype(self.settings.dtype))
+        unit, file = state.unit, self.files[state.unit.file]
         embeddings = Embeddings(
-            piece.ids,
-            piece.headers,
-            piece.lengths,
-            self.main_layer,
-            tensors[Include.mean],
-            tensors[Include.bos],
-            tensors[Include.per_tok],
-            piece.notes,
+            source=str(file.path),
+            provenance=self.settings.provenance,
+            include=[kind.name for kind in self.settings.include],
+            main_layer=self.settings.main_layer,
+            rows=piece.rows,
+            mean=tensors[Include.mean],
+            bos=tensors[Include.bos],
+            per_tok=tensors[Include.per_tok],
+            notes=piece.notes,
         )
-        unit = state.unit
-        stem = self.output_dir / self.files[unit.file].output
+        stem = self.settings.output_dir / file.output
         if unit.first_part is not None:
-            path = write_output(embeddings, self.include, stem.with_name(f"{stem.name}.part{unit.first_part + piece.number + 1:05d}"))
+            path = write_output(self.settings.format, embeddings, stem.with_name(f"{stem.name}.part{unit.first_part + piece.number + 1:05d}"))
         elif unit.is_whole:
-            path = write_output(embeddings, self.include, stem)
+            path = write_output(self.settings.format, embeddings, stem)
         else:
-            path = write_piece(embeddings, self.scratch / "pieces" / f"{unit.file:06d}.{unit.ordinal:06d}.pt")
-        return str(path.relative_to(self.output_dir))
+            path = write_piece(embeddings, self.settings.scratch / "pieces" / f"{unit.file:06d}.{unit.ordinal:06d}.pt")
+        return str(path.relative_to(self.settings.output_dir))

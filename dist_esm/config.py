@@ -57,6 +57,13 @@ class Format(Enum):
     safetensors = "safetensors"
 
 
+class SaveDtype(Enum):
+    """Precision of the numbers in outputs."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
 class AssignBy(Enum):
     """Cost of a unit in the greedy assignment."""
 
@@ -157,6 +164,7 @@ class Config:
     attention: Attention = Attention.auto
     """Implementation of attention; `auto` picks the fastest that the device can run."""
     format: Format = Format.pt
+    save_dtype: SaveDtype = SaveDtype.float32
     assign_by: AssignBy = AssignBy.sequences
     """Cost of a unit in the greedy assignment."""
     unit_share: float = 0.01

@@ -14,10 +14,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
 
 from dist_esm.alphabet import tokenize
 from dist_esm.attempt import attempt
-from dist_esm.collect import Announcement, Collector
+from dist_esm.collect import Announcement, Collector, OutputSettings
 from dist_esm.config import Config, Include, Long
 from dist_esm.engine import Engine, is_out_of_memory
 from dist_esm.fasta import read_proteins
@@ -60,7 +63,15 @@ class RankResult:
     """Packs that did not fit, or failed, and were tried again in halves."""
 
 
-def embed_units(units: Sequence[Unit], files: Sequence[FastaFile], config: Config, engine: Engine, rank: int, stop: Stop) -> RankResult:
+def embed_units(
+    units: Sequence[Unit],
+    files: Sequence[FastaFile],
+    config: Config,
+    engine: Engine,
+    rank: int,
+    stop: Stop,
+    provenance: dict[str, Any] | None = None,
+) -> RankResult:
     """Embed a rank's units in order and write their outputs.
 
     Parameters
@@ -77,6 +88,8 @@ def embed_units(units: Sequence[Unit], files: Sequence[FastaFile], config: Confi
         Recorded with results and failures.
     stop
         Ends the work early; set here when `max_consecutive_failures` is reached.
+    provenance
+        What the numbers depend on, for every output.
 
     Returns
     -------
@@ -99,16 +112,17 @@ def embed_units(units: Sequence[Unit], files: Sequence[FastaFile], config: Confi
                 last = outcome.failure
                 stop.set(f"{len(streak)} files in a row failed on rank {rank}, the last, {last.path}, with {last.error_type}: {last.error_message}")
 
-    collector = Collector(
-        files,
-        config.output_dir,
-        config.include,
-        config.resolved_layers(),
-        config.model.embed_dim,
-        config.max_proteins_per_output,
-        rank,
-        on_outcome,
+    settings = OutputSettings(
+        output_dir=config.output_dir,
+        format=config.format,
+        include=config.include,
+        layers=config.resolved_layers(),
+        width=config.model.embed_dim,
+        dtype=np.dtype(config.save_dtype.name),
+        max_proteins_per_output=config.max_proteins_per_output,
+        provenance=provenance or {},
     )
+    collector = Collector(files, settings, rank, on_outcome)
     reader = Reader(units, files, config, engine.toks_per_batch, collector, failed_files, stop)
     reader.start()
     while (pack := reader.packs.get()) is not None:

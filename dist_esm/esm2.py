@@ -126,6 +126,11 @@ class ESM2(nn.Module):
         """Where the parameters are."""
         return self.inv_freq.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return self.layers[0].qkv.weight.dtype  # type: ignore[return-value, union-attr]
+
     def forward(self, tokens_T: Tensor, positions_T: Tensor, seqlens: Seqlens, repr_layers: Collection[int]) -> dict[int, Tensor]:
         """Hidden states of a pack.
 

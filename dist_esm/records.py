@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,6 +126,29 @@ class Protein:
     """The record had no id and was given one."""
     skipped: str | None = None
     """Why the record gets no embedding."""
+
+
+class Row(NamedTuple):
+    """A protein that has an embedding, as outputs know it."""
+
+    id: str
+    header: str
+    number: int
+    """Index of the record in its file, from 0, skipped ones counted."""
+    length: int
+    """Residues after the policy, before truncation."""
+    embedded: int
+    """Residues that the embedding was made of."""
+    outcome: str
+    """ok, truncated or windowed."""
+    upper_cased: int
+    stops_removed: int
+    gaps_removed: int
+    replaced: int
+
+
+NOTE_COLUMNS = ("record", "id", "outcome", "residues", "embedded", "windows", "upper_cased", "stops_removed", "gaps_removed", "replaced", "note")
+"""Columns of an output's ``.records.tsv``; ``record`` counts from 1."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from dist_esm.plan import Plan
 from dist_esm.records import Failure, RecordOutcome, Tally, UnitFailure, UnitOutcome
-from dist_esm.writers import atomically
+from dist_esm.spool import atomically
 
 
 @dataclass(frozen=True)

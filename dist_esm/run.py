@@ -10,8 +10,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -23,9 +24,10 @@ from dist_esm.kernels import choose_attention, choose_device, choose_dtype
 from dist_esm.plan import Plan, assign, count_slice, cut_files, find_files, make_plan, make_units
 from dist_esm.records import Count, Failure, FastaFile, Slice, WorkerStatus
 from dist_esm.report import RankSummary, failures_by_file, make_report, summary, versions, write_report
-from dist_esm.weights import RANDOM, fetch, load_model, locate
+from dist_esm.spool import atomically, join
+from dist_esm.weights import RANDOM, fetch, load_model, locate, weights_id
 from dist_esm.world import World
-from dist_esm.writers import atomically, join, write_output
+from dist_esm.writers import write_output
 
 log = logging.getLogger("dist_esm")
 T = TypeVar("T")
@@ -53,7 +55,7 @@ def run(config: Config, world: World) -> int:
     stop = Stop()
     world.set_status(WorkerStatus.PROCESSING)
     with interrupts(stop, engine), world.watching(stop.set):
-        result = embed_units(units, plan.files, config, engine, world.rank, stop)
+        result = embed_units(units, plan.files, config, engine, world.rank, stop, provenance(config, engine))
     engine.close()
     if stop.reason is not None and not stop.at_once:
         world.request_stop(stop.reason)
@@ -181,7 +183,7 @@ def join_cut_files(config: Config, plan: Plan, ranks: list[RankSummary], world: 
 def join_file(config: Config, file: FastaFile, paths: list[Path]) -> str:
     """Make one output of its pieces, and return its path relative to `output_dir`."""
     with join(paths, config.output_dir / ".dist_esm") as embeddings:
-        output = write_output(embeddings, config.include, config.output_dir / file.output)
+        output = write_output(config.format, embeddings, config.output_dir / file.output)
     return str(output.relative_to(config.output_dir))
 
 
@@ -216,6 +218,20 @@ def interrupts(stop: Stop, engine: Engine) -> Iterator[None]:
         if not stop.at_once:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def provenance(config: Config, engine: Engine) -> dict[str, Any]:
+    """What the numbers in an output depend on, for people and for readers of it."""
+    return {
+        "model": config.model.name,
+        "weights": weights_id(config.model),
+        "layers": config.resolved_layers(),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "save_dtype": config.save_dtype.name,
+        "truncation_seq_length": config.truncation_seq_length,
+        "long": config.long.name,
+        "dist_esm": version("dist_esm"),
+    }
 
 
 def describe(device: torch.device) -> str:

@@ -9,6 +9,7 @@ model. The contact-regression file that fair-esm asks for is not needed: contact
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import zipfile
 import zlib
@@ -72,6 +73,22 @@ def fetch(config: ModelConfig) -> None:
         reason = getattr(error, "reason", error)
         remedy = "put the file there, or name it with model.weights=PATH"
         raise ValueError(f"{path} is missing and {url} cannot be downloaded ({reason}): {remedy}") from None
+
+
+def weights_id(config: ModelConfig) -> str:
+    """A fingerprint of the weights: of the checksums that the checkpoint's archive holds of each tensor, so no tensor is read."""
+    path = locate(config)
+    if path is None:
+        return f"random-{config.seed}"
+    digest = hashlib.sha256()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for entry in sorted(archive.infolist(), key=lambda entry: entry.filename.partition("/")[2]):
+                digest.update(f"{entry.filename.partition('/')[2]} {entry.file_size} {entry.CRC:08x}\n".encode())
+    else:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+    return digest.hexdigest()[:32]
 
 
 def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, attention: AttentionFunction) -> ESM2:

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+
 from dist_esm.records import WorkerStatus
 from dist_esm.world import World
 
