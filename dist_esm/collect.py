@@ -25,8 +25,8 @@ from torch import Tensor
 
 from dist_esm.attempt import attempt
 from dist_esm.config import Format, Include
-from dist_esm.records import Answer, Failure, FastaFile, Protein, RecordOutcome, Row, Segment, Tally, Unit, UnitFailure, UnitOutcome, UnitResult
-from dist_esm.spool import Embeddings, Spool, torch_dtype, write_piece
+from dist_esm.records import Answer, Failure, FastaFile, Protein, RecordOutcome, Row, Segment, Tally, Unit, UnitFailure, UnitOutcome, UnitResult, WrittenFile
+from dist_esm.spool import Embeddings, Spool, remove, torch_dtype, write_piece, written_file
 from dist_esm.writers import write_output
 
 Vectors = dict[tuple[Include, int], NDArray[Any]]
@@ -70,9 +70,10 @@ class UnitState:
     unit: Unit
     started: float
     pieces: list[Piece] = field(default_factory=list)
-    written: dict[int, str] = field(default_factory=dict)
+    written: dict[int, WrittenFile] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
     num_records: int = 0
+    digest: str = ""
     is_closed: bool = False
 
 
@@ -160,9 +161,9 @@ class Collector:
         """Records were read."""
         self._post(self._on_announce, batch)
 
-    def end(self, key: int) -> None:
-        """All records of a unit were announced."""
-        self._post(self._on_end, key)
+    def end(self, key: int, digest: str) -> None:
+        """All records of a unit were announced; `digest` is that of its text."""
+        self._post(self._on_end, key, digest)
 
     def fail(self, key: int, error: Exception) -> None:
         """A unit cannot be read."""
@@ -341,10 +342,11 @@ class Collector:
                 spool = waiting.piece.spools[kind, layer] = Spool(rows.shape[-1], self.settings.dtype, self.settings.scratch)
             spool.write(waiting.row if kind is Include.per_tok else waiting.index, rows)
 
-    def _on_end(self, key: int) -> None:
+    def _on_end(self, key: int, digest: str) -> None:
         state = self._units.get(key)
         if state is None:
             return
+        state.digest = digest
         if not state.pieces:
             state.pieces.append(Piece(0))
         state.is_closed = state.pieces[-1].is_closed = True
@@ -367,8 +369,8 @@ class Collector:
             for piece in state.pieces:
                 for spool in piece.spools.values():
                     spool.close()
-            for path in state.written.values():
-                (self.settings.output_dir / path).unlink(missing_ok=True)
+            for written in state.written.values():
+                remove(self.settings.output_dir / written.path)
         return state
 
     def _write_if_complete(self, key: int, state: UnitState, piece: Piece) -> None:
@@ -387,9 +389,9 @@ class Collector:
             del self._units[key]
             unit = state.unit
             pieces = tuple(state.written[number] for number in sorted(state.written))
-            self.on_outcome(UnitResult(unit.file, unit.ordinal, pieces, state.tally, self.rank, time.monotonic() - state.started))
+            self.on_outcome(UnitResult(unit.file, unit.ordinal, pieces, state.digest, state.tally, self.rank, time.monotonic() - state.started))
 
-    def _write(self, state: UnitState, piece: Piece) -> str:
+    def _write(self, state: UnitState, piece: Piece) -> WrittenFile:
         """Write a piece: a whole output, a numbered part of one, or what `join` will make one of."""
         tensors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}
         for kind, layer in self.settings.wanted():
@@ -413,5 +415,5 @@ class Collector:
         elif unit.is_whole:
             path = write_output(self.settings.format, embeddings, stem)
         else:
-            path = write_piece(embeddings, self.settings.scratch / "pieces" / f"{unit.file:06d}.{unit.ordinal:06d}.pt")
-        return str(path.relative_to(self.settings.output_dir))
+            path = write_piece(embeddings, self.settings.scratch / "pieces" / f"{file.output}.{unit.ordinal:06d}.pt")
+        return written_file(self.settings.output_dir, path)

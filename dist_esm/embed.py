@@ -12,8 +12,9 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from dist_esm.config import Config, Include, Long
 from dist_esm.engine import Engine, is_out_of_memory
 from dist_esm.fasta import read_proteins
 from dist_esm.pack import Packer, windows
-from dist_esm.records import Answer, FastaFile, Pack, Protein, RecordOutcome, Segment, Unit, UnitFailure, UnitOutcome
+from dist_esm.records import Answer, Failure, FastaFile, Pack, Protein, RecordOutcome, Segment, Unit, UnitFailure, UnitOutcome, UnitResult
 from dist_esm.scan import FastaError
 
 PACKS_AHEAD = 4
@@ -71,6 +72,7 @@ def embed_units(
     rank: int,
     stop: Stop,
     provenance: dict[str, Any] | None = None,
+    record: Callable[[UnitResult], None] = lambda result: None,
 ) -> RankResult:
     """Embed a rank's units in order and write their outputs.
 
@@ -90,6 +92,8 @@ def embed_units(
         Ends the work early; set here when `max_consecutive_failures` is reached.
     provenance
         What the numbers depend on, for every output.
+    record
+        Called with each result as soon as its outputs are in place; what it raises fails the unit.
 
     Returns
     -------
@@ -103,6 +107,10 @@ def embed_units(
     keys = {(unit.file, unit.ordinal): key for key, unit in enumerate(units)}
 
     def on_outcome(outcome: UnitOutcome) -> None:
+        if isinstance(outcome, UnitResult):
+            error = attempt(partial(record, outcome))
+            if isinstance(error, Exception):
+                outcome = UnitFailure(outcome.file, outcome.ordinal, Failure.of(files[outcome.file].path, error, rank), outcome.seconds)
         result.outcomes.append(outcome)
         if isinstance(outcome, UnitFailure):
             failed.add(keys[outcome.file, outcome.ordinal])
@@ -218,23 +226,24 @@ class Reader(threading.Thread):
             if unit.file in self.failed_files:
                 continue
             self.collector.begin(key, unit)
-            is_read = attempt(lambda key=key, unit=unit: self._read(key, unit))  # type: ignore[misc]
+            digest = attempt(lambda key=key, unit=unit: self._read(key, unit))  # type: ignore[misc]
             self._flush_batch()
-            if isinstance(is_read, Exception):
-                self.collector.fail(key, is_read)
-            elif is_read:
-                self.collector.end(key)
-            else:
+            if isinstance(digest, Exception):
+                self.collector.fail(key, digest)
+            elif digest is None:
                 self.collector.abandon(key)
+            else:
+                self.collector.end(key, digest)
         for pack in self._packer.flush():
             self._emit(pack)
 
-    def _read(self, key: int, unit: Unit) -> bool:
-        """Announce and pack the records of a unit; False if the run was stopped half way."""
+    def _read(self, key: int, unit: Unit) -> str | None:
+        """Announce and pack the records of a unit, and give the sha256 of its text; None if the run was stopped half way."""
         num_records = 0
-        for protein in read_proteins(unit, self.config.residues):
+        digest = hashlib.sha256()
+        for protein in read_proteins(unit, self.config.residues, digest.update):
             if self.stop.reason is not None:
-                return False
+                return None
             num_records += 1
             for segment in self._announce(key, protein):
                 for pack in self._packer.add(segment):
@@ -243,7 +252,7 @@ class Reader(threading.Thread):
         stat = os.stat(file.path)
         if num_records != unit.count.sequences or (stat.st_size, stat.st_mtime_ns) != (file.num_bytes, file.mtime_ns):
             raise FastaError("the file was changed while the run was under way: start the run again")
-        return True
+        return digest.hexdigest()
 
     def _announce(self, key: int, protein: Protein) -> Iterator[Segment]:
         """Tell the collector of a record, and give the segments that the device has to see for it."""

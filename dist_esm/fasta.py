@@ -15,7 +15,7 @@ from Bio.SeqIO.FastaIO import SimpleFastaParser
 from dist_esm.alphabet import RESIDUES
 from dist_esm.config import Letter, ResidueConfig, Unknown
 from dist_esm.records import NO_CHANGES, Changes, Protein, Unit
-from dist_esm.scan import FastaError, lines
+from dist_esm.scan import FastaError, Tee, lines
 
 MAX_RESIDUES = 1_000_000
 """A longer record is no protein (the longest known has 45,212 residues, doi:10.1126/science.ado3290): most often a genome."""
@@ -26,8 +26,10 @@ _LOWER = bytes(range(ord("a"), ord("z") + 1))
 _REPLACE = bytes(letter if letter in RESIDUES else ord("X") for letter in range(256))
 
 
-def read_proteins(unit: Unit, policy: ResidueConfig) -> Iterator[Protein]:
+def read_proteins(unit: Unit, policy: ResidueConfig, tee: Tee | None = None) -> Iterator[Protein]:
     """The records of a unit, in order, each either with residues or with the reason why it is skipped.
+
+    Each block of the unit's text is passed to `tee`, too, for whoever wants a digest.
 
     Raises
     ------
@@ -39,7 +41,7 @@ def read_proteins(unit: Unit, policy: ResidueConfig) -> Iterator[Protein]:
     if unit.unreadable:
         raise FastaError(unit.unreadable)
     number = unit.before.sequences
-    for header, letters in SimpleFastaParser(_checked_lines(unit)):
+    for header, letters in SimpleFastaParser(_checked_lines(unit, tee)):
         number += 1
         words = header.split(None, 1)
         name = words[0] if words else f"unnamed_{number}"
@@ -79,11 +81,11 @@ def put_right(letters: bytes, policy: ResidueConfig) -> tuple[bytes, Changes]:
     return letters, Changes(upper_cased, stops_removed, gaps_removed)
 
 
-def _checked_lines(unit: Unit) -> Iterator[str]:
+def _checked_lines(unit: Unit, tee: Tee | None) -> Iterator[str]:
     """The header and sequence lines of a unit, fit for Biopython; blanks inside a sequence line come as `?`."""
     number = unit.before.lines
     length: int | None = None  # residues of the record so far; None: no record yet
-    for raw in lines(unit.slice):
+    for raw in lines(unit.slice, tee):
         number += 1
         is_header = raw.startswith(b">")
         if b"\0" in raw or (not is_header and _CONTROL.search(raw)):
@@ -105,7 +107,9 @@ def _checked_lines(unit: Unit) -> Iterator[str]:
         if length is None:
             raise FastaError(f"line {number} has text before the first '>' ({line[:40]!r}): this is no FASTA file, or its first header is missing")
         if ">" in line or "\ufeff" in line:
-            raise FastaError(f"line {number} has a '>' or a byte order mark inside a sequence: a line end is missing before it, as when files are joined with cat")
+            raise FastaError(
+                f"line {number} has a '>' or a byte order mark inside a sequence: a line end is missing before it, as when files are joined with cat"
+            )
         length += len(line)
         if length > MAX_RESIDUES:
             raise FastaError(f"the record that reaches line {number} has more than {MAX_RESIDUES} letters: no protein, perhaps a genome")

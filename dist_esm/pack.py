@@ -1,12 +1,14 @@
 """Proteins to packs: plain Python on ints, first-fit over a few open packs.
 
 Packs know nothing of files, so a thousand files of ten proteins fill them as well as one file of ten thousand. Segments go into
-the first open pack with room; when too many packs are open the fullest is let go. Memory is the open packs.
+the first open pack with room; when too many packs are open the oldest is let go. It had the first pick of every segment, so it is
+about the fullest, and no protein waits long for its answer. Memory is the open packs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from dist_esm.records import Pack, Segment
 
@@ -44,7 +46,7 @@ class Packer:
         if self._room[index] < MIN_SEGMENT:
             yield self._close(index)
         elif len(self._open) > self.max_open:
-            yield self._close(min(range(len(self._open)), key=lambda i: self._room[i]))
+            yield self._close(0)
 
     def flush(self) -> Iterator[Pack]:
         """Let all open packs go, the oldest first."""
@@ -66,6 +68,6 @@ def windows(num_residues: int, width: int, overlap: int) -> list[tuple[int, int,
     -------
     list of (start, stop, first kept, one past the last kept), residues counted from 0 in the protein
     """
-    starts = list(range(0, num_residues - width, width - overlap)) + [num_residues - width]
-    borders = [0] + [(a + b + width + 1) // 2 for a, b in zip(starts, starts[1:], strict=False)] + [num_residues]
+    starts = [*range(0, num_residues - width, width - overlap), num_residues - width]
+    borders = [0, *((a + b + width + 1) // 2 for a, b in pairwise(starts)), num_residues]
     return [(start, start + width, keep, stop) for start, keep, stop in zip(starts, borders, borders[1:], strict=False)]

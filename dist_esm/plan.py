@@ -13,15 +13,17 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from dist_esm.config import AssignBy
-from dist_esm.records import Count, FastaFile, Slice, Unit
+from dist_esm.records import Count, FastaFile, Slice, Unit, UnitResult, WrittenFile
 from dist_esm.scan import FastaError, count, cut, whole
 
 SUFFIXES = (".fasta", ".fa", ".faa", ".fas")
+PASSED_OVER = (".", "~")
+"""Beginnings of hidden and temporary names."""
 MAX_UNIT_BYTES = 32 << 20
 MIN_UNIT_BYTES = 64 << 10
 
@@ -34,10 +36,15 @@ class Plan:
     units: tuple[Unit, ...]
     bins: tuple[tuple[int, ...], ...]
     """For each rank the indices of its units, in the order in which it takes them."""
+    done: tuple[UnitResult, ...] = ()
+    """Units that an earlier launch finished; they are in no bin."""
+    joined: Mapping[int, WrittenFile] = field(default_factory=dict)
+    """Files whose pieces an earlier launch joined, with their outputs; their units are all done."""
 
     def digest(self) -> str:
         """A fingerprint of files, units and bins."""
-        text = json.dumps([[asdict(item) for item in self.files], [asdict(item) for item in self.units], self.bins], default=str)
+        done = [(result.file, result.ordinal) for result in self.done], sorted(self.joined)
+        text = json.dumps([[asdict(item) for item in self.files], [asdict(item) for item in self.units], self.bins, done], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def units_of(self, file: int) -> Sequence[Unit]:
@@ -45,6 +52,7 @@ class Plan:
         return self._by_file[file]
 
     def unit(self, file: int, ordinal: int) -> Unit:
+        """A unit by its file and its place in it."""
         return self._by_file[file][ordinal]
 
     @cached_property
@@ -93,7 +101,7 @@ def assign_files_by_size(files: Iterable[Path | str] | Mapping[Path | str, int],
     if len(set(paths)) < len(paths) or (isinstance(files, Mapping) and len(paths) < len(files)):
         raise ValueError("a file is named twice: name each once")
     costs = [counts[path] if counts is not None else count_sequences(path) for path in paths]
-    return [[paths[index] for index in bin] for bin in assign(costs, [str(path) for path in paths], num_workers)]
+    return [[paths[index] for index in own] for own in assign(costs, [str(path) for path in paths], num_workers)]
 
 
 def assign(costs: Sequence[int], keys: Sequence[str | tuple[str, int]], num_bins: int) -> list[list[int]]:
@@ -112,9 +120,9 @@ def assign(costs: Sequence[int], keys: Sequence[str | tuple[str, int]], num_bins
 def find_files(inputs: Sequence[str]) -> list[FastaFile]:
     """Resolve paths, directories and globs to FASTA files with their outputs, in a stable order.
 
-    A file named outright is taken as it is. Directories are searched recursively: hidden and temporary names are skipped,
-    links are followed, and a file or directory that can be reached in two ways is taken once, under its real name if that is
-    one of them.
+    A file named outright is taken as it is, hidden or not. Directories are searched recursively: hidden and temporary names
+    are skipped, links are followed, and a file or directory that can be reached in two ways is taken once, under its real name
+    if that is one of them.
 
     Raises
     ------
@@ -130,13 +138,13 @@ def find_files(inputs: Sequence[str]) -> list[FastaFile]:
             if not matches:
                 raise ValueError(f"input={item} holds no FASTA file ({_suffixes()}): name a directory that does")
         elif path.exists():
-            if not _is_fasta(path):
+            if not _has_suffix(path):
                 raise ValueError(f"input={item} does not end in {_suffixes()}: rename it if it is FASTA")
             matches, root = [path], path.parent
         elif glob.has_magic(item):
             hits = [Path(os.path.abspath(hit)) for hit in sorted(glob.glob(os.path.expanduser(item), recursive=True))]
             matches = [hit for hit in hits if hit.is_file() and _is_fasta(hit)]
-            matches += [match for hit in hits if hit.is_dir() for match in sorted(_search(hit))]
+            matches += [match for hit in hits if hit.is_dir() and not hit.name.startswith(PASSED_OVER) for match in sorted(_search(hit))]
             if not matches:
                 raise ValueError(f"input={item} matches no FASTA file ({_suffixes()}): check the pattern, and quote it for the shell")
             root = Path(os.path.commonpath([match.parent for match in matches]))
@@ -145,8 +153,12 @@ def find_files(inputs: Sequence[str]) -> list[FastaFile]:
         found.update(dict.fromkeys(matches))
         roots.append(root)
     root = Path(os.path.commonpath(roots))
+    real = {path: os.path.realpath(path) for path in found}
+    names: dict[str, Path] = {}
+    for path in sorted(found, key=lambda path: (real[path] != str(path), str(path))):
+        names.setdefault(real[path], path)
     files = []
-    for path in sorted(found, key=str):
+    for path in sorted(names.values(), key=str):
         stat = path.stat()
         relative = path.relative_to(root)
         files.append(FastaFile(path, relative.with_name(_stem(path) + "_ESM"), stat.st_size, stat.st_mtime_ns))
@@ -164,8 +176,12 @@ def _stem(path: Path) -> str:
     return name[: name.rindex(".")]
 
 
+def _has_suffix(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith(SUFFIXES)
+
+
 def _is_fasta(path: Path) -> bool:
-    return path.name.lower().removesuffix(".gz").endswith(SUFFIXES) and not path.name.startswith((".", "~"))
+    return _has_suffix(path) and not path.name.startswith(PASSED_OVER)
 
 
 def _search(directory: Path) -> Iterator[Path]:
@@ -181,11 +197,12 @@ def _search(directory: Path) -> Iterator[Path]:
         entries = sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name))
         for entry in entries:
             path = Path(entry.path)
-            if entry.name.startswith((".", "~")):
+            if entry.name.startswith(PASSED_OVER):
                 continue
-            if entry.is_dir():
+            target = path if entry.is_symlink() else entry  # a path takes a link to itself for no file, an entry raises
+            if target.is_dir():
                 (links if entry.is_symlink() else folders).append(path)
-            elif entry.is_file() and _is_fasta(path):
+            elif target.is_file() and _is_fasta(path):
                 (file_links if entry.is_symlink() else file_names).append(path)
 
     folders: list[Path] = [directory]
@@ -281,10 +298,19 @@ def cost(unit: Unit, assign_by: AssignBy, embed_dim: int) -> int:
     return 24 * embed_dim**2 * unit.count.residues + 4 * embed_dim * unit.count.squares
 
 
-def make_plan(files: Sequence[FastaFile], units: Sequence[Unit], num_workers: int, assign_by: AssignBy, embed_dim: int) -> Plan:
-    """Assign the units to ranks."""
-    costs = [cost(unit, assign_by, embed_dim) for unit in units]
-    keys = [(str(files[unit.file].path), unit.ordinal) for unit in units]
-    return Plan(tuple(files), tuple(units), tuple(tuple(bin) for bin in assign(costs, keys, num_workers)))
-
-
+def make_plan(
+    files: Sequence[FastaFile],
+    units: Sequence[Unit],
+    num_workers: int,
+    assign_by: AssignBy,
+    embed_dim: int,
+    done: Sequence[UnitResult] = (),
+    joined: Mapping[int, WrittenFile] | None = None,
+) -> Plan:
+    """Assign the units that are not done to ranks."""
+    finished = {(result.file, result.ordinal) for result in done}
+    missing = [index for index, unit in enumerate(units) if (unit.file, unit.ordinal) not in finished]
+    costs = [cost(units[index], assign_by, embed_dim) for index in missing]
+    keys = [(str(files[units[index].file].path), units[index].ordinal) for index in missing]
+    bins = tuple(tuple(missing[item] for item in own) for own in assign(costs, keys, num_workers))
+    return Plan(tuple(files), tuple(units), bins, tuple(done), joined or {})

@@ -242,13 +242,25 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class WrittenFile:
+    """An output that is in place, or a piece of one."""
+
+    path: str
+    """Relative to `output_dir`."""
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class UnitResult:
     """A unit that is written: its pieces are in place under their names."""
 
     file: int
     ordinal: int
-    pieces: tuple[str, ...]
-    """Paths relative to `output_dir`, in order."""
+    pieces: tuple[WrittenFile, ...]
+    """In order."""
+    digest: str
+    """sha256 of the text that was read."""
     tally: Tally
     rank: int
     seconds: float

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from dist_esm.plan import Plan
-from dist_esm.records import Failure, RecordOutcome, Tally, UnitFailure, UnitOutcome
+from dist_esm.records import Failure, RecordOutcome, Tally, UnitFailure, UnitOutcome, WrittenFile
 from dist_esm.spool import atomically
 
 
@@ -39,13 +39,16 @@ class FileReport:
     path: str
     output: str
     """Relative to `output_dir`; of a file in numbered parts, the first."""
-    parts: int
+    outputs: list[str]
+    """All of them, in order."""
     sequences: int
     residues: int
     truncated: int
     rank: int
     seconds: float
     units: int
+    resumed: bool
+    """An earlier launch finished it."""
     tally: Tally
 
 
@@ -80,7 +83,7 @@ def failures_by_file(outcomes: Sequence[UnitOutcome]) -> dict[int, Failure]:
     return failed
 
 
-def make_report(plan: Plan, ranks: Sequence[RankSummary], joined: dict[int, str | Failure], reason: str | None, seconds: float) -> Report:
+def make_report(plan: Plan, ranks: Sequence[RankSummary], joined: Mapping[int, WrittenFile | Failure], reason: str | None, seconds: float) -> Report:
     """Combine what the ranks say.
 
     Parameters
@@ -96,7 +99,8 @@ def make_report(plan: Plan, ranks: Sequence[RankSummary], joined: dict[int, str 
     seconds
         Wall time of the run.
     """
-    outcomes = [outcome for rank in ranks for outcome in rank.outcomes]
+    outcomes = [*plan.done, *(outcome for rank in ranks for outcome in rank.outcomes)]
+    resumed = {(result.file, result.ordinal) for result in plan.done}
     failed = failures_by_file(outcomes) | {file: end for file, end in joined.items() if isinstance(end, Failure)}
     done: dict[int, list[Any]] = {}
     for outcome in sorted(outcomes, key=lambda outcome: (outcome.file, outcome.ordinal)):
@@ -119,12 +123,24 @@ def make_report(plan: Plan, ranks: Sequence[RankSummary], joined: dict[int, str 
                 tally.add(result.tally)
             total.add(tally)
             pieces = [piece for result in results for piece in result.pieces]
-            output = joined.get(number, pieces[0])
-            parts = 1 if number in joined else len(pieces)
+            whole = joined.get(number)
+            outputs = [whole.path] if isinstance(whole, WrittenFile) else [piece.path for piece in pieces]
             took = sum(result.seconds for result in results)
             truncated = tally.outcomes.get("truncated", 0)
             files.append(
-                FileReport(str(file.path), str(output), parts, tally.sequences, tally.residues, truncated, results[0].rank, round(took, 3), len(units), tally)
+                FileReport(
+                    path=str(file.path),
+                    output=outputs[0],
+                    outputs=outputs,
+                    sequences=tally.sequences,
+                    residues=tally.residues,
+                    truncated=truncated,
+                    rank=results[0].rank,
+                    seconds=round(took, 3),
+                    units=len(units),
+                    resumed=all((result.file, result.ordinal) in resumed for result in results),
+                    tally=tally,
+                )
             )
     status = "aborted" if reason is not None else "partial" if failed else "complete"
     records = {
@@ -142,6 +158,20 @@ def make_report(plan: Plan, ranks: Sequence[RankSummary], joined: dict[int, str 
     return Report(
         status, reason, files, [failed[file] for file in sorted(failed)], not_attempted, records, [rank_entry(rank) for rank in ranks], round(seconds, 3)
     )
+
+
+def fail_what_vanished(report: Report, output_dir: Path) -> None:
+    """Turn files whose outputs are no longer there into failures: nothing is called done that is not on disk."""
+    for entry in list(report.files):
+        gone = [output for output in entry.outputs if not (output_dir / output).exists()]
+        if gone:
+            report.files.remove(entry)
+            report.failed.append(Failure(entry.path, "FileNotFoundError", f"its output {gone[0]} was removed while the run was under way", entry.rank))
+            for outcome, number in entry.tally.outcomes.items():
+                report.records[outcome] -= number
+            report.records["failed"] += entry.tally.sequences
+            report.records["residues"] -= entry.tally.residues
+            report.status = "partial" if report.status == "complete" else report.status
 
 
 def rank_entry(rank: RankSummary) -> dict[str, Any]:
@@ -187,8 +217,10 @@ def summary(report: Report, output_dir: Path) -> str:
     num_files = len(report.files) + len(report.failed) + len(report.not_attempted)
     tokens = sum(rank["tokens"] for rank in report.ranks)
     working = max((rank["seconds"] for rank in report.ranks), default=0.0)
+    resumed = sum(entry.resumed for entry in report.files)
+    earlier = f" ({resumed} by earlier launches)" if resumed else ""
     lines = [
-        f"{report.status}: {len(report.files)} of {num_files} files embedded in {report.seconds:.1f} s, outputs in {output_dir}",
+        f"{report.status}: {len(report.files)} of {num_files} files embedded{earlier} in {report.seconds:.1f} s, outputs in {output_dir}",
         f"proteins: {records['in']} read, "
         + ", ".join(f"{records[key]} {key}" for key in ("ok", "truncated", "windowed", "skipped", "failed", "not_attempted") if records[key] or key == "ok")
         + f"; {records['residues']} residues embedded",

@@ -5,26 +5,29 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 import torch
 
 from dist_esm.attempt import attempt
 from dist_esm.config import Config, Include, to_dict
-from dist_esm.embed import Stop, embed_units
-from dist_esm.engine import Engine
-from dist_esm.kernels import choose_attention, choose_device, choose_dtype
-from dist_esm.plan import Plan, assign, count_slice, cut_files, find_files, make_plan, make_units
-from dist_esm.records import Count, Failure, FastaFile, Slice, WorkerStatus
-from dist_esm.report import RankSummary, failures_by_file, make_report, summary, versions, write_report
-from dist_esm.spool import atomically, join
+from dist_esm.embed import RankResult, Stop, embed_units
+from dist_esm.engine import DEFAULT_TOKS_PER_BATCH, Engine
+from dist_esm.journal import Journal, check_settings, clean, entry_of, lock, new_launch, start_over, write_settings
+from dist_esm.journal import read as read_journal
+from dist_esm.kernels import AttentionFunction, choose_attention, choose_device, choose_dtype
+from dist_esm.plan import Plan, find_files
+from dist_esm.records import Failure, FastaFile, Tally, UnitResult, WorkerStatus, WrittenFile
+from dist_esm.report import RankSummary, fail_what_vanished, failures_by_file, make_report, summary, versions, write_report
+from dist_esm.spool import atomically, join, written_file
+from dist_esm.survey import agree_on_plan, results_of
 from dist_esm.weights import RANDOM, fetch, load_model, locate, weights_id
 from dist_esm.world import World
 from dist_esm.writers import write_output
@@ -47,57 +50,137 @@ def run(config: Config, world: World) -> int:
         On every rank, if the run cannot start on one of them.
     """
     started = time.monotonic()
-    files, device, engine = prepare(config, world)
-    plan = agree_on_plan(config, files, world)
-    units = [plan.units[index] for index in plan.bins[world.rank]]
-    num_files, num_proteins = len({unit.file for unit in units}), sum(unit.count.sequences for unit in units)
-    log.info("bin: %d units of %d files, %d proteins", len(units), num_files, num_proteins)
-    stop = Stop()
-    world.set_status(WorkerStatus.PROCESSING)
-    with interrupts(stop, engine), world.watching(stop.set):
-        result = embed_units(units, plan.files, config, engine, world.rank, stop, provenance(config, engine))
-    engine.close()
-    if stop.reason is not None and not stop.at_once:
-        world.request_stop(stop.reason)
-    status = WorkerStatus.COMPLETED if stop.reason is None else WorkerStatus.FAILED
-    world.set_status(status)
-    mine = RankSummary(world.rank, world.host, describe(device), status.name, result.seconds, result.num_tokens, result.num_split_packs, result.outcomes)
-    if stop.at_once:
-        ranks, joined = world.collect_in_haste(mine), {}
-    else:
-        world.wait_until_complete()
-        ranks = world.all_gather(mine)
-        joined = join_cut_files(config, plan, ranks, world)
-    if not world.is_main:
-        return 0
-    return conclude(config, plan, ranks, joined, stop.reason or world.stop_reason(), time.monotonic() - started)
-
-
-def prepare(config: Config, world: World) -> tuple[list[FastaFile], torch.device, Engine]:
-    """Find the inputs, make ready the output directory, the device and the model: all ranks can, or all refuse."""
     files = together(world, lambda: find_files(config.input_list()))
+    setup = prepare(config, world)
+    with output_directory(config, setup, world) as journal:
+        entries = read_journal(config.output_dir) if config.resume else []
+        plan = agree_on_plan(config, files, world, entries)
+        units = [plan.units[index] for index in plan.bins[world.rank]]
+        engine = together(world, lambda: load_engine(config, setup, world) if units else None)
+        num_files, num_proteins = len({unit.file for unit in units}), sum(unit.count.sequences for unit in units)
+        log.info("bin: %d units of %d files, %d proteins", len(units), num_files, num_proteins)
+        stop, result = Stop(), RankResult()
+        world.set_status(WorkerStatus.PROCESSING)
+        if engine is not None:
+            with interrupts(stop, engine), world.watching(stop.set):
+                result = embed_units(units, files, config, engine, world.rank, stop, setup.provenance, journal_writer(journal, files, plan))
+            engine.close()
+        if stop.reason is not None and not stop.at_once:
+            world.request_stop(stop.reason)
+        status = WorkerStatus.COMPLETED if stop.reason is None else WorkerStatus.FAILED
+        device = describe(setup.device)
+        mine = RankSummary(world.rank, world.host, device, status.name, result.seconds, result.num_tokens, result.num_split_packs, result.outcomes)
+        if stop.at_once:
+            ranks, joined = world.collect_in_haste(mine), {}
+        else:
+            world.set_status(status)
+            world.wait_until_complete()
+            ranks = world.all_gather(mine)
+            joined = join_cut_files(config, plan, ranks, journal, world)
+        if not world.is_main:
+            return 0
+        seconds = time.monotonic() - started
+        return conclude(config, setup, plan, ranks, joined, journal, stop.reason or (None if stop.at_once else world.stop_reason()), seconds)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What this rank runs on, and what its numbers depend on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    attention_name: str
+    attention: AttentionFunction
+    provenance: dict[str, Any]
+    """Goes into every output."""
+    settings: dict[str, Any]
+    """All that one output directory must not mix."""
+
+
+def prepare(config: Config, world: World) -> Setup:
+    """Choose the device and find the weights: all ranks can, or all refuse."""
     together(world, lambda: make_output_dir(config.output_dir))
     device = together(world, lambda: choose_device(config.device, world.local_rank, world.local_world_size, world.host))
     dtype = choose_dtype(config.dtype, device)
     name, attention = together(world, lambda: choose_attention(config.attention, device, dtype))
     together(world, lambda: fetch(config.model) if world.local_rank == 0 else None)
     world.start_process_group(device)
+    provenance = {
+        "model": config.model.name,
+        "weights": together(world, lambda: weights_id(config.model)),
+        "layers": config.resolved_layers(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "save_dtype": config.save_dtype.name,
+        "truncation_seq_length": config.truncation_seq_length,
+        "long": config.long.name,
+        "dist_esm": version("dist_esm"),
+    }
+    values = to_dict(config)
+    settings = {key: values[key] for key in ("format", "include", "window_overlap", "residues", "max_proteins_per_output")}
+    # On a GPU the rows of a pack choose the matrix kernels, so they are part of what the bits depend on.
+    shape = {"toks_per_batch": config.toks_per_batch or DEFAULT_TOKS_PER_BATCH["cuda"]} if device.type == "cuda" else {}
+    settings = {**provenance, **settings, **shape, "device": device.type, "attention": name}
+    del settings["dist_esm"]
+    return Setup(device, dtype, name, attention, provenance, settings)
+
+
+def load_engine(config: Config, setup: Setup, world: World) -> Engine:
+    """The model on this rank's device."""
     began = time.monotonic()
-    model = together(world, lambda: load_model(config.model, device, dtype, attention))
+    model = load_model(config.model, setup.device, setup.dtype, setup.attention)
     num_threads = max(1, len(os.sched_getaffinity(0)) // world.local_world_size)
     engine = Engine(model, config.resolved_layers(), Include.per_tok in config.include, config.toks_per_batch, num_threads)
     log.info(
         "%s on %s in %s, loaded in %.1f s; attention %s, packs of %d tokens",
         config.model.name,
-        describe(device),
-        str(dtype).removeprefix("torch."),
+        describe(setup.device),
+        setup.provenance["dtype"],
         time.monotonic() - began,
-        name,
+        setup.attention_name,
         engine.toks_per_batch,
     )
     if world.is_main and config.model.weights == RANDOM:
         log.warning("WEIGHTS ARE RANDOM (seed %d): the embeddings will mean nothing", config.model.seed)
-    return files, device, engine
+    return engine
+
+
+@contextmanager
+def output_directory(config: Config, setup: Setup, world: World) -> Iterator[Journal]:
+    """Hold the output directory, refuse to mix settings in it, clear what killed runs left, and open this rank's journal."""
+    held = together(world, lambda: hold(config, setup.settings) if world.is_main else None)
+    (launch, *_) = world.exchange(new_launch())
+    journal = Journal(config.output_dir, launch, world.rank)
+    try:
+        yield journal
+    finally:
+        journal.close()
+        if held is not None:
+            held.close()
+
+
+def hold(config: Config, settings: dict[str, Any]) -> IO[str]:
+    """Rank 0's part of `output_directory`."""
+    held = lock(config.output_dir)
+    check_settings(config.output_dir, settings, config.resume)
+    if not config.resume:
+        removed = start_over(config.output_dir)
+        if removed:
+            shown = ", ".join(removed[:3]) + (", ..." if len(removed) > 3 else "")
+            log.warning("resume=false: starting over, %d finished outputs in %s are removed: %s", len(removed), config.output_dir, shown)
+    write_settings(config.output_dir, settings)
+    clean(config.output_dir, (one.path for entry in read_journal(config.output_dir) for one in entry.written))
+    return held
+
+
+def journal_writer(journal: Journal, files: list[FastaFile], plan: Plan) -> Callable[[UnitResult], None]:
+    """What records a finished unit."""
+
+    def record(result: UnitResult) -> None:
+        pieces = [plan.unit(result.file, result.ordinal).slice]
+        output = str(files[result.file].output)
+        journal.append(entry_of(output, pieces, [result.digest], list(result.pieces), result.tally, result.rank, result.seconds))
+
+    return record
 
 
 def together(world: World, work: Callable[[], T]) -> T:
@@ -130,70 +213,63 @@ def make_output_dir(output_dir: Path) -> None:
         raise ValueError(f"output_dir={output_dir} cannot be written to ({error.strerror}): name a directory that can") from None
 
 
-def agree_on_plan(config: Config, files: list[FastaFile], world: World) -> Plan:
-    """The same plan on every rank: the bytes are shared out for counting, the counts exchanged, the digests compared.
-
-    Raises
-    ------
-    RefusedError
-        If ranks see different inputs.
-    """
-    slices = cut_files(files, config.unit_share)
-    sizes = [(piece.stop or files[number].num_bytes) - piece.start for number, piece, _ in slices]
-    keys = [(str(files[number].path), index) for index, (number, _, _) in enumerate(slices)]
-    is_cut = {number for number, piece, _ in slices if piece.stop is not None}
-    counted = []
-    for index in sorted(assign(sizes, keys, world.world_size)[world.rank]):
-        number, piece, problem = slices[index]
-        found, unreadable = (
-            ([(piece, Count())], problem) if problem else count_slice(piece, config.truncation_seq_length, config.max_proteins_per_output, number in is_cut)
-        )
-        counted += [(index, one.start, one.stop, one.seek, (n.sequences, n.residues, n.squares, n.lines), unreadable) for one, n in found]
-    everything = sorted((entry for text in world.exchange(json.dumps(counted)) for entry in json.loads(text)), key=lambda entry: entry[:2])
-    merged = []
-    for index, start, stop, seek, numbers, unreadable in everything:
-        number, piece, _ = slices[index]
-        merged.append((number, Slice(piece.path, start, stop, (seek[0], seek[1]), piece.is_gzip), Count(*numbers), unreadable))
-    units = make_units(merged, config.max_proteins_per_output)
-    plan = make_plan(files, units, world.world_size, config.assign_by, config.model.embed_dim)
-    seen = world.exchange(f"{plan.digest()} ({len(plan.files)} files, {sum(file.num_bytes for file in plan.files)} bytes)")
-    odd = [f"rank {rank} sees {text}" for rank, text in enumerate(seen) if text != seen[0]]
-    world.agree(f"the ranks see different inputs: rank 0 sees {seen[0]}, {', '.join(odd)}: give all ranks the same files" if odd else None)
-    return plan
-
-
-def join_cut_files(config: Config, plan: Plan, ranks: list[RankSummary], world: World) -> dict[int, str | Failure]:
+def join_cut_files(config: Config, plan: Plan, ranks: list[RankSummary], journal: Journal, world: World) -> dict[int, WrittenFile | Failure]:
     """Join the pieces of every file that was cut, is whole again and is small enough for one output; the ranks share the files."""
-    outcomes = [outcome for rank in ranks for outcome in rank.outcomes]
+    outcomes = [*plan.done, *(outcome for rank in ranks for outcome in rank.outcomes)]
     failed = failures_by_file(outcomes)
-    pieces: dict[int, dict[int, str]] = {}
+    results: dict[int, dict[int, UnitResult]] = {}
     for outcome in outcomes:
         unit = plan.unit(outcome.file, outcome.ordinal)
-        if outcome.file not in failed and not unit.is_whole and unit.first_part is None:
-            pieces.setdefault(outcome.file, {})[outcome.ordinal] = outcome.pieces[0]  # type: ignore[union-attr]
-    whole = sorted(file for file, found in pieces.items() if len(found) == len(plan.units_of(file)))
-    joined: dict[int, str | Failure] = {}
-    for file in whole[world.rank :: world.world_size]:
-        paths = [config.output_dir / pieces[file][ordinal] for ordinal in sorted(pieces[file])]
-        output = attempt(lambda file=file, paths=paths: join_file(config, plan.files[file], paths))  # type: ignore[misc]
+        if isinstance(outcome, UnitResult) and outcome.file not in failed and not unit.is_whole and unit.first_part is None:
+            results.setdefault(outcome.file, {})[outcome.ordinal] = outcome
+    ready = sorted(file for file, found in results.items() if len(found) == len(plan.units_of(file)) and file not in plan.joined)
+    joined: dict[int, WrittenFile | Failure] = {}
+    for file in ready[world.rank :: world.world_size]:
+        parts = [results[file][ordinal] for ordinal in sorted(results[file])]
+        output = attempt(lambda file=file, parts=parts: join_file(config, plan, file, parts, journal))  # type: ignore[misc]
         joined[file] = Failure.of(plan.files[file].path, output, world.rank) if isinstance(output, Exception) else output
-    return {file: end for ends in world.all_gather(joined) for file, end in ends.items()}
+    return {**plan.joined, **{file: end for ends in world.all_gather(joined) for file, end in ends.items()}}
 
 
-def join_file(config: Config, file: FastaFile, paths: list[Path]) -> str:
-    """Make one output of its pieces, and return its path relative to `output_dir`."""
+def join_file(config: Config, plan: Plan, file: int, parts: list[UnitResult], journal: Journal) -> WrittenFile:
+    """Make one output of a file's pieces, record it, and remove the pieces."""
+    paths = [config.output_dir / part.pieces[0].path for part in parts]
     with join(paths, config.output_dir / ".dist_esm") as embeddings:
-        output = write_output(config.format, embeddings, config.output_dir / file.output)
-    return str(output.relative_to(config.output_dir))
+        output = write_output(config.format, embeddings, config.output_dir / plan.files[file].output)
+    written = written_file(config.output_dir, output)
+    tally = Tally()
+    for part in parts:
+        tally.add(part.tally)
+    slices = [unit.slice for unit in plan.units_of(file)]
+    seconds = sum(part.seconds for part in parts)
+    digests = [part.digest for part in parts]
+    journal.append(entry_of(str(plan.files[file].output), slices, digests, [written], tally, journal.rank, seconds, is_joined=True))
+    for path in paths:
+        path.unlink(missing_ok=True)
+    return written
 
 
-def conclude(config: Config, plan: Plan, ranks: list[RankSummary], joined: dict[int, str | Failure], reason: str | None, seconds: float) -> int:
+def conclude(
+    config: Config,
+    setup: Setup,
+    plan: Plan,
+    ranks: list[RankSummary],
+    joined: dict[int, WrittenFile | Failure],
+    journal: Journal,
+    reason: str | None,
+    seconds: float,
+) -> int:
     """Write the report, print the summary, and return the exit code."""
+    if reason is not None:
+        # Ranks that died can no longer say what they finished; what they journaled still stands.
+        known = {(outcome.file, outcome.ordinal) for rank in ranks for outcome in rank.outcomes}
+        found = results_of(read_journal(config.output_dir, journal.launch), plan)
+        plan = replace(plan, done=(*plan.done, *(result for result in found if (result.file, result.ordinal) not in known)))
     report = make_report(plan, ranks, joined, reason, seconds)
+    fail_what_vanished(report, config.output_dir)
     report.config = to_dict(config)
-    report.model = {"name": config.model.name, "weights": config.model.weights or str(locate(config.model)), "layers": config.resolved_layers()}
+    report.model = {"name": config.model.name, "weights": config.model.weights or str(locate(config.model)), **setup.provenance}
     report.versions = versions()
-    shutil.rmtree(config.output_dir / ".dist_esm" / "pieces", ignore_errors=True)
     with atomically(config.output_dir / ".dist_esm" / "config.json") as beside:
         beside.write_text(json.dumps(report.config, indent=1) + "\n", encoding="utf-8")
     write_report(report, config.output_dir)
@@ -218,20 +294,6 @@ def interrupts(stop: Stop, engine: Engine) -> Iterator[None]:
         if not stop.at_once:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def provenance(config: Config, engine: Engine) -> dict[str, Any]:
-    """What the numbers in an output depend on, for people and for readers of it."""
-    return {
-        "model": config.model.name,
-        "weights": weights_id(config.model),
-        "layers": config.resolved_layers(),
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
-        "save_dtype": config.save_dtype.name,
-        "truncation_seq_length": config.truncation_seq_length,
-        "long": config.long.name,
-        "dist_esm": version("dist_esm"),
-    }
 
 
 def describe(device: torch.device) -> str:

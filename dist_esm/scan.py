@@ -10,11 +10,13 @@ Memory is a few blocks, whatever the size of the file or of its lines.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import re
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +24,7 @@ import numpy as np
 
 from dist_esm.records import Count, Slice
 
+Tee = Callable[[bytes], object]
 BLOCK = 1 << 20
 MAX_LINE = 1 << 26
 """A longer line is no FASTA; refusing it is what keeps the reader's memory bounded."""
@@ -52,8 +55,8 @@ def whole(path: Path) -> Slice:
     return Slice(path, is_gzip=magic == _GZIP_MAGIC)
 
 
-def raw_blocks(piece: Slice) -> Iterator[bytes]:
-    """The decompressed bytes of a slice.
+def raw_blocks(piece: Slice, tee: Tee | None = None) -> Iterator[bytes]:
+    """The decompressed bytes of a slice; each block is passed to `tee`, too, for whoever wants a digest.
 
     Raises
     ------
@@ -74,20 +77,25 @@ def raw_blocks(piece: Slice) -> Iterator[bytes]:
                     break
                 position += len(block)
                 if position > piece.start:
+                    if tee is not None:
+                        tee(block)
                     yield block
+            # One byte more, so that gzip checks the sum of a block that the slice ends with; it belongs to the next record, if there is one.
+            if piece.is_gzip and piece.stop is not None and stream.read(1) not in (b"", b">"):
+                raise FastaError(f"damaged gzip: a block-gzip record border is not at decompressed byte {position}, where the sizes of its blocks put it")
         except EOFError:
-            raise FastaError(f"truncated gzip: the data ends after {position} decompressed bytes, without the end-of-stream mark") from None
+            raise FastaError(f"truncated gzip: the file ends at byte {file.tell()}, in the middle of its data") from None
         except (gzip.BadGzipFile, zlib.error) as error:
-            raise FastaError(f"damaged gzip after {position} decompressed bytes: {error}") from None
+            raise FastaError(f"damaged gzip at or before byte {file.tell()} of the file: {error}") from None
         if piece.is_gzip and position == 0:
             raise FastaError("empty gzip file: it decompresses to nothing")
 
 
-def blocks(piece: Slice) -> Iterator[bytes]:
+def blocks(piece: Slice, tee: Tee | None = None) -> Iterator[bytes]:
     """The text of a slice with every line end (LF, CRLF, CR) as LF and no byte order mark; blocks may end within a line."""
     pending = b""
     is_first = piece.start == 0
-    for block in raw_blocks(piece):
+    for block in raw_blocks(piece, tee):
         block = pending + block
         pending = b""
         if is_first:
@@ -106,7 +114,23 @@ def blocks(piece: Slice) -> Iterator[bytes]:
         yield pending.replace(b"\r", b"\n")
 
 
-def lines(piece: Slice) -> Iterator[bytes]:
+def digest(piece: Slice) -> str:
+    """sha256 of the decompressed bytes of a slice.
+
+    Raises
+    ------
+    FastaError
+        If gzip is damaged.
+    OSError
+        If the file cannot be read.
+    """
+    found = hashlib.sha256()
+    for _ in raw_blocks(piece, found.update):
+        pass
+    return found.hexdigest()
+
+
+def lines(piece: Slice, tee: Tee | None = None) -> Iterator[bytes]:
     """The lines of a slice, without their ends.
 
     Raises
@@ -116,7 +140,7 @@ def lines(piece: Slice) -> Iterator[bytes]:
     """
     parts: list[bytes] = []
     length = 0
-    for block in blocks(piece):
+    for block in blocks(piece, tee):
         first, *rest = block.split(b"\n")
         parts.append(first)
         length += len(first)
@@ -205,14 +229,11 @@ def cut(piece: Slice, num_bytes: int, num_slices: int) -> list[Slice]:
     borders = [piece.start]
     for number in range(1, num_slices):
         target = piece.start + (end - piece.start) * number // num_slices
-        border = _next_record(piece, target, end, index)
-        if border > borders[-1]:
-            borders.append(border)
+        if target > borders[-1]:  # else the last border is the next one after this byte, too
+            borders.append(_next_record(piece, target, end, index))
     borders = [border for border in borders if border < end] + [end]
-    return [
-        Slice(piece.path, start, stop, _entry(index, start) if piece.is_gzip else (start, start), piece.is_gzip)
-        for start, stop in zip(borders, borders[1:], strict=False)
-    ]
+    slices = [Slice(piece.path, start, stop, _entry(index, start) if piece.is_gzip else (start, start), piece.is_gzip) for start, stop in pairwise(borders)]
+    return slices or [piece]
 
 
 def _entry(index: list[tuple[int, int]] | None, offset: int) -> tuple[int, int]:
@@ -247,6 +268,8 @@ def _bgzf_index(path: Path) -> list[tuple[int, int]] | None:
                 return None
             entries.append((offset, text))
             (size,) = struct.unpack("<H", header[16:18])
+            if size < len(header):
+                return None
             file.seek(offset + size - 3)
             tail = file.read(4)
             if len(tail) < 4:

@@ -6,12 +6,14 @@ with the output. A file appears under its name only when all of it is on disk: w
 
 from __future__ import annotations
 
+import hashlib
+import json
 import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_esm.records import Row
+from dist_esm.records import Row, WrittenFile
 
 SPOOL_BYTES = 16 << 20
 """A spool of more than this goes to disk."""
@@ -163,3 +165,35 @@ def join(paths: Sequence[Path], directory: Path) -> Iterator[Embeddings]:
     finally:
         for spool in spools:
             spool.close()
+
+
+def fingerprint(output_dir: Path, path: Path) -> WrittenFile | None:
+    """Size and sha256 of an output, a file or a folder of files, given relative to `output_dir`; None if it is not there."""
+    full = output_dir / path
+    if full.is_dir():
+        parts = [fingerprint(full, one.relative_to(full)) for one in sorted(full.rglob("*")) if one.is_file()]
+        text = json.dumps([asdict(one) for one in parts if one is not None])
+        return WrittenFile(str(path), sum(one.num_bytes for one in parts if one is not None), hashlib.sha256(text.encode()).hexdigest())
+    try:
+        with open(full, "rb") as file:
+            return WrittenFile(str(path), os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    except FileNotFoundError:
+        return None
+
+
+def written_file(output_dir: Path, path: Path) -> WrittenFile:
+    """An output that was just written."""
+    found = fingerprint(output_dir, path.relative_to(output_dir))
+    if found is None:
+        raise FileNotFoundError(f"{path} vanished as soon as it was written: was output_dir removed?")
+    return found
+
+
+def remove(path: Path) -> None:
+    """Remove an output, a file or a folder of files."""
+    if path.is_dir():
+        for one in sorted(path.rglob("*"), reverse=True):
+            one.unlink()
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)

@@ -17,13 +17,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from dist_esm.records import WorkerStatus
@@ -33,6 +33,15 @@ log = logging.getLogger("dist_esm")
 POLL_SECONDS = 0.1
 NAME_MISSING_SECONDS = 60.0
 HASTE_SECONDS = 3.0
+LEAVE_SECONDS = 5.0
+LOST = "torchrun's store is gone: torchrun was killed"
+
+
+class OnStop(Protocol):
+    """What `World.watching` calls: the reason, and whether to drop what is in flight."""
+
+    def __call__(self, reason: str, at_once: bool = False) -> None:
+        """Be told."""
 
 
 class RefusedError(Exception):
@@ -167,18 +176,22 @@ class World:
         """On rank 0, what the ranks that can still answer within `HASTE_SECONDS` have to say; for runs that are being ended."""
         if self._store is None:
             return [value]
-        self._store.set(f"haste/{self.rank}", pickle.dumps(value).hex())
-        if not self.is_main:
+        try:
+            self._store.set(f"haste/{self.rank}", pickle.dumps(value).hex())
+            if not self.is_main:
+                return [value]
+            keys = [f"haste/{rank}" for rank in range(self.world_size)]
+            deadline = time.monotonic() + HASTE_SECONDS
+            while not self._store.check(keys) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+            return [pickle.loads(bytes.fromhex(self._store.get(key).decode())) for key in keys if self._store.check([key])]
+        except DistError:
+            log.warning(LOST)
             return [value]
-        keys = [f"haste/{rank}" for rank in range(self.world_size)]
-        deadline = time.monotonic() + HASTE_SECONDS
-        while not self._store.check(keys) and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-        return [pickle.loads(bytes.fromhex(self._store.get(key).decode())) for key in keys if self._store.check([key])]
 
     @contextmanager
-    def watching(self, on_stop: Callable[[str], None]) -> Iterator[None]:
-        """While the block runs, call ``on_stop(reason)`` once if some rank requests a stop."""
+    def watching(self, on_stop: OnStop) -> Iterator[None]:
+        """While the block runs, call ``on_stop(reason)`` once if some rank requests a stop or torchrun is gone."""
         if self._store is None:
             yield
             return
@@ -187,8 +200,12 @@ class World:
 
         def watch() -> None:
             while not done.wait(0.5):
-                if store.check(["stop"]):
-                    on_stop(store.get("stop").decode())
+                try:
+                    if store.check(["stop"]):
+                        on_stop(store.get("stop").decode())
+                        return
+                except DistError:
+                    on_stop(LOST, at_once=True)
                     return
 
         thread = threading.Thread(target=watch, name="watch", daemon=True)
@@ -211,11 +228,11 @@ class World:
     def _leave(self) -> None:
         """Rank 0 goes last, so that its exit code ends no other rank half way."""
         assert self._store is not None
-        self._store.set(f"left/{self.rank}", "")
-        if self.is_main:
+        with suppress(DistError):
+            self._store.set(f"left/{self.rank}", "")
             keys = [f"left/{rank}" for rank in range(self.world_size)]
-            deadline = time.monotonic() + 5
-            while not self._store.check(keys) and time.monotonic() < deadline:
+            deadline = time.monotonic() + LEAVE_SECONDS
+            while self.is_main and not self._store.check(keys) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
 
 

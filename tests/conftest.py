@@ -21,8 +21,14 @@ PROTEINS = DATA / "proteins"
 A8M, A35M, A3B_SHAPED = Architecture(6, 320, 20), Architecture(12, 480, 20), Architecture(2, 2560, 40)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip, with the reason, what this machine cannot run."""
+    """Skip, with the reason, what this machine cannot run or was not asked to."""
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("takes minutes: run with --slow")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU is visible")
     for mark in item.iter_markers("weights"):

@@ -18,6 +18,7 @@ from esm.data import Alphabet
 
 from dist_esm.config import Config, ModelConfig
 from dist_esm.embed import Stop, embed_units
+from dist_esm.journal import Journal, new_launch, write_settings
 from dist_esm.plan import Plan, find_files
 from dist_esm.records import Answer, Pack
 from dist_esm.report import RankSummary, Report, make_report
@@ -42,8 +43,8 @@ def bos_of(tokens: np.ndarray, layer: int) -> np.ndarray:
 
 
 def fair_esm_tokens(residues: str) -> np.ndarray:
-    """fair-esm's own tokens of a sequence, with BOS and EOS."""
-    return np.array([FAIR_ESM.cls_idx, *FAIR_ESM.encode(residues), FAIR_ESM.eos_idx])
+    """fair-esm's tokens of a sequence, with BOS and EOS, a letter at a time; a test holds them to `Alphabet.encode`."""
+    return np.array([FAIR_ESM.cls_idx, *map(FAIR_ESM.tok_to_idx.__getitem__, residues), FAIR_ESM.eos_idx])
 
 
 @dataclass
@@ -152,13 +153,15 @@ def embed_directory(inputs: Any, output_dir: Path, poison: Sequence[str] = (), *
     world = World(None, 0, 1, 0, 1)
     files = find_files(config.input_list())
     make_output_dir(output_dir)
+    write_settings(output_dir, {})
+    journal = Journal(output_dir, new_launch(), 0)
     plan = agree_on_plan(config, files, world)
     assert config.toks_per_batch is not None
     engine = StandIn(config.resolved_layers(), any(kind.name == "per_tok" for kind in config.include), config.toks_per_batch, poison)
     stop = Stop()
     result = embed_units([plan.units[index] for index in plan.bins[0]], plan.files, config, engine, 0, stop)  # type: ignore[arg-type]
     summary = RankSummary(0, "host", "stand-in", "COMPLETED", result.seconds, result.num_tokens, result.num_split_packs, result.outcomes)
-    joined = join_cut_files(config, plan, [summary], world)
+    joined = join_cut_files(config, plan, [summary], journal, world)
     return Embedded(make_report(plan, [summary], joined, stop.reason, 0.0), plan, engine, output_dir)
 
 
