@@ -399,7 +399,7 @@ class Collector:
             tensors[kind][layer] = spool.tensor() if spool else torch.empty(0, self.settings.width, dtype=torch_dtype(self.settings.dtype))
         unit, file = state.unit, self.files[state.unit.file]
         embeddings = Embeddings(
-            source=str(file.path),
+            source=file.source,
             provenance=self.settings.provenance,
             include=[kind.name for kind in self.settings.include],
             main_layer=self.settings.main_layer,

@@ -161,7 +161,7 @@ def find_files(inputs: Sequence[str]) -> list[FastaFile]:
     for path in sorted(names.values(), key=str):
         stat = path.stat()
         relative = path.relative_to(root)
-        files.append(FastaFile(path, relative.with_name(_stem(path) + "_ESM"), stat.st_size, stat.st_mtime_ns))
+        files.append(FastaFile(path, relative.with_name(_stem(path) + "_ESM"), stat.st_size, stat.st_mtime_ns, str(relative)))
     _refuse_collisions(files)
     return files
 

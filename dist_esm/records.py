@@ -44,6 +44,8 @@ class FastaFile:
     """Its output relative to `output_dir`, without format suffix: ``viruses/a_ESM``."""
     num_bytes: int
     mtime_ns: int
+    source: str = ""
+    """Its path relative to the common root of the inputs, as outputs name it."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Embeddings:
     """What one output holds: N proteins in file order, in fp32 or fp16."""
 
     source: str
-    """Path of the input file."""
+    """The input file, relative to the common root of the inputs."""
     provenance: dict[str, Any]
     """Model, weights and settings that the numbers depend on."""
     include: list[str]

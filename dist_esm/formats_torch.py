@@ -1,0 +1,150 @@
+"""`.pt` files: VirNucPro's layout, one file for each input, and fair-esm's, one file for each protein."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_esm.formats import About, Names, escape, folder_atomically
+from dist_esm.spool import Embeddings, save
+
+MAP = "ids.tsv"
+MAP_COLUMNS = ("file", "id", "index", "length", "header")
+ABOUT = "provenance.json"
+
+MAX_NAME = 200
+"""Longest name of a protein's file in bytes, suffixes aside; file systems take 255."""
+# Windows takes none of <>:"/\|?* and no dot or blank at the end, and reads CON and the like as devices whatever their suffix; file systems
+# disagree on how letters beyond ASCII are spelt. A dot in front hides a file. `~` marks what is added to a name, `%` what is escaped.
+_UNSAFE = re.compile(r"""[^!#-)+-.0-9;=@-\[\]-{}]|^[. ]|[. ]$|^(?=(?:con|prn|aux|nul|conin\$|conout\$|com[0-9]|lpt[0-9]) *(?:\.|$)).""", re.IGNORECASE)
+
+
+def write_pt(embeddings: Embeddings, path: Path) -> None:
+    """Write VirNucPro's layout, with every representation beside it under fair-esm's names.
+
+    ``proteins`` and ``data`` are lists in file order, ``data`` of the mean of the last requested layer, shape (D,); further
+    ``headers``, ``lengths`` (embedded residues), the fields of `About`, and as included ``mean_representations[layer]`` and
+    ``bos_representations[layer]``, shape (N, D), and ``representations[layer]``, a list of tensors of shape (L, D). Tensors of a kind
+    and layer are views of one storage.
+    """
+    content: dict[str, object] = {
+        "proteins": embeddings.ids,
+        "data": list(embeddings.mean[embeddings.main_layer].unbind(0)),
+        "headers": [row.header for row in embeddings.rows],
+        "lengths": embeddings.lengths,
+        **vars(About.of(embeddings)),
+    }
+    if "mean" in embeddings.include:
+        content["mean_representations"] = embeddings.mean
+    if "bos" in embeddings.include:
+        content["bos_representations"] = embeddings.bos
+    if "per_tok" in embeddings.include:
+        content["representations"] = {layer: list(torch.split(rows, embeddings.lengths)) for layer, rows in embeddings.per_tok.items()}
+    save(content, path)
+
+
+class OpenedPt:
+    """Numbers are mapped, and read from disk when they are used."""
+
+    def __init__(self, path: Path) -> None:
+        self._content: dict[str, Any] = torch.load(path, weights_only=True, mmap=True)
+        self.about = About(**{name: self._content[name] for name in About.__dataclass_fields__})
+
+    def records(self) -> tuple[list[str], list[str], list[int]]:
+        return self._content["proteins"], self._content["headers"], self._content["lengths"]
+
+    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
+        rows = self._rows(kind, layer)
+        if isinstance(rows, Tensor):
+            return np.asarray(rows.numpy())
+        return np.asarray(torch.stack(rows).numpy()) if rows else np.empty((0, self.about.width), np.float32)
+
+    def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
+        return np.asarray(self._rows(kind, layer)[position].numpy())
+
+    def residues(self, layer: int, position: int) -> NDArray[Any]:
+        return np.asarray(self._content["representations"][layer][position].numpy())
+
+    def _rows(self, kind: str, layer: int) -> Tensor | list[Tensor]:
+        if kind == "mean" and layer == self.about.main_layer:
+            data: list[Tensor] = self._content["data"]
+            return data
+        tensors: dict[int, Tensor] = self._content[f"{kind}_representations"]
+        return tensors[layer]
+
+
+def file_name(protein: str) -> str:
+    """A name, without suffix, that is safe on any file system: escaped, and if too long for one cut, with a hash of the id behind it."""
+    name = escape(protein, _UNSAFE) or "%"
+    if len(name) <= MAX_NAME:
+        return name
+    mark = f"~h{hashlib.sha256(protein.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+    return re.sub("%.?$", "", name[: MAX_NAME - len(mark)]) + mark
+
+
+def write_fair_esm(embeddings: Embeddings, path: Path) -> None:
+    """Write what fair-esm's `esm-extract` leaves: a folder with a ``.pt`` for each protein.
+
+    Each holds ``label`` (the id), ``header``, and as included ``mean_representations``, ``bos_representations`` and ``representations``, dicts by
+    layer of tensors with a storage of their own; the mean of the last requested layer is always there. A file has the id as its name, with
+    characters that some file system does not take as ``%XX``; ``~2`` marks the second of a name, upper and lower case not told apart,
+    and ``~h`` and a hash a name that was too long. ``ids.tsv`` lists the proteins in file order: file, id, index (of the record in its
+    input, from 0), length (embedded residues) and header; ``provenance.json`` has the fields of `About`.
+    """
+    names = Names(file_name, str.casefold)
+    lines = ["\t".join(MAP_COLUMNS)]
+    with folder_atomically(path, (MAP, ABOUT)) as beside:
+        start = 0
+        for number, row in enumerate(embeddings.rows):
+            stop = start + row.embedded
+            content: dict[str, object] = {"label": row.id, "header": row.header}
+            content["mean_representations"] = {layer: rows[number].clone() for layer, rows in embeddings.mean.items()}
+            if embeddings.bos:
+                content["bos_representations"] = {layer: rows[number].clone() for layer, rows in embeddings.bos.items()}
+            if embeddings.per_tok:
+                content["representations"] = {layer: rows[start:stop].clone() for layer, rows in embeddings.per_tok.items()}
+            name = f"{names.take(row.id)}.pt"
+            with open(beside / name, "xb") as file:
+                torch.save(content, file)
+            lines.append("\t".join((name, row.id, str(row.number), str(row.embedded), row.header)))
+            start = stop
+        (beside / MAP).write_bytes("\n".join([*lines, ""]).encode())
+        (beside / ABOUT).write_text(json.dumps(asdict(About.of(embeddings)), indent=1) + "\n", encoding="utf-8")
+
+
+class OpenedFairEsm:
+    """Each protein is a file of its own, read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+        self.about = About(**about)
+        self._path = path
+        _, *lines, _ = (path / MAP).read_bytes().decode().split("\n")
+        self._lines: Sequence[list[str]] = [line.split("\t", len(MAP_COLUMNS) - 1) for line in lines]
+
+    def records(self) -> tuple[list[str], list[str], list[int]]:
+        return [line[1] for line in self._lines], [line[4] for line in self._lines], [int(line[3]) for line in self._lines]
+
+    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
+        rows = [self.vector(kind, layer, position) for position in range(len(self._lines))]
+        return np.stack(rows) if rows else np.empty((0, self.about.width), np.float32)
+
+    def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
+        return np.asarray(self._load(position)[f"{kind}_representations"][layer].numpy())
+
+    def residues(self, layer: int, position: int) -> NDArray[Any]:
+        return np.asarray(self._load(position)["representations"][layer].numpy())
+
+    def _load(self, position: int) -> dict[str, Any]:
+        content: dict[str, Any] = torch.load(self._path / self._lines[position][0], weights_only=True)
+        return content

@@ -1,0 +1,133 @@
+"""The journal: what is done is skipped, what is damaged is done again, and settings are never mixed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import PROTEINS, read_report, run_ranks
+from dist_esm.journal import Entry, encode, read
+from dist_esm.records import Tally, WrittenFile
+from test_run import MODEL, digests
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, checkpoint_8m):
+    """A finished run over a copy of the test proteins."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(PROTEINS, folder / "in")
+    result = run(folder, checkpoint_8m)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def run(folder: Path, checkpoint: Path, *overrides: str, num_ranks: int | None = None):
+    return run_ranks(num_ranks, f"input={folder / 'in'}", f"output_dir={folder / 'out'}", MODEL, f"model.weights={checkpoint}", *overrides)
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of the finished run to break."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def resumed(folder: Path) -> dict[str, bool]:
+    return {entry["output"]: entry["resumed"] for entry in read_report(folder / "out")["files"]}
+
+
+@pytest.mark.distributed
+def test_only_what_is_missing_or_damaged_is_done_again_by_any_number_of_ranks(folder, finished, checkpoint_8m):
+    out = folder / "out"
+    damaged = bytearray((out / "large_ESM.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (out / "large_ESM.pt").write_bytes(damaged)
+    (out / "medium_ESM.pt").unlink()
+    (journal,) = (out / ".dist_esm" / "journal").glob("*.jsonl")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    torn = next(line for line in lines if b"tiny_ESM" in line)
+    journal.write_bytes(b"".join(line for line in lines if line != torn) + torn[: len(torn) // 2])
+    leftover = out / "viruses" / ".tiny_ESM.pt.123.tmp"
+    leftover.write_bytes(b"half")
+    result = run(folder, checkpoint_8m, num_ranks=3)
+    assert result.returncode == 0, result.stderr
+    assert resumed(folder) == {"large_ESM.pt": False, "medium_ESM.pt": False, "viruses/small_ESM.pt": True, "viruses/tiny_ESM.pt": False}
+    assert digests(out) == digests(finished / "out")
+    assert not leftover.exists()
+    again = run(folder, checkpoint_8m)
+    assert set(resumed(folder).values()) == {True}
+    assert "4 by earlier launches" in again.stdout
+    assert read_report(out)["records"] == read_report(finished / "out")["records"]
+
+
+def test_an_input_with_other_content_is_done_again_even_with_the_same_size_and_time(folder, checkpoint_8m):
+    path = folder / "in" / "medium.faa"
+    stat = path.stat()
+    text = path.read_text()
+    path.write_text(text[:-2] + ("A" if text[-2] != "A" else "G") + text[-1:])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    before = digests(folder / "out")
+    assert run(folder, checkpoint_8m).returncode == 0
+    after = digests(folder / "out")
+    assert {name for name in after if after[name] != before[name]} == {"medium_ESM.pt"}
+    assert resumed(folder)["medium_ESM.pt"] is False
+
+
+def test_an_input_that_only_got_a_new_time_is_not_done_again(folder, checkpoint_8m):
+    os.utime(folder / "in" / "large.fasta")
+    assert run(folder, checkpoint_8m).returncode == 0
+    assert set(resumed(folder).values()) == {True}
+
+
+def test_other_settings_are_refused_in_one_line_that_says_what_changed(folder, finished, checkpoint_8m):
+    result = run(folder, checkpoint_8m, "truncation_seq_length=50", "include=[mean,bos]")
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if "error" in line]
+    assert "truncation_seq_length=1022 before, 50 now" in line
+    assert "include=['mean'] before, ['mean', 'bos'] now" in line
+    assert "resume=false" in line
+    assert digests(folder / "out") == digests(finished / "out")
+    other = run(folder, Path("random"))
+    assert other.returncode == 1
+    assert "weights=" in other.stderr
+
+
+def test_starting_over_says_what_it_removes_and_does_all_again(folder, checkpoint_8m):
+    (folder / "in" / "medium.faa").unlink()
+    result = run(folder, checkpoint_8m, "truncation_seq_length=50", "resume=false")
+    assert result.returncode == 0
+    assert "starting over, 4 finished outputs in" in result.stderr
+    assert set(resumed(folder).values()) == {False}
+    assert not (folder / "out" / "medium_ESM.pt").exists(), "an output of other settings must not stay"
+
+
+def test_a_failed_file_is_tried_again(folder, checkpoint_8m):
+    bad = folder / "in" / "bad.fasta"
+    bad.write_text("no header\n")
+    assert run(folder, checkpoint_8m).returncode == 2
+    bad.write_text(">a\nMKT\n")
+    assert run(folder, checkpoint_8m).returncode == 0
+    assert resumed(folder)["bad_ESM.pt"] is False
+    assert (folder / "out" / "failed_files.txt").read_text() == ""
+
+
+def test_a_second_run_in_the_same_directory_is_refused(folder, checkpoint_8m):
+    with open(folder / "out" / ".dist_esm" / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = run(folder, checkpoint_8m)
+    assert result.returncode == 1
+    assert "is in use by another run" in result.stderr
+
+
+def test_every_torn_line_is_passed_over(tmp_path):
+    (tmp_path / ".dist_esm" / "journal").mkdir(parents=True)
+    entries = [Entry(f"{i}_ESM", [(0, None)], ["d"], [WrittenFile("a", 1, "s")], Tally({"ok": i}), 0, 1.0) for i in range(3)]
+    whole = b"".join(encode(entry) for entry in entries)
+    path = tmp_path / ".dist_esm" / "journal" / "1.00000.jsonl"
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        assert read(tmp_path) == entries[: whole[: size + 1].count(b"\n")], size
+    path.write_bytes(whole.replace(b'"ok":1', b'"ok":7'))
+    assert read(tmp_path) == [entries[0], entries[2]]
