@@ -22,6 +22,7 @@ TOKEN_OF_BYTE: NDArray[np.uint8] = np.full(256, _alphabet.unk_idx, dtype=np.uint
 for _letter in RESIDUES:
     TOKEN_OF_BYTE[_letter] = _alphabet.get_idx(chr(_letter))
 TOKEN_OF_BYTE.flags.writeable = False
+_TABLE, _BOS, _EOS = TOKEN_OF_BYTE.tobytes(), bytes([BOS]), bytes([EOS])
 
 
 def tokenize(residues: bytes) -> NDArray[np.uint8]:
@@ -30,9 +31,6 @@ def tokenize(residues: bytes) -> NDArray[np.uint8]:
     Returns
     -------
     uint8 array, shape (len(residues) + 2,)
-        BOS, one token for each residue, EOS.
+        BOS, one token for each residue, EOS; read-only.
     """
-    tokens = np.empty(len(residues) + 2, dtype=np.uint8)
-    tokens[0], tokens[-1] = BOS, EOS
-    np.take(TOKEN_OF_BYTE, np.frombuffer(residues, dtype=np.uint8), out=tokens[1:-1])
-    return tokens
+    return np.frombuffer(b"%b%b%b" % (_BOS, residues.translate(_TABLE), _EOS), dtype=np.uint8)

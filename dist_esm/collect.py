@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ class OutputSettings:
         """Where spools and pieces wait."""
         return self.output_dir / ".dist_esm"
 
+    @cached_property
     def wanted(self) -> list[tuple[Include, int]]:
         """Kinds and layers to write: those included, and the mean of the main layer."""
         kinds = {(kind, layer): None for kind in self.include for layer in self.layers}
@@ -303,7 +305,7 @@ class Collector:
         """The segments of a protein as one: sums added in order and divided once, rows end to end, BOS of the first."""
         answers = [answer for answer in waiting.answers if answer is not None]
         vectors: Vectors = {}
-        for kind, layer in self.settings.wanted():
+        for kind, layer in self.settings.wanted:
             if kind is Include.mean:
                 total = answers[0].sums[layer]
                 for answer in answers[1:]:
@@ -394,7 +396,7 @@ class Collector:
     def _write(self, state: UnitState, piece: Piece) -> WrittenFile:
         """Write a piece: a whole output, a numbered part of one, or what `join` will make one of."""
         tensors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}
-        for kind, layer in self.settings.wanted():
+        for kind, layer in self.settings.wanted:
             spool = piece.spools.get((kind, layer))
             tensors[kind][layer] = spool.tensor() if spool else torch.empty(0, self.settings.width, dtype=torch_dtype(self.settings.dtype))
         unit, file = state.unit, self.files[state.unit.file]

@@ -32,6 +32,10 @@ from dist_esm.scan import FastaError
 PACKS_AHEAD = 4
 DEDUPE_BYTES = 256 << 20
 """Bytes of answers that are kept for identical sequences."""
+LEADER_BYTES = 1024
+"""What keeping one answer costs beside its numbers."""
+MAX_HELD = 1 << 14
+"""Records that may pass before packs that do not fill are let go: when all that comes is copies, no pack fills."""
 MAX_BATCH = 512
 """Records announced at once."""
 
@@ -212,6 +216,7 @@ class Reader(threading.Thread):
         self._next_ticket = 0
         self._leaders: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
         self._kept_bytes = 0
+        self._num_held = 0
 
     def run(self) -> None:
         """Read all units, then say so with None in `packs`."""
@@ -248,6 +253,11 @@ class Reader(threading.Thread):
             for segment in self._announce(key, protein):
                 for pack in self._packer.add(segment):
                     self._emit(pack)
+            self._num_held += 1
+            if self._num_held > MAX_HELD:
+                for pack in self._packer.flush():
+                    self._emit(pack)
+                self._num_held = 0
         file = self.files[unit.file]
         stat = os.stat(file.path)
         if num_records != unit.count.sequences or (stat.st_size, stat.st_mtime_ns) != (file.num_bytes, file.mtime_ns):
@@ -288,7 +298,7 @@ class Reader(threading.Thread):
         """The ticket of the first protein with the same residues, which may be this one; None if keeping its answer is not cheap."""
         include, layers = self.config.include, len(self.config.repr_layers)
         rows = sum(len(residues) if kind is Include.per_tok else 1 for kind in include)
-        num_bytes = 4 * self.config.model.embed_dim * layers * rows
+        num_bytes = LEADER_BYTES + 4 * self.config.model.embed_dim * layers * rows
         if num_bytes > DEDUPE_BYTES // 16:
             return None
         digest = hashlib.blake2b(residues, digest_size=16, salt=num_segments.to_bytes(8, "little")).digest()
@@ -307,6 +317,7 @@ class Reader(threading.Thread):
             yield ticket
 
     def _emit(self, pack: Pack) -> None:
+        self._num_held = 0
         self._flush_batch()
         self.packs.put(pack)
 

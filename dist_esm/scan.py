@@ -180,16 +180,20 @@ def count(piece: Slice, max_residues: int | None = None) -> Count:
     for block in blocks(piece):
         data = np.frombuffer(block, dtype=np.uint8)
         ends = np.flatnonzero(data == _NEWLINE)
-        starts = np.concatenate(([0], ends + 1))
-        lengths = np.append(ends, len(data)) - starts
-        first = data[np.minimum(starts, len(data) - 1)]
+        starts = np.empty(len(ends) + 1, dtype=np.int64)
+        starts[0] = 0
+        np.add(ends, 1, out=starts[1:])
+        lengths = np.append(ends, len(data))
+        lengths -= starts
+        first = data.take(starts, mode="clip")
         is_header = (first == _HEADER) & (lengths > 0)
         is_text = ~(is_header | (first == _COMMENT))
         if carried is not None:
             is_header[0], is_text[0] = False, carried
         carried = bool(is_text[-1]) if lengths[-1] else None
-        num_residues = np.concatenate(([0], np.cumsum(np.where(is_text, lengths, 0))))
         headers = np.flatnonzero(is_header)
+        lengths *= is_text
+        num_residues = np.cumsum(lengths)
         borders = num_residues[headers]
         num_lines += len(ends)
         sequences += len(headers)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from conftest import PROTEINS, command, environment, read_report, run_ranks
 from test_run import MODEL, digests, sequences
 
@@ -21,17 +22,17 @@ HOW = ("one rank", "all ranks", "torchrun", "SIGTERM", "SIGINT")
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, checkpoint_8m):
-    """Twelve small files, and a large one that is cut and whose few distinct sequences come over and over; embedded undisturbed."""
+    """Forty small files, and a large one that is cut and whose few distinct sequences come over and over; embedded undisturbed."""
     folder = tmp_path_factory.mktemp("kill")
     proteins = [sequence for path in sorted(PROTEINS.glob("*.fa*")) for sequence in sequences(path).values()]
     (folder / "in").mkdir()
-    for i in range(12):
-        (folder / "in" / f"{i:02}.fasta").write_text("".join(f">{i}_{j}\n{protein[i % 5 :]}\n" for j, protein in enumerate(proteins[i : i + 8])))
+    for i in range(40):
+        (folder / "in" / f"{i:02}.fasta").write_text("".join(f">{i}_{j}\n{protein[i:]}{protein}\n" for j, protein in enumerate(proteins[i % 16 : i % 16 + 8])))
     (folder / "in" / "cut.fasta").write_text("".join(f">big_{i}\n{proteins[i % len(proteins)]}\n" for i in range(2000)))
     settings = [f"input={folder / 'in'}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=500", "unit_share=0.1"]
     result = run_ranks(None, *settings, f"output_dir={folder / 'undisturbed'}")
     assert result.returncode == 0, result.stderr
-    assert [entry["units"] for entry in read_report(folder / "undisturbed")["files"]] == [1] * 12 + [4]
+    assert [entry["units"] for entry in read_report(folder / "undisturbed")["files"]] == [1] * 40 + [4]
     return settings, folder / "undisturbed"
 
 
@@ -78,11 +79,8 @@ def kill_and_resume(job, output_dir: Path, seed: int, num_kills: int) -> dict[st
             start_new_session=True,
         )
         how = HOW[number % len(HOW)]
-        # From the start of work, which a directory shows, or now and then from the launch itself.
-        begun = time.monotonic()
-        while chance.random() < 0.999 and not processes_of(output_dir) and time.monotonic() - begun < 30:
-            time.sleep(0.05)
-        time.sleep(chance.uniform(3, 11))
+        wait = chance.uniform(2, 20)  # from before the ranks have found each other to after the last output
+        time.sleep(wait)
         hits[how] += launcher.poll() is None
         kill(how, launcher, output_dir, chance)
         said = launcher.communicate(timeout=60)[1]
