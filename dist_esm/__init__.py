@@ -3,8 +3,27 @@
 The command is ``python -m dist_esm``, under torchrun for more than one device; see README.md.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from dist_esm.plan import assign_files_by_size, count_sequences
 from dist_esm.records import WorkerStatus
 from dist_esm.scan import FastaError
 
-__all__ = ["FastaError", "WorkerStatus", "assign_files_by_size", "count_sequences"]
+if TYPE_CHECKING:
+    from dist_esm.embedder import Embedder
+    from dist_esm.reader import EmbeddingSet, load
+
+__all__ = ["Embedder", "EmbeddingSet", "FastaError", "WorkerStatus", "assign_files_by_size", "count_sequences", "load"]
+
+
+_LATER = {"Embedder": "dist_esm.embedder", "EmbeddingSet": "dist_esm.reader", "load": "dist_esm.reader"}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch, which takes seconds to import, comes when it is first asked for."""
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_esm.config import Config, check
+from dist_esm.config import Config, Job, check
 
 HELP = """\
 usage: torchrun --nproc_per_node=N -m dist_esm input=PATH [key=value ...]
@@ -78,14 +79,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(config: Config | None, problem: str | None) -> int:
     """Join the other ranks and run, or refuse with all problems of all ranks, said once."""
     from dist_esm.run import run
+    from dist_esm.verify import verify
     from dist_esm.world import RefusedError, World, setup_logging
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may be any bytes
     with World.connect() as world:
         setup_logging(world.rank)
         try:
             world.agree(problem)
             assert config is not None
-            return run(config, world)
+            return verify(config, world) if config.job is Job.verify else run(config, world)
         except RefusedError as refused:
             if world.is_main:
                 for line in refused.problems:

@@ -124,6 +124,22 @@ class OutputSettings:
         return list({**kinds, (Include.mean, self.main_layer): None})
 
 
+def combine(answers: Sequence[Answer], num_embedded: int, wanted: Sequence[tuple[Include, int]]) -> Vectors:
+    """The segments of a protein as one: sums added in order and divided once, rows end to end, BOS of the first."""
+    vectors: Vectors = {}
+    for kind, layer in wanted:
+        if kind is Include.mean:
+            total = answers[0].sums[layer]
+            for answer in answers[1:]:
+                total = total + answer.sums[layer]
+            vectors[kind, layer] = total / np.float32(num_embedded)
+        elif kind is Include.bos:
+            vectors[kind, layer] = answers[0].bos[layer]
+        else:
+            vectors[kind, layer] = np.concatenate([answer.rows[layer] for answer in answers])
+    return vectors
+
+
 class Collector:
     """Takes announcements and answers, writes outputs, and says what became of each unit.
 
@@ -294,28 +310,12 @@ class Collector:
                 continue
             waiting.answers[segment.part] = answer
             if all(waiting.answers):
-                vectors = self._combine(waiting)
+                vectors = combine([one for one in waiting.answers if one is not None], waiting.num_embedded, self.settings.wanted)
                 if segment.protein in self._kept:
                     self._kept[segment.protein] = vectors
                 followers = self._followers.pop(segment.protein, [])
                 for ticket in [segment.protein, *followers]:
                     self._settle(ticket, vectors)
-
-    def _combine(self, waiting: Waiting) -> Vectors:
-        """The segments of a protein as one: sums added in order and divided once, rows end to end, BOS of the first."""
-        answers = [answer for answer in waiting.answers if answer is not None]
-        vectors: Vectors = {}
-        for kind, layer in self.settings.wanted:
-            if kind is Include.mean:
-                total = answers[0].sums[layer]
-                for answer in answers[1:]:
-                    total = total + answer.sums[layer]
-                vectors[kind, layer] = total / np.float32(waiting.num_embedded)
-            elif kind is Include.bos:
-                vectors[kind, layer] = answers[0].bos[layer]
-            else:
-                vectors[kind, layer] = np.concatenate([answer.rows[layer] for answer in answers])
-        return vectors
 
     def _settle(self, ticket: int, vectors: Vectors) -> None:
         """Put a protein's vectors in their place."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 
 class Include(Enum):
@@ -201,6 +202,17 @@ def to_dict(config: Config) -> dict[str, Any]:
     return {key: plain(value) for key, value in asdict(config).items()}
 
 
+NEEDS = {Format.h5: "h5py", Format.parquet: "pyarrow", Format.safetensors: "safetensors"}
+"""Package that writes a format, or reads it back."""
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """What `to_dict` made plain, typed again."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    assert isinstance(config, Config)
+    return config
+
+
 LEAST = {
     "truncation_seq_length": 1,
     "toks_per_batch": 3,
@@ -245,7 +257,8 @@ def check(config: Config) -> None:
             raise ValueError("long=window needs a window: set truncation_seq_length to its residues, for example 1022")
         if config.window_overlap >= limit:
             raise ValueError(f"window_overlap={config.window_overlap} must be smaller than the window, truncation_seq_length={limit}")
-    if config.format is not Format.pt:
-        raise ValueError(f"format={config.format.name} is not there yet: use format=pt")
-    if config.job is not Job.embed:
-        raise ValueError(f"job={config.job.name} is not there yet: use job=embed")
+    package = NEEDS.get(config.format)
+    if package and find_spec(package) is None:
+        raise ValueError(f"format={config.format.name} needs {package}: pip install 'dist_esm[formats]'")
+    if config.job not in (Job.embed, Job.verify):
+        raise ValueError(f"job={config.job.name} is not there yet: use job=embed or job=verify")

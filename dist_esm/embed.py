@@ -186,6 +186,32 @@ def embed_pack(engine: Engine, pack: Pack) -> tuple[list[Answer | Exception], in
     return first + second, 1 + splits_first + splits_second
 
 
+def shape(protein: Protein, config: Config) -> tuple[Protein, RecordOutcome, list[tuple[int, int, int, int]]]:
+    """Apply the policy for long proteins.
+
+    Returns
+    -------
+    the protein, skipped perhaps; what becomes of it; and (start, stop, first kept, one past the last kept) of each of its segments
+
+    Raises
+    ------
+    FastaError
+        If it is too long and ``long=fail``.
+    """
+    if protein.skipped is not None:
+        return protein, RecordOutcome.skipped, []
+    num_residues, limit = len(protein.residues), config.truncation_seq_length
+    if limit is None or num_residues <= limit:
+        return protein, RecordOutcome.ok, [(0, num_residues, 0, num_residues)]
+    if config.long is Long.truncate:
+        return protein, RecordOutcome.truncated, [(0, limit, 0, limit)]
+    if config.long is Long.window:
+        return protein, RecordOutcome.windowed, windows(num_residues, limit, config.window_overlap)
+    if config.long is Long.fail:
+        raise FastaError(f"{protein.id} has {num_residues} residues, more than truncation_seq_length={limit}: use long=truncate, skip or window")
+    return replace(protein, skipped="too long"), RecordOutcome.skipped, []
+
+
 class Reader(threading.Thread):
     """Reads units, announces their records to the collector, and fills packs ahead of the device.
 
@@ -268,7 +294,7 @@ class Reader(threading.Thread):
         """Tell the collector of a record, and give the segments that the device has to see for it."""
         ticket = self._next_ticket
         self._next_ticket += 1
-        protein, outcome, spans = self._shape(protein)
+        protein, outcome, spans = shape(protein, self.config)
         num_embedded = sum(stop - first for _, _, first, stop in spans)
         like = self._leader(ticket, protein.residues[:num_embedded], len(spans)) if spans and self.config.dedupe else None
         forgotten = tuple(self._forgotten())
@@ -278,21 +304,6 @@ class Reader(threading.Thread):
         if like in (None, ticket):
             for part, (start, stop, first, last) in enumerate(spans):
                 yield Segment(ticket, part, tokenize(protein.residues[start:stop]), (first - start, last - start))
-
-    def _shape(self, protein: Protein) -> tuple[Protein, RecordOutcome, list[tuple[int, int, int, int]]]:
-        """Apply the policy for long proteins: outcome, and (start, stop, first kept, one past the last kept) of each segment."""
-        if protein.skipped is not None:
-            return protein, RecordOutcome.skipped, []
-        num_residues, limit = len(protein.residues), self.config.truncation_seq_length
-        if limit is None or num_residues <= limit:
-            return protein, RecordOutcome.ok, [(0, num_residues, 0, num_residues)]
-        if self.config.long is Long.truncate:
-            return protein, RecordOutcome.truncated, [(0, limit, 0, limit)]
-        if self.config.long is Long.window:
-            return protein, RecordOutcome.windowed, windows(num_residues, limit, self.config.window_overlap)
-        if self.config.long is Long.fail:
-            raise FastaError(f"{protein.id} has {num_residues} residues, more than truncation_seq_length={limit}: use long=truncate, skip or window")
-        return replace(protein, skipped="too long"), RecordOutcome.skipped, []
 
     def _leader(self, ticket: int, residues: bytes, num_segments: int) -> int | None:
         """The ticket of the first protein with the same residues, which may be this one; None if keeping its answer is not cheap."""

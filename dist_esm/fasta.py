@@ -21,6 +21,7 @@ MAX_RESIDUES = 1_000_000
 """A longer record is no protein (the longest known has 45,212 residues, doi:10.1126/science.ado3290): most often a genome."""
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
+_BRACKETED = re.compile(r"<[^<>]*>")  # such as <mask>, which has no special meaning: unknown letters like others
 _BLANK = re.compile(r"\s")
 _LOWER = bytes(range(ord("a"), ord("z") + 1))
 _REPLACE = bytes(letter if letter in RESIDUES else ord("X") for letter in range(256))
@@ -40,26 +41,35 @@ def read_proteins(unit: Unit, policy: ResidueConfig, tee: Tee | None = None) -> 
     """
     if unit.unreadable:
         raise FastaError(unit.unreadable)
-    number = unit.before.sequences
-    for header, letters in SimpleFastaParser(_checked_lines(unit, tee)):
-        number += 1
-        words = header.split(None, 1)
-        name = words[0] if words else f"unnamed_{number}"
-        residues, changes = put_right(letters.encode("ascii", "replace"), policy)
-        strange = residues.translate(None, RESIDUES)
-        skipped = None
-        if strange:
-            kinds = ", ".join(repr(chr(letter)) for letter in sorted(set(strange)))
-            if policy.unknown is Unknown.fail:
-                raise FastaError(f"record {number} ({name}) has letters outside the alphabet: {kinds}; residues.unknown=replace makes them X")
-            if policy.unknown is Unknown.skip:
-                residues, skipped = b"", "unknown letters"
-            else:
-                residues = residues.translate(_REPLACE)
-                changes = Changes(changes.upper_cased, changes.stops_removed, changes.gaps_removed, len(strange))
-        if not residues and skipped is None:
-            skipped = "no residues left" if letters else "empty sequence"
-        yield Protein(name, header, residues, changes, is_unnamed=not words, skipped=skipped)
+    for number, (header, letters) in enumerate(SimpleFastaParser(_checked_lines(unit, tee)), start=unit.before.sequences + 1):
+        yield make_protein(header, letters, number, policy)
+
+
+def make_protein(header: str, letters: str, number: int, policy: ResidueConfig) -> Protein:
+    """One record under the residue policy; `number` is its own in its file, from 1.
+
+    Raises
+    ------
+    FastaError
+        If it has a letter that the policy does not let pass.
+    """
+    words = header.split(None, 1)
+    name = words[0] if words else f"unnamed_{number}"
+    residues, changes = put_right(letters.encode("ascii", "replace"), policy)
+    strange = residues.translate(None, RESIDUES)
+    skipped = None
+    if strange:
+        kinds = ", ".join(repr(chr(letter)) for letter in sorted(set(strange)))
+        if policy.unknown is Unknown.fail:
+            raise FastaError(f"record {number} ({name}) has letters outside the alphabet: {kinds}; residues.unknown=replace makes them X")
+        if policy.unknown is Unknown.skip:
+            residues, skipped = b"", "unknown letters"
+        else:
+            residues = residues.translate(_REPLACE)
+            changes = Changes(changes.upper_cased, changes.stops_removed, changes.gaps_removed, len(strange))
+    if not residues and skipped is None:
+        skipped = "no residues left" if letters else "empty sequence"
+    return Protein(name, header, residues, changes, is_unnamed=not words, skipped=skipped)
 
 
 def put_right(letters: bytes, policy: ResidueConfig) -> tuple[bytes, Changes]:
@@ -106,7 +116,7 @@ def _checked_lines(unit: Unit, tee: Tee | None) -> Iterator[str]:
             continue
         if length is None:
             raise FastaError(f"line {number} has text before the first '>' ({line[:40]!r}): this is no FASTA file, or its first header is missing")
-        if ">" in line or "\ufeff" in line:
+        if "\ufeff" in line or ">" in _BRACKETED.sub("", line):
             raise FastaError(
                 f"line {number} has a '>' or a byte order mark inside a sequence: a line end is missing before it, as when files are joined with cat"
             )

@@ -22,7 +22,7 @@ class About:
     """What every output says of itself, whatever its format."""
 
     source: str
-    """Path of the input file."""
+    """Path of the input file, relative to the common root of the inputs."""
     main_layer: int
     """The layer whose mean is always there."""
     width: int

@@ -64,8 +64,8 @@ def write_h5(embeddings: Embeddings, path: Path) -> None:
 
     with atomically(path) as beside, create(beside) as file:
         records = {"ids": embeddings.ids, "headers": [row.header for row in embeddings.rows], "lengths": embeddings.lengths}
-        for name, value in {**about.to_text(), "kind": kind, "records": json.dumps(records)}.items():
-            file.attrs[name] = value
+        for key, said in {**about.to_text(), "kind": kind, "records": json.dumps(records)}.items():
+            file.attrs[key] = said
         file.attrs["layer"] = main
         start = 0
         for number, row in enumerate(embeddings.rows):
@@ -110,7 +110,7 @@ class OpenedH5:
     def __init__(self, path: Path) -> None:
         import h5py
 
-        self._file = h5py.File(path, "r", locking=False)
+        self._file = h5py.File(path, "r")
         self.about = About.from_text(self._file.attrs)
         self._root = (self._file.attrs["kind"], self._file.attrs["layer"])
 
@@ -119,16 +119,20 @@ class OpenedH5:
         return list(self._file)
 
     def records(self) -> tuple[list[str], list[str], list[int]]:
+        """Ids, headers and embedded residues."""
         table = json.loads(self._file.attrs["records"])
         return table["ids"], table["headers"], table["lengths"]
 
     def vectors(self, kind: str, layer: int) -> NDArray[Any]:
+        """Shape (N, D)."""
         rows = [self.vector(kind, layer, position) for position in range(len(self._names))]
         return np.stack(rows) if rows else np.empty((0, self.about.width), np.float32)
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
+        """Shape (D,)."""
         dataset = self._file[self._names[position]]
         return np.asarray(dataset[()] if (kind, layer) == self._root else dataset.attrs[f"{kind}_layer_{layer}"])
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
+        """Shape (L, D)."""
         return self.vector("per_tok", layer, position)

@@ -24,7 +24,7 @@ COUNTS = ("embedded", "upper_cased", "stops_removed", "gaps_removed", "replaced"
 def write_parquet(embeddings: Embeddings, path: Path) -> None:
     """Write a row for each protein, in file order.
 
-    Columns: ``id``, ``header``, ``source`` (path of the input), ``index`` (of the record in its input, from 0), ``length`` (residues before
+    Columns: ``id``, ``header``, ``source`` (path of the input relative to the common root), ``index`` (of the record in its input, from 0), ``length`` (residues before
     truncation), ``embedded`` (residues that the numbers are of), ``outcome`` (ok, truncated or windowed), ``upper_cased``, ``stops_removed``,
     ``gaps_removed``, ``replaced`` (letters changed), and for each kind and layer ``mean_layer_33`` and ``bos_layer_33``, fixed-size lists
     of D numbers, and ``per_tok_layer_33``, a list of these. The mean of the last requested layer is always there. The metadata of the schema
@@ -48,7 +48,7 @@ def write_parquet(embeddings: Embeddings, path: Path) -> None:
         metadata=about.to_text(),
     )
     words = ["id", "header", "source", "outcome"]
-    codecs = {name: "zstd" for name in (*words, "index", "length", *COUNTS)}  # embeddings are as good as random digits: nothing to gain
+    codecs = dict.fromkeys((*words, "index", "length", *COUNTS), "zstd")  # embeddings are as good as random digits: nothing to gain
     codecs |= {name: "none" for name in pq_leaves(schema) if name not in codecs}
     with (
         atomically(path) as beside,
@@ -120,19 +120,23 @@ class OpenedParquet:
         self._kept: tuple[tuple[int, str], Any] | None = None
 
     def records(self) -> tuple[list[str], list[str], list[int]]:
+        """Ids, headers and embedded residues."""
         table = self._file.read(["id", "header", "embedded"])
         ids, headers, lengths = (table[name].to_pylist() for name in ("id", "header", "embedded"))
         return ids, headers, lengths
 
     def vectors(self, kind: str, layer: int) -> NDArray[Any]:
+        """Shape (N, D)."""
         groups = [numbers(self._group(group, f"{kind}_layer_{layer}"), self.about.width) for group in range(self._file.num_row_groups)]
         return np.concatenate(groups) if groups else np.empty((0, self.about.width), np.float32)
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
+        """Shape (D,)."""
         group, row = self._find(position)
-        return numbers(self._group(group, f"{kind}_layer_{layer}").slice(row, 1), self.about.width)[0]
+        return numbers(self._group(group, f"{kind}_layer_{layer}").slice(row, 1), self.about.width).reshape(-1)
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
+        """Shape (L, D)."""
         group, row = self._find(position)
         return numbers(self._group(group, f"per_tok_layer_{layer}").slice(row, 1).flatten(), self.about.width)
 

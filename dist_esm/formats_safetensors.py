@@ -73,22 +73,27 @@ class OpenedSafetensors:
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
 
-        self._file = safe_open(path, framework="numpy")
-        self._metadata: dict[str, str] = self._file.metadata()
+        file: Any = safe_open(path, framework="numpy")
+        self._file = file
+        self._metadata: dict[str, str] = file.metadata()
         self.about = About.from_text(self._metadata)
-        self._offsets = self._file.get_tensor("offsets") if self.about.kinds["per_tok"] else None
+        self._offsets = file.get_tensor("offsets") if self.about.kinds["per_tok"] else None
 
     def records(self) -> tuple[list[str], list[str], list[int]]:
+        """Ids, headers and embedded residues."""
         ids, headers, lengths = (json.loads(self._metadata[name]) for name in ("ids", "headers", "lengths"))
         return ids, headers, lengths
 
     def vectors(self, kind: str, layer: int) -> NDArray[Any]:
+        """Shape (N, D)."""
         return np.asarray(self._file.get_tensor(f"{kind}.{layer}"))
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
-        return np.asarray(self._file.get_slice(f"{kind}.{layer}")[position : position + 1])[0]
+        """Shape (D,)."""
+        return np.asarray(self._file.get_slice(f"{kind}.{layer}")[position])
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
+        """Shape (L, D)."""
         assert self._offsets is not None
         start, stop = self._offsets[position : position + 2].tolist()
         return np.asarray(self._file.get_slice(f"per_tok.{layer}")[start:stop])

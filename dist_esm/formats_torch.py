@@ -26,7 +26,8 @@ MAX_NAME = 200
 """Longest name of a protein's file in bytes, suffixes aside; file systems take 255."""
 # Windows takes none of <>:"/\|?* and no dot or blank at the end, and reads CON and the like as devices whatever their suffix; file systems
 # disagree on how letters beyond ASCII are spelt. A dot in front hides a file. `~` marks what is added to a name, `%` what is escaped.
-_UNSAFE = re.compile(r"""[^!#-)+-.0-9;=@-\[\]-{}]|^[. ]|[. ]$|^(?=(?:con|prn|aux|nul|conin\$|conout\$|com[0-9]|lpt[0-9]) *(?:\.|$)).""", re.IGNORECASE)
+_DEVICES = r"con|prn|aux|nul|conin\$|conout\$|com[0-9]|lpt[0-9]"
+_UNSAFE = re.compile(rf"[^A-Za-z0-9!#$&'()+,.;=@\[\]^_`{{}}-]|^\.|\.$|^(?=(?:{_DEVICES})(?:\.|$)).", re.IGNORECASE)
 
 
 def write_pt(embeddings: Embeddings, path: Path) -> None:
@@ -61,26 +62,28 @@ class OpenedPt:
         self.about = About(**{name: self._content[name] for name in About.__dataclass_fields__})
 
     def records(self) -> tuple[list[str], list[str], list[int]]:
+        """Ids, headers and embedded residues."""
         return self._content["proteins"], self._content["headers"], self._content["lengths"]
 
     def vectors(self, kind: str, layer: int) -> NDArray[Any]:
+        """Shape (N, D)."""
         rows = self._rows(kind, layer)
         if isinstance(rows, Tensor):
             return np.asarray(rows.numpy())
         return np.asarray(torch.stack(rows).numpy()) if rows else np.empty((0, self.about.width), np.float32)
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
+        """Shape (D,)."""
         return np.asarray(self._rows(kind, layer)[position].numpy())
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
+        """Shape (L, D)."""
         return np.asarray(self._content["representations"][layer][position].numpy())
 
     def _rows(self, kind: str, layer: int) -> Tensor | list[Tensor]:
-        if kind == "mean" and layer == self.about.main_layer:
-            data: list[Tensor] = self._content["data"]
-            return data
-        tensors: dict[int, Tensor] = self._content[f"{kind}_representations"]
-        return tensors[layer]
+        by_layer: dict[int, Tensor | list[Tensor]] = self._content.get(f"{kind}_representations", {})
+        # Without `mean` in include, the main layer's is in `data` alone.
+        return by_layer[layer] if layer in by_layer else self._content["data"]
 
 
 def file_name(protein: str) -> str:
@@ -133,16 +136,20 @@ class OpenedFairEsm:
         self._lines: Sequence[list[str]] = [line.split("\t", len(MAP_COLUMNS) - 1) for line in lines]
 
     def records(self) -> tuple[list[str], list[str], list[int]]:
+        """Ids, headers and embedded residues."""
         return [line[1] for line in self._lines], [line[4] for line in self._lines], [int(line[3]) for line in self._lines]
 
     def vectors(self, kind: str, layer: int) -> NDArray[Any]:
+        """Shape (N, D)."""
         rows = [self.vector(kind, layer, position) for position in range(len(self._lines))]
         return np.stack(rows) if rows else np.empty((0, self.about.width), np.float32)
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
+        """Shape (D,)."""
         return np.asarray(self._load(position)[f"{kind}_representations"][layer].numpy())
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
+        """Shape (L, D)."""
         return np.asarray(self._load(position)["representations"][layer].numpy())
 
     def _load(self, position: int) -> dict[str, Any]:

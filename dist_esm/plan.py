@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dist_esm.config import AssignBy
-from dist_esm.records import Count, FastaFile, Slice, Unit, UnitResult, WrittenFile
+from dist_esm.records import Count, FastaFile, JoinedFile, Slice, Unit, UnitResult
 from dist_esm.scan import FastaError, count, cut, whole
 
 SUFFIXES = (".fasta", ".fa", ".faa", ".fas")
@@ -38,7 +38,7 @@ class Plan:
     """For each rank the indices of its units, in the order in which it takes them."""
     done: tuple[UnitResult, ...] = ()
     """Units that an earlier launch finished; they are in no bin."""
-    joined: Mapping[int, WrittenFile] = field(default_factory=dict)
+    joined: Mapping[int, JoinedFile] = field(default_factory=dict)
     """Files whose pieces an earlier launch joined, with their outputs; their units are all done."""
 
     def digest(self) -> str:
@@ -161,7 +161,8 @@ def find_files(inputs: Sequence[str]) -> list[FastaFile]:
     for path in sorted(names.values(), key=str):
         stat = path.stat()
         relative = path.relative_to(root)
-        files.append(FastaFile(path, relative.with_name(_stem(path) + "_ESM"), stat.st_size, stat.st_mtime_ns, str(relative)))
+        source = str(relative).encode("utf-8", "backslashreplace").decode()  # a name may be any bytes
+        files.append(FastaFile(path, relative.with_name(_stem(path) + "_ESM"), stat.st_size, stat.st_mtime_ns, source))
     _refuse_collisions(files)
     return files
 
@@ -305,7 +306,7 @@ def make_plan(
     assign_by: AssignBy,
     embed_dim: int,
     done: Sequence[UnitResult] = (),
-    joined: Mapping[int, WrittenFile] | None = None,
+    joined: Mapping[int, JoinedFile] | None = None,
 ) -> Plan:
     """Assign the units that are not done to ranks."""
     finished = {(result.file, result.ordinal) for result in done}

@@ -254,6 +254,15 @@ class WrittenFile:
 
 
 @dataclass(frozen=True)
+class JoinedFile:
+    """The one output of a file that was cut."""
+
+    written: WrittenFile
+    duplicate_ids: int
+    """Over the whole file, which no unit of it can count alone."""
+
+
+@dataclass(frozen=True)
 class UnitResult:
     """A unit that is written: its pieces are in place under their names."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_esm.plan import Plan
-from dist_esm.records import Failure, RecordOutcome, Tally, UnitFailure, UnitOutcome, WrittenFile
+from dist_esm.records import Failure, JoinedFile, RecordOutcome, Tally, UnitFailure, UnitOutcome
 from dist_esm.spool import atomically
 
 
@@ -83,7 +83,7 @@ def failures_by_file(outcomes: Sequence[UnitOutcome]) -> dict[int, Failure]:
     return failed
 
 
-def make_report(plan: Plan, ranks: Sequence[RankSummary], joined: Mapping[int, WrittenFile | Failure], reason: str | None, seconds: float) -> Report:
+def make_report(plan: Plan, ranks: Sequence[RankSummary], joined: Mapping[int, JoinedFile | Failure], reason: str | None, seconds: float) -> Report:
     """Combine what the ranks say.
 
     Parameters
@@ -121,10 +121,12 @@ def make_report(plan: Plan, ranks: Sequence[RankSummary], joined: Mapping[int, W
             tally = Tally()
             for result in results:
                 tally.add(result.tally)
+            whole = joined.get(number)
+            if isinstance(whole, JoinedFile):
+                tally.duplicate_ids = whole.duplicate_ids
             total.add(tally)
             pieces = [piece for result in results for piece in result.pieces]
-            whole = joined.get(number)
-            outputs = [whole.path] if isinstance(whole, WrittenFile) else [piece.path for piece in pieces]
+            outputs = [whole.written.path] if isinstance(whole, JoinedFile) else [piece.path for piece in pieces]
             took = sum(result.seconds for result in results)
             truncated = tally.outcomes.get("truncated", 0)
             files.append(
@@ -201,14 +203,14 @@ def write_report(report: Report, output_dir: Path) -> None:
     """Write report.json, and failed_files.txt with a line ``path|error_type|error_message`` for each failure."""
     with atomically(output_dir / "failed_files.txt") as beside:
         lines = [f"{failure.path}|{failure.error_type}|{failure.error_message}\n" for failure in report.failed]
-        beside.write_text("".join(lines), encoding="utf-8")
+        beside.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")  # a path may be any bytes
     content = asdict(report)
     for entry in content["files"]:
         tally = entry.pop("tally")
         entry["records"] = tally["outcomes"]
         entry |= {key: tally[key] for key in ("skipped", "changed", "duplicate_ids", "unnamed", "windows", "deduplicated")}
     with atomically(output_dir / "report.json") as beside:
-        beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def summary(report: Report, output_dir: Path) -> str:

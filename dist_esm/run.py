@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any
 
 import torch
 
@@ -24,16 +24,15 @@ from dist_esm.journal import Journal, check_settings, clean, entry_of, lock, new
 from dist_esm.journal import read as read_journal
 from dist_esm.kernels import AttentionFunction, choose_attention, choose_device, choose_dtype
 from dist_esm.plan import Plan, find_files
-from dist_esm.records import Failure, FastaFile, Tally, UnitResult, WorkerStatus, WrittenFile
+from dist_esm.records import Failure, FastaFile, JoinedFile, Tally, UnitResult, WorkerStatus
 from dist_esm.report import RankSummary, fail_what_vanished, failures_by_file, make_report, summary, versions, write_report
 from dist_esm.spool import atomically, join, written_file
 from dist_esm.survey import agree_on_plan, results_of
 from dist_esm.weights import RANDOM, fetch, load_model, locate, weights_id
-from dist_esm.world import World
+from dist_esm.world import World, together
 from dist_esm.writers import write_output
 
 log = logging.getLogger("dist_esm")
-T = TypeVar("T")
 
 
 def run(config: Config, world: World) -> int:
@@ -183,18 +182,6 @@ def journal_writer(journal: Journal, files: list[FastaFile], plan: Plan) -> Call
     return record
 
 
-def together(world: World, work: Callable[[], T]) -> T:
-    """Do a step of the preparation on every rank; if it fails on one, all ranks refuse with its reason."""
-    value: T | None = None
-    problem = None
-    try:
-        value = work()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        problem = " ".join(str(error).split())
-    world.agree(problem)
-    return cast(T, value)
-
-
 def make_output_dir(output_dir: Path) -> None:
     """Create the output directory and try to write to it.
 
@@ -213,7 +200,7 @@ def make_output_dir(output_dir: Path) -> None:
         raise ValueError(f"output_dir={output_dir} cannot be written to ({error.strerror}): name a directory that can") from None
 
 
-def join_cut_files(config: Config, plan: Plan, ranks: list[RankSummary], journal: Journal, world: World) -> dict[int, WrittenFile | Failure]:
+def join_cut_files(config: Config, plan: Plan, ranks: list[RankSummary], journal: Journal, world: World) -> dict[int, JoinedFile | Failure]:
     """Join the pieces of every file that was cut, is whole again and is small enough for one output; the ranks share the files."""
     outcomes = [*plan.done, *(outcome for rank in ranks for outcome in rank.outcomes)]
     failed = failures_by_file(outcomes)
@@ -223,7 +210,7 @@ def join_cut_files(config: Config, plan: Plan, ranks: list[RankSummary], journal
         if isinstance(outcome, UnitResult) and outcome.file not in failed and not unit.is_whole and unit.first_part is None:
             results.setdefault(outcome.file, {})[outcome.ordinal] = outcome
     ready = sorted(file for file, found in results.items() if len(found) == len(plan.units_of(file)) and file not in plan.joined)
-    joined: dict[int, WrittenFile | Failure] = {}
+    joined: dict[int, JoinedFile | Failure] = {}
     for file in ready[world.rank :: world.world_size]:
         parts = [results[file][ordinal] for ordinal in sorted(results[file])]
         output = attempt(lambda file=file, parts=parts: join_file(config, plan, file, parts, journal))  # type: ignore[misc]
@@ -231,22 +218,24 @@ def join_cut_files(config: Config, plan: Plan, ranks: list[RankSummary], journal
     return {**plan.joined, **{file: end for ends in world.all_gather(joined) for file, end in ends.items()}}
 
 
-def join_file(config: Config, plan: Plan, file: int, parts: list[UnitResult], journal: Journal) -> WrittenFile:
+def join_file(config: Config, plan: Plan, file: int, parts: list[UnitResult], journal: Journal) -> JoinedFile:
     """Make one output of a file's pieces, record it, and remove the pieces."""
     paths = [config.output_dir / part.pieces[0].path for part in parts]
     with join(paths, config.output_dir / ".dist_esm") as embeddings:
         output = write_output(config.format, embeddings, config.output_dir / plan.files[file].output)
+        duplicate_ids = len(embeddings.rows) - len(set(embeddings.ids))
     written = written_file(config.output_dir, output)
     tally = Tally()
     for part in parts:
         tally.add(part.tally)
+    tally.duplicate_ids = duplicate_ids
     slices = [unit.slice for unit in plan.units_of(file)]
     seconds = sum(part.seconds for part in parts)
     digests = [part.digest for part in parts]
     journal.append(entry_of(str(plan.files[file].output), slices, digests, [written], tally, journal.rank, seconds, is_joined=True))
     for path in paths:
         path.unlink(missing_ok=True)
-    return written
+    return JoinedFile(written, duplicate_ids)
 
 
 def conclude(
@@ -254,7 +243,7 @@ def conclude(
     setup: Setup,
     plan: Plan,
     ranks: list[RankSummary],
-    joined: dict[int, WrittenFile | Failure],
+    joined: dict[int, JoinedFile | Failure],
     journal: Journal,
     reason: str | None,
     seconds: float,

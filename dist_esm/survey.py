@@ -14,7 +14,7 @@ from dist_esm.attempt import attempt
 from dist_esm.config import Config
 from dist_esm.journal import Entry, is_intact
 from dist_esm.plan import Plan, assign, count_slice, cut_files, make_plan, make_units
-from dist_esm.records import Count, FastaFile, Slice, Tally, Unit, UnitResult, WrittenFile
+from dist_esm.records import Count, FastaFile, JoinedFile, Slice, Tally, Unit, UnitResult
 from dist_esm.scan import digest
 from dist_esm.world import World
 
@@ -70,7 +70,7 @@ def count_together(config: Config, files: Sequence[FastaFile], world: World) -> 
 
 def check_together(
     config: Config, files: Sequence[FastaFile], units: Sequence[Unit], entries: Sequence[Entry], world: World
-) -> tuple[list[UnitResult], dict[int, WrittenFile]]:
+) -> tuple[list[UnitResult], dict[int, JoinedFile]]:
     """Which units are done: the same text was embedded, and its outputs are intact. Every rank checks its share.
 
     Returns
@@ -90,11 +90,11 @@ def check_together(
     good = [index for index in mine if is_done(*candidates[index], config)]
     found = sorted(index for text in world.exchange(json.dumps(good)) for index in json.loads(text))
     done: dict[tuple[int, int], UnitResult] = {}
-    joined: dict[int, WrittenFile] = {}
+    joined: dict[int, JoinedFile] = {}
     for entry, same in (candidates[index] for index in found):
         done |= {(result.file, result.ordinal): result for result in as_results(entry, same)}
         if entry.is_joined:
-            joined[same[0].file] = entry.written[0]
+            joined[same[0].file] = JoinedFile(entry.written[0], entry.tally.duplicate_ids)
         else:
             joined.pop(same[0].file, None)
     return list(done.values()), joined

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 from dist_esm.records import WorkerStatus
 
 log = logging.getLogger("dist_esm")
+T = TypeVar("T")
 
 POLL_SECONDS = 0.1
 NAME_MISSING_SECONDS = 60.0
@@ -234,6 +235,18 @@ class World:
             deadline = time.monotonic() + LEAVE_SECONDS
             while self.is_main and not self._store.check(keys) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
+
+
+def together(world: World, work: Callable[[], T]) -> T:
+    """Do a step of the preparation on every rank; if it fails on one, all ranks refuse with its reason."""
+    value: T | None = None
+    problem = None
+    try:
+        value = work()
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        problem = " ".join(str(error).split())
+    world.agree(problem)
+    return cast(T, value)
 
 
 def is_main_rank() -> bool:

@@ -1,6 +1,7 @@
 """One output in the format that was asked for.
 
-`write_output` is what the rest of the package knows; each format is one function behind it, given whole `Embeddings` and a path.
+`write_output` is what the rest of the package knows; each format is one function behind it, given whole `Embeddings` and a path, in a
+module of its own beside what reads it back. `reader` is the way back for all of them.
 """
 
 from __future__ import annotations
@@ -8,13 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from dist_esm.config import Format
+from dist_esm.formats_h5 import write_h5
+from dist_esm.formats_parquet import write_parquet
+from dist_esm.formats_safetensors import write_safetensors
+from dist_esm.formats_torch import write_fair_esm, write_pt
 from dist_esm.records import NOTE_COLUMNS
-from dist_esm.spool import Embeddings, atomically, save
+from dist_esm.spool import Embeddings, atomically
 
 Writer = Callable[[Embeddings, Path], None]
+
+WRITERS: dict[Format, tuple[str, Writer]] = {
+    Format.pt: (".pt", write_pt),
+    Format.fair_esm: ("", write_fair_esm),
+    Format.h5: (".h5", write_h5),
+    Format.parquet: (".parquet", write_parquet),
+    Format.safetensors: (".safetensors", write_safetensors),
+}
+"""Suffix and function of each format; without a suffix it is a folder."""
 
 
 def write_output(kind: Format, embeddings: Embeddings, stem: Path) -> Path:
@@ -44,32 +56,3 @@ def write_output(kind: Format, embeddings: Embeddings, stem: Path) -> Path:
     path = stem.with_name(stem.name + suffix)
     writer(embeddings, path)
     return path
-
-
-def write_pt(embeddings: Embeddings, path: Path) -> None:
-    """Write VirNucPro's layout, with every representation beside it under fair-esm's names.
-
-    ``proteins`` and ``data`` are lists in file order, ``data`` of the mean of the last requested layer, shape (D,); further
-    ``headers``, ``lengths`` (embedded residues), ``source`` and ``provenance``, and as included ``mean_representations[layer]`` and
-    ``bos_representations[layer]``, shape (N, D), and ``representations[layer]``, a list of tensors of shape (L, D). Tensors of a kind
-    and layer are views of one storage.
-    """
-    content: dict[str, object] = {
-        "proteins": embeddings.ids,
-        "data": list(embeddings.mean[embeddings.main_layer].unbind(0)),
-        "headers": [row.header for row in embeddings.rows],
-        "lengths": embeddings.lengths,
-        "source": embeddings.source,
-        "provenance": embeddings.provenance,
-    }
-    if "mean" in embeddings.include:
-        content["mean_representations"] = embeddings.mean
-    if "bos" in embeddings.include:
-        content["bos_representations"] = embeddings.bos
-    if "per_tok" in embeddings.include:
-        content["representations"] = {layer: list(torch.split(rows, embeddings.lengths)) for layer, rows in embeddings.per_tok.items()}
-    save(content, path)
-
-
-WRITERS: dict[Format, tuple[str, Writer]] = {Format.pt: (".pt", write_pt)}
-"""Suffix and function of each format."""

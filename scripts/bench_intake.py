@@ -43,6 +43,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def child_count(path: str, how: str, repeats: int) -> dict[str, Any]:
         def work() -> tuple[int, int]:
             sequences = residues = 0
             with open(path) as file:
-                for _, letters in SimpleFastaParser(file):  # type: ignore[no-untyped-call]
+                for _, letters in SimpleFastaParser(file):
                     sequences += 1
                     residues += len(letters)
             return sequences, residues
@@ -165,7 +166,7 @@ def child_count(path: str, how: str, repeats: int) -> dict[str, Any]:
 
         def work() -> tuple[int, int]:
             sequences = residues = 0
-            for record in SeqIO.parse(path, "fasta"):  # type: ignore[no-untyped-call]
+            for record in SeqIO.parse(path, "fasta"):
                 sequences += 1
                 residues += len(record)
             return sequences, residues
@@ -234,11 +235,7 @@ def child_read(path: str, how: str, repeats: int, toks_per_batch: int) -> dict[s
 
 def child_memory(path: str, output_dir: str, width: int, expected: int) -> dict[str, Any]:
     """The whole run over one file with a stand-in engine."""
-    import torch
-
-    import dist_esm.run as whole_run
-    from dist_esm.config import Config, ModelConfig
-    from dist_esm.plan import find_files
+    from dist_esm.config import Config, DeviceKind, ModelConfig
     from dist_esm.records import Answer, Pack
     from dist_esm.world import World
 
@@ -258,23 +255,20 @@ def child_memory(path: str, output_dir: str, width: int, expected: int) -> dict[
         def close(self) -> None: ...
 
     engine = Instant()
+    whole_run: Any = import_module("dist_esm.run")
     plan_agreed: dict[str, float] = {}
     agree_on_plan = whole_run.agree_on_plan
-
-    def prepare(config: Config, _world: World) -> Any:
-        files = find_files(config.input_list())
-        whole_run.make_output_dir(config.output_dir)
-        return files, torch.device("cpu"), engine
 
     def plan(*args: Any) -> Any:
         agreed = agree_on_plan(*args)
         plan_agreed.update(plan_s=time.perf_counter() - began, plan_peak_mib=peak_mib(), units=len(agreed.units))
         return agreed
 
-    whole_run.prepare, whole_run.agree_on_plan = prepare, plan  # type: ignore[assignment]
+    whole_run.load_engine = lambda *_: engine
+    whole_run.agree_on_plan = plan
     logging.getLogger("dist_esm").setLevel(logging.ERROR)
     model = ModelConfig("esm2_t6_8M_UR50D", num_layers=6, embed_dim=width, attention_heads=1, weights="random")
-    config = Config(input=path, output_dir=Path(output_dir), model=model)
+    config = Config(input=path, output_dir=Path(output_dir), model=model, device=DeviceKind.cpu)
     base, began = peak_mib(), time.perf_counter()
     exit_code = whole_run.run(config, World(None, 0, 1, 0, 1))
     seconds = time.perf_counter() - began

@@ -7,7 +7,7 @@ a vector that belongs to another protein, is shifted by a residue or comes from 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,8 +146,11 @@ def make_config(inputs: Any, output_dir: Path, **overrides: Any) -> Config:
     return Config(input=inputs, output_dir=output_dir, model=model, **settings)
 
 
-def embed_directory(inputs: Any, output_dir: Path, poison: Sequence[str] = (), **overrides: Any) -> Embedded:
-    """Embed `inputs` as `dist_esm.run.run` does, as a world of one, with the stand-in in place of the model."""
+def embed_directory(inputs: Any, output_dir: Path, poison: Sequence[str] = (), after_plan: Callable[[], object] = lambda: None, **overrides: Any) -> Embedded:
+    """Embed `inputs` as `dist_esm.run.run` does, as a world of one, with the stand-in in place of the model.
+
+    `after_plan` is called when the plan is made and nothing has been read for it yet.
+    """
     inputs = [str(item) for item in inputs] if isinstance(inputs, (list, tuple)) else str(inputs)
     config = make_config(inputs, output_dir, **overrides)
     world = World(None, 0, 1, 0, 1)
@@ -156,6 +159,7 @@ def embed_directory(inputs: Any, output_dir: Path, poison: Sequence[str] = (), *
     write_settings(output_dir, {})
     journal = Journal(output_dir, new_launch(), 0)
     plan = agree_on_plan(config, files, world)
+    after_plan()
     assert config.toks_per_batch is not None
     engine = StandIn(config.resolved_layers(), any(kind.name == "per_tok" for kind in config.include), config.toks_per_batch, poison)
     stop = Stop()

@@ -26,7 +26,6 @@ REFUSED = {
     "input=x long=window truncation_seq_length=null": r"long=window needs a window",
     "input=x long=window window_overlap=1022": r"window_overlap=1022 must be smaller than the window",
     "input=x unit_share=0": r"unit_share=0.0 is not a share",
-    "input=x format=h5": r"format=h5 is not there yet",
     "input=x job=plan": r"job=plan is not there yet",
     "inputs": r"'inputs' is not key=value",
 }

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from conftest import PROTEINS, read_report, run_ranks
 from dist_esm.journal import Entry, encode, read
 from dist_esm.records import Tally, WrittenFile

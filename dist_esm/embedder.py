@@ -1,0 +1,149 @@
+"""ESM-2 in a notebook: sequences in, arrays out, on one device, with the numbers of the command line.
+
+from dist_esm import Embedder
+
+embedder = Embedder("esm2_t33_650M_UR50D")
+vectors = embedder.embed(["MKTAYIAKQR", "GAVLIPFMW"])               # (2, 1280)
+rows = embedder.embed(["MKTAYIAKQR"], include="per_tok")[0]          # (10, 1280)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_esm.alphabet import tokenize
+from dist_esm.collect import combine
+from dist_esm.config import Attention, DeviceKind, Dtype, Include, Long, check
+from dist_esm.embed import embed_pack, shape
+from dist_esm.engine import Engine
+from dist_esm.fasta import make_protein
+from dist_esm.kernels import choose_attention, choose_device, choose_dtype
+from dist_esm.pack import Packer
+from dist_esm.records import Answer, Pack, Segment
+from dist_esm.weights import fetch, load_model
+
+
+class Embedder:
+    """An ESM-2 on one device.
+
+    Parameters
+    ----------
+    model
+        One of fair-esm's names, `esm2_t6_8M_UR50D` to `esm2_t48_15B_UR50D`.
+    weights
+        As `model.weights` on the command line: None for torch hub's cache (downloaded once), a path, or `random`.
+    layer
+        The layer to return, fair-esm's numbering, negatives from the end.
+    device, dtype, attention
+        As on the command line.
+    truncation_seq_length, long, window_overlap
+        As on the command line; what `long=skip` and `long=fail` would leave out is a ValueError here.
+    toks_per_batch
+        Tokens in a pack; None: the default for the device.
+
+    Raises
+    ------
+    ValueError
+        If a value is wrong, the weights cannot be had, or the device is not there.
+    """
+
+    def __init__(
+        self,
+        model: str = "esm2_t33_650M_UR50D",
+        *,
+        weights: str | os.PathLike[str] | None = None,
+        layer: int = -1,
+        device: str = "auto",
+        dtype: str = "auto",
+        attention: str = "auto",
+        truncation_seq_length: int | None = 1022,
+        long: str = "truncate",
+        window_overlap: int = 256,
+        toks_per_batch: int | None = None,
+    ) -> None:
+        from dist_esm.__main__ import compose_config
+
+        config = compose_config(["input=sequences", f"model={model}"])
+        config.model.weights = None if weights is None else os.fspath(weights)
+        config.repr_layers = [layer]
+        config.device, config.dtype, config.attention = named(DeviceKind, device), named(Dtype, dtype), named(Attention, attention)
+        config.truncation_seq_length, config.window_overlap, config.long = truncation_seq_length, window_overlap, named(Long, long)
+        config.toks_per_batch = toks_per_batch
+        check(config)
+        self.config = config
+        (self.layer,) = config.resolved_layers()
+        place = choose_device(config.device, 0, 1, "this machine")
+        precision = choose_dtype(config.dtype, place)
+        _, function = choose_attention(config.attention, place, precision)
+        fetch(config.model)
+        self.engine = Engine(load_model(config.model, place, precision, function), [self.layer], wants_rows=True, toks_per_batch=toks_per_batch)
+
+    def embed(self, sequences: Iterable[str], include: str = "mean") -> Any:
+        """Embed sequences, in their order.
+
+        Parameters
+        ----------
+        sequences
+            Letters; put right as the command line does by default (upper-cased, gaps and trailing stops removed, unknown letters X).
+        include
+            `mean` over residues, `bos`, or `per_tok`.
+
+        Returns
+        -------
+        float32 array, shape (N, D), for `mean` and `bos`; a list of N float32 arrays, shape (L, D), for `per_tok`
+
+        Raises
+        ------
+        ValueError
+            If a sequence is empty or left out by the policy for long ones; the message has its place.
+        """
+        if isinstance(sequences, str):
+            raise ValueError("sequences is one string: pass a list of sequences")
+        kind = named(Include, include)
+        self.engine.wants_rows = kind is Include.per_tok
+        packer = Packer(self.engine.toks_per_batch)
+        answers: dict[int, list[Answer | None]] = {}
+        lengths: list[int] = []
+        for place, letters in enumerate(sequences):
+            protein, _, spans = shape(make_protein(f"sequence_{place}", "".join(letters.split()), place + 1, self.config.residues), self.config)
+            if protein.skipped is not None:
+                raise ValueError(f"sequence {place} is left out: {protein.skipped}")
+            lengths.append(sum(last - first for _, _, first, last in spans))
+            answers[place] = [None] * len(spans)
+            for part, (start, stop, first, last) in enumerate(spans):
+                segment = Segment(place, part, tokenize(protein.residues[start:stop]), (first - start, last - start))
+                for pack in packer.add(segment):
+                    self._run(pack, answers)
+        for pack in packer.flush():
+            self._run(pack, answers)
+        vectors: list[NDArray[np.float32]] = [
+            combine([one for one in answers[place] if one is not None], length, [(kind, self.layer)])[kind, self.layer] for place, length in enumerate(lengths)
+        ]
+        if kind is Include.per_tok:
+            return vectors
+        return np.stack(vectors) if vectors else np.empty((0, self.config.model.embed_dim), dtype=np.float32)
+
+    def _run(self, pack: Pack, answers: dict[int, list[Answer | None]]) -> None:
+        found, _ = embed_pack(self.engine, pack)
+        for segment, answer in zip(pack.segments, found, strict=True):
+            if isinstance(answer, Exception):
+                raise answer
+            answers[segment.protein][segment.part] = answer
+
+
+def named(kind: type[Any], name: str) -> Any:
+    """A member of an enum by its name.
+
+    Raises
+    ------
+    ValueError
+        If there is none; the message lists them.
+    """
+    if name not in kind.__members__:
+        raise ValueError(f"{name!r} is no {kind.__name__}: use one of {', '.join(kind.__members__)}")
+    return kind[name]

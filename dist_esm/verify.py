@@ -1,0 +1,184 @@
+"""A finished output directory read back: every record of every input accounted for, in order, with the bytes that were written.
+
+The inputs are parsed again under the settings that the report holds, and each output is opened as its users open it. What is looked
+at: that there is an output and that it is the one that was written (checksum), ids and lengths in file order, the shape of every
+representation, and that all numbers are finite. Nothing is computed, so no device and no weights are needed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_esm.attempt import attempt
+from dist_esm.config import Config, from_dict
+from dist_esm.embed import shape
+from dist_esm.fasta import read_proteins
+from dist_esm.journal import read as read_journal
+from dist_esm.plan import assign, find_files
+from dist_esm.reader import EmbeddingSet, load
+from dist_esm.records import Count, FastaFile, Slice, Unit, WrittenFile
+from dist_esm.scan import whole
+from dist_esm.spool import atomically, fingerprint
+from dist_esm.world import World, together
+
+log = logging.getLogger("dist_esm")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is missing or wrong."""
+
+    path: str
+    """The input."""
+    problem: str
+
+
+def verify(config: Config, world: World) -> int:
+    """Check `output_dir` against `input`; every rank checks its share of the files.
+
+    Returns
+    -------
+    int
+        Rank 0: 0 if all is well, 2 if something is missing or wrong. Other ranks: 0.
+
+    Raises
+    ------
+    RefusedError
+        On every rank, if there is nothing to check.
+    """
+    files = together(world, lambda: find_files(config.input_list()))
+    report = together(world, lambda: read_report(config.output_dir))
+    world.start_process_group(torch.device("cpu"))
+    settings = from_dict({**report["config"], "input": config.input, "output_dir": str(config.output_dir)})
+    outputs = {entry["path"]: entry["outputs"] for entry in report["files"]}
+    reasons = {failure["path"]: f"failed: {failure['error_type']}: {failure['error_message']}" for failure in report["failed"]}
+    reasons |= dict.fromkeys(report["not_attempted"], "not attempted: the run was stopped before it")
+    written = {one.path: one for entry in read_journal(config.output_dir) for one in entry.written}
+    findings: list[Finding] = []
+    num_proteins = 0
+    mine = assign([file.num_bytes for file in files], [str(file.path) for file in files], world.world_size)[world.rank]
+    for number in mine:
+        file = files[number]
+        path = str(file.path)
+        if path not in outputs:
+            findings.append(Finding(path, reasons.get(path, "not in report.json: it was not part of the run")))
+            continue
+        found = attempt(lambda file=file: list(check_file(file, outputs[str(file.path)], written, settings)))  # type: ignore[misc]
+        problems = [f"{type(found).__name__}: {found}"] if isinstance(found, Exception) else found
+        findings += [Finding(path, problem) for problem in problems]
+        num_proteins += report_entry(report, path)["sequences"]
+    told = world.all_gather((findings, len(mine), num_proteins))
+    if not world.is_main:
+        return 0
+    everything = sorted((finding for share, _, _ in told for finding in share), key=lambda finding: finding.path)
+    total = {"files": sum(share for _, share, _ in told), "proteins": sum(share for _, _, share in told)}
+    with atomically(config.output_dir / "verify.json") as beside:
+        content = {"status": "wrong" if everything else "ok", **total, "findings": [vars(finding) for finding in everything]}
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for finding in everything:
+        print(f"{finding.path}: {finding.problem}")
+    print(f"{'wrong' if everything else 'ok'}: {total['files']} files, {total['proteins']} proteins checked, {len(everything)} findings", flush=True)
+    return 2 if everything else 0
+
+
+def read_report(output_dir: Path) -> dict[str, Any]:
+    """The report of a finished run.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    path = output_dir / "report.json"
+    if not path.is_file():
+        raise ValueError(f"output_dir={output_dir} has no report.json: there is no finished run to verify")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(content, dict)
+    return content
+
+
+def report_entry(report: dict[str, Any], path: str) -> dict[str, Any]:
+    """The report's entry of a file that is done."""
+    return next(entry for entry in report["files"] if entry["path"] == path)
+
+
+def check_file(file: FastaFile, outputs: list[str], written: dict[str, WrittenFile], settings: Config) -> Iterator[str]:
+    """What is missing or wrong about the outputs of one file.
+
+    Raises
+    ------
+    Exception
+        Whatever reading the input or an output raises: that is a finding, too.
+    """
+    for output in outputs:
+        found = fingerprint(settings.output_dir, Path(output))
+        if found is None:
+            yield f"{output} is missing"
+            return
+        if output not in written:
+            yield f"{output} is not in the journal: it cannot be told whether it is what was written"
+        elif found != written[output]:
+            yield f"{output} has {found.num_bytes} bytes with another checksum than the {written[output].num_bytes} that were written"
+            return
+    ids, lengths = expected_records(file, settings)
+    sets = [load(settings.output_dir / output) for output in outputs]
+    found_ids = [one for part in sets for one in part.ids]
+    found_lengths = [one for part in sets for one in part.lengths]
+    if found_ids != ids:
+        yield difference(found_ids, ids)
+        return
+    if found_lengths != lengths:
+        place = next(i for i, (one, other) in enumerate(zip(found_lengths, lengths, strict=True)) if one != other)
+        yield f"protein {place + 1} ({ids[place]}) has {found_lengths[place]} embedded residues, {lengths[place]} are expected"
+        return
+    for part, output in zip(sets, outputs, strict=True):
+        yield from check_numbers(part, output, settings)
+
+
+def expected_records(file: FastaFile, settings: Config) -> tuple[list[str], list[int]]:
+    """Ids and embedded residues of the records of a file that get an embedding, in order."""
+    piece: Slice = whole(file.path)
+    unit = Unit(0, 0, piece, Count(), Count(), is_whole=True)
+    ids, lengths = [], []
+    for protein in read_proteins(unit, settings.residues):
+        shaped, _, spans = shape(protein, settings)
+        if spans:
+            ids.append(shaped.id)
+            lengths.append(sum(stop - first for _, _, first, stop in spans))
+    return ids, lengths
+
+
+def difference(found: list[str], expected: list[str]) -> str:
+    """The first place where ids differ, in words."""
+    for place, (one, other) in enumerate(zip(found, expected, strict=False)):
+        if one != other:
+            return f"protein {place + 1} is {one}, {other} is expected"
+    return f"{len(found)} proteins, {len(expected)} are expected"
+
+
+def check_numbers(part: EmbeddingSet, output: str, settings: Config) -> Iterator[str]:
+    """Shapes and finite values of every representation in one output."""
+    width, names = settings.model.embed_dim, {kind.name for kind in settings.include}
+    kinds = [kind for kind in ("mean", "bos") if kind in names]
+    for layer in settings.resolved_layers():
+        for kind in kinds:
+            values = attempt(partial(part.vectors_of, kind, layer))
+            if isinstance(values, Exception):
+                yield f"{output}: {kind} of layer {layer} cannot be read: {values}"
+            elif values.shape != (len(part), width):
+                yield f"{output}: {kind} of layer {layer} has shape {values.shape}, ({len(part)}, {width}) is expected"
+            elif not np.isfinite(values).all():
+                yield f"{output}: {kind} of layer {layer} has values that are not finite"
+        for place in range(len(part)) if "per_tok" in names else ():
+            rows = part.residues(place, layer)
+            if rows.shape != (part.lengths[place], width) or not np.isfinite(rows).all():
+                yield f"{output}: the residues of protein {place + 1} ({part.ids[place]}) in layer {layer} have another shape or are not finite"

@@ -1,0 +1,48 @@
+"""The Python API gives the numbers of the command line."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import PROTEINS, run_ranks
+from dist_esm import Embedder
+from test_run import MODEL, sequences
+
+
+@pytest.fixture(scope="module")
+def embedder(checkpoint_8m):
+    return Embedder("esm2_t6_8M_UR50D", weights=checkpoint_8m, device="cpu", toks_per_batch=300)
+
+
+WINDOWS = {"long": "window", "truncation_seq_length": 60, "window_overlap": 20}
+
+
+@pytest.mark.parametrize("options", [{}, WINDOWS], ids=["truncate", "window"])
+def test_same_bits_as_the_command(checkpoint_8m, tmp_path, options):
+    source = PROTEINS / "medium.faa"
+    settings = ["include=[mean,bos,per_tok]", *(f"{key}={value}" for key, value in options.items())]
+    result = run_ranks(None, f"input={source}", f"output_dir={tmp_path}", MODEL, f"model.weights={checkpoint_8m}", *settings)
+    assert result.returncode == 0, result.stderr
+    content = torch.load(tmp_path / "medium_ESM.pt", weights_only=True)
+    embedder = Embedder("esm2_t6_8M_UR50D", weights=checkpoint_8m, device="cpu", toks_per_batch=300, **options)
+    letters = list(sequences(source).values())
+    np.testing.assert_array_equal(embedder.embed(letters), content["mean_representations"][6])
+    np.testing.assert_array_equal(embedder.embed(letters, include="bos"), content["bos_representations"][6])
+    for mine, theirs in zip(embedder.embed(letters, include="per_tok"), content["representations"][6], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_letters_are_put_right_as_on_the_command_line(embedder):
+    np.testing.assert_array_equal(embedder.embed(["mkt-AY*", "MKTJ"]), embedder.embed(["MKTAY", "MKTX"]))
+
+
+def test_wrong_input_is_named(embedder):
+    with pytest.raises(ValueError, match="sequence 1 is left out: empty sequence"):
+        embedder.embed(["MKT", ""])
+    with pytest.raises(ValueError, match="sequences is one string"):
+        embedder.embed("MKT")
+    with pytest.raises(ValueError, match="'median' is no Include: use one of mean, bos, per_tok"):
+        embedder.embed(["MKT"], include="median")
+    assert embedder.embed([]).shape == (0, 320)

@@ -1,0 +1,106 @@
+"""job=verify on a directory that is well, and on one where everything that can be wrong is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import PROTEINS, run_ranks
+from dist_esm import journal
+from dist_esm.config import Include
+from dist_esm.records import WrittenFile
+from dist_esm.spool import fingerprint
+from dist_esm.verify import check_file
+from standin import embed_directory, make_config
+from test_run import MODEL
+
+
+def verify(inputs: Path, out: Path, num_ranks: int | None = None):
+    return run_ranks(num_ranks, f"input={inputs}", f"output_dir={out}", "job=verify")
+
+
+@pytest.mark.distributed
+def test_a_finished_directory_is_well_until_something_is_wrong(tmp_path, checkpoint_8m):
+    shutil.copytree(PROTEINS, tmp_path / "in")
+    (tmp_path / "in" / "bad.fasta").write_text("no header\n")
+    out = tmp_path / "out"
+    settings = [MODEL, f"model.weights={checkpoint_8m}", "include=[mean,per_tok]", "truncation_seq_length=50", "residues.unknown=skip"]
+    assert run_ranks(None, f"input={tmp_path / 'in'}", f"output_dir={out}", *settings).returncode == 2
+    (tmp_path / "in" / "bad.fasta").unlink()
+    well = verify(tmp_path / "in", out)
+    assert (well.returncode, well.stdout) == (0, "ok: 4 files, 28 proteins checked, 0 findings\n")
+
+    (tmp_path / "in" / "late.fasta").write_text(">a\nMKT\n")
+    (tmp_path / "in" / "bad.fasta").write_text("no header\n")
+    (out / "large_ESM.pt").unlink()
+    with open(out / "medium_ESM.pt", "ab") as file:
+        file.write(b"x")
+    with open(tmp_path / "in" / "viruses" / "tiny.fas", "a") as file:
+        file.write("\n>one_more\nMKT\n")
+    wrong = verify(tmp_path / "in", out, num_ranks=2)
+    assert wrong.returncode == 1
+    assert "exitcode  : 2" in wrong.stderr
+    findings = {Path(finding["path"]).name: finding["problem"] for finding in json.loads((out / "verify.json").read_text())["findings"]}
+    assert set(findings) == {"bad.fasta", "late.fasta", "large.fasta", "medium.faa", "tiny.fas"}
+    assert findings["bad.fasta"].startswith("failed: FastaError: line 1")
+    assert findings["late.fasta"] == "not in report.json: it was not part of the run"
+    assert findings["large.fasta"] == "large_ESM.pt is missing"
+    assert "with another checksum than" in findings["medium.faa"]
+    assert findings["tiny.fas"] == "2 proteins, 3 are expected"
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    result = verify(PROTEINS, tmp_path)
+    assert result.returncode == 1
+    assert "there is no finished run to verify" in result.stderr
+
+
+def break_ids(content):
+    content["proteins"][0], content["proteins"][1] = content["proteins"][1], content["proteins"][0]
+
+
+def break_lengths(content):
+    content["lengths"][0] -= 1
+    content["lengths"][1] += 1
+
+
+def break_value(content):
+    content["mean_representations"][1][1, 2] = float("nan")
+
+
+def break_shape(content):
+    content["mean_representations"][1] = content["mean_representations"][1][:, :3].clone()
+
+
+CASES = {
+    break_ids: "protein 1 is 2, 1 is expected",
+    break_lengths: "protein 1 (1) has 4 embedded residues, 5 are expected",
+    break_value: "a_ESM.pt: mean of layer 1 has values that are not finite",
+    break_shape: "a_ESM.pt: mean of layer 1 cannot be read: could not broadcast input array from shape (2,3) into shape (2,6)",
+}
+
+
+@pytest.mark.parametrize("fault", CASES, ids=lambda fault: fault.__name__)
+def test_an_output_that_was_wrong_when_it_was_written_is_found(tmp_path, fault):
+    """Faults under a checksum that agrees with the journal: what a bug of the writer would leave."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.fasta").write_text(">1\nMKTAY\n>2\nIAKQRQI\n")
+    run = embed_directory(tmp_path / "in", tmp_path / "out", include=[Include.mean, Include.per_tok])
+    path = tmp_path / "out" / "a_ESM.pt"
+
+    def findings() -> list[str]:
+        written = {"a_ESM.pt": fingerprint(tmp_path / "out", Path("a_ESM.pt"))}
+        assert isinstance(written["a_ESM.pt"], WrittenFile)
+        config = make_config(str(tmp_path / "in"), tmp_path / "out", include=[Include.mean, Include.per_tok])
+        return list(check_file(run.plan.files[0], ["a_ESM.pt"], written, config))
+
+    assert findings() == []
+    content = torch.load(path, weights_only=True)
+    fault(content)
+    torch.save(content, path)
+    assert CASES[fault] in findings()
+    assert journal.read(tmp_path / "out") == []  # the stand-in keeps no journal
