@@ -24,11 +24,11 @@ COUNTS = ("embedded", "upper_cased", "stops_removed", "gaps_removed", "replaced"
 def write_parquet(embeddings: Embeddings, path: Path) -> None:
     """Write a row for each protein, in file order.
 
-    Columns: ``id``, ``header``, ``source`` (path of the input relative to the common root), ``index`` (of the record in its input, from 0), ``length`` (residues before
-    truncation), ``embedded`` (residues that the numbers are of), ``outcome`` (ok, truncated or windowed), ``upper_cased``, ``stops_removed``,
-    ``gaps_removed``, ``replaced`` (letters changed), and for each kind and layer ``mean_layer_33`` and ``bos_layer_33``, fixed-size lists
-    of D numbers, and ``per_tok_layer_33``, a list of these. The mean of the last requested layer is always there. The metadata of the schema
-    has ``model_name`` and the fields of `About`, ``provenance`` as JSON.
+    Columns: ``id``, ``header``, ``source`` (path of the input relative to the common root), ``index`` (of the record in its input, from 0),
+    ``length`` (residues before truncation), ``embedded`` (residues that the numbers are of), ``outcome`` (ok, truncated or windowed),
+    ``upper_cased``, ``stops_removed``, ``gaps_removed``, ``replaced`` (letters changed), and for each kind and layer ``mean_layer_33`` and
+    ``bos_layer_33``, fixed-size lists of D numbers, and ``per_tok_layer_33``, a list of these. The mean of the last requested layer is
+    always there. The metadata of the schema has ``model_name`` and the fields of `About`, ``provenance`` as JSON.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

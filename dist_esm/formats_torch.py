@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.formats import About, Names, escape, folder_atomically
-from dist_esm.spool import Embeddings, save
+from dist_esm.spool import Embeddings, save, torch_save
 
 MAP = "ids.tsv"
 MAP_COLUMNS = ("file", "id", "index", "length", "header")
@@ -118,7 +118,7 @@ def write_fair_esm(embeddings: Embeddings, path: Path) -> None:
                 content["representations"] = {layer: rows[start:stop].clone() for layer, rows in embeddings.per_tok.items()}
             name = f"{names.take(row.id)}.pt"
             with open(beside / name, "xb") as file:
-                torch.save(content, file)
+                torch_save(content, file)
             lines.append("\t".join((name, row.id, str(row.number), str(row.embedded), row.header)))
             start = stop
         (beside / MAP).write_bytes("\n".join([*lines, ""]).encode())

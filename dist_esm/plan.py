@@ -120,9 +120,9 @@ def assign(costs: Sequence[int], keys: Sequence[str | tuple[str, int]], num_bins
 def find_files(inputs: Sequence[str]) -> list[FastaFile]:
     """Resolve paths, directories and globs to FASTA files with their outputs, in a stable order.
 
-    A file named outright is taken as it is, hidden or not. Directories are searched recursively: hidden and temporary names
-    are skipped, links are followed, and a file or directory that can be reached in two ways is taken once, under its real name
-    if that is one of them.
+    A file named outright is taken, hidden or not, link or not. Directories are searched recursively: hidden and temporary names
+    are skipped, links are followed, and a file or directory that a search or a glob can reach in two ways is taken once, under
+    its real name if that is one of them.
 
     Raises
     ------
@@ -130,6 +130,7 @@ def find_files(inputs: Sequence[str]) -> list[FastaFile]:
         If a path does not exist or holds no FASTA file, or if two inputs would share an output.
     """
     found: dict[Path, None] = {}
+    outright: set[Path] = set()
     roots: list[Path] = []
     for item in inputs:
         path = Path(os.path.abspath(os.path.expanduser(item)))
@@ -141,6 +142,7 @@ def find_files(inputs: Sequence[str]) -> list[FastaFile]:
             if not _has_suffix(path):
                 raise ValueError(f"input={item} does not end in {_suffixes()}: rename it if it is FASTA")
             matches, root = [path], path.parent
+            outright.add(path)
         elif glob.has_magic(item):
             hits = [Path(os.path.abspath(hit)) for hit in sorted(glob.glob(os.path.expanduser(item), recursive=True))]
             matches = [hit for hit in hits if hit.is_file() and _is_fasta(hit)]
@@ -155,8 +157,8 @@ def find_files(inputs: Sequence[str]) -> list[FastaFile]:
     root = Path(os.path.commonpath(roots))
     real = {path: os.path.realpath(path) for path in found}
     names: dict[str, Path] = {}
-    for path in sorted(found, key=lambda path: (real[path] != str(path), str(path))):
-        names.setdefault(real[path], path)
+    for path in sorted(found, key=lambda path: (path not in outright, real[path] != str(path), str(path))):
+        names.setdefault(str(path) if path in outright else real[path], path)
     files = []
     for path in sorted(names.values(), key=str):
         stat = path.stat()
@@ -165,6 +167,21 @@ def find_files(inputs: Sequence[str]) -> list[FastaFile]:
         files.append(FastaFile(path, relative.with_name(_stem(path) + "_ESM"), stat.st_size, stat.st_mtime_ns, source))
     _refuse_collisions(files)
     return files
+
+
+def refuse_nested(files: Sequence[FastaFile]) -> None:
+    """For a format whose outputs are folders: no output may lie inside another.
+
+    Raises
+    ------
+    ValueError
+        If one would.
+    """
+    by_output = {file.output: file.path for file in files}
+    for file in files:
+        outer = next((by_output[folder] for folder in file.output.parents if folder in by_output), None)
+        if outer is not None:
+            raise ValueError(f"{file.path} would be written inside the output folder of {outer}: rename one, or embed them into two output_dirs")
 
 
 def _suffixes() -> str:

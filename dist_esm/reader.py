@@ -122,12 +122,12 @@ class EmbeddingSet:
     @cached_property
     def ids(self) -> list[str]:
         """Ids, duplicates included."""
-        return [protein for ids, _ in self._records for protein in ids]
+        return [protein for _, ids, _ in self._index for protein in ids]
 
     @cached_property
     def lengths(self) -> list[int]:
         """Residues that each embedding is of."""
-        return [length for _, lengths in self._records for length in lengths]
+        return [length for _, _, lengths in self._index for length in lengths]
 
     @property
     def headers(self) -> list[str]:
@@ -137,7 +137,7 @@ class EmbeddingSet:
     @property
     def sources(self) -> list[str]:
         """Path of the input file of each protein, relative to the common root of the run's inputs."""
-        return [about.source for about, (ids, _) in zip(self._abouts, self._records, strict=True) for _ in ids]
+        return [about.source for about, ids, _ in self._index for _ in ids]
 
     @cached_property
     def vectors(self) -> NDArray[np.float32]:
@@ -158,9 +158,9 @@ class EmbeddingSet:
         ValueError
             If there are no outputs.
         """
-        if not self._abouts:
+        if not self._index:
             raise ValueError("the run has no outputs, so there is nothing to say of them: see failed_files.txt")
-        return self._abouts[0]
+        return self._index[0][0]
 
     def vectors_of(self, kind: str, layer: int) -> NDArray[np.float32]:
         """All vectors of a kind, `mean` or `bos`, and a layer, shape (N, D)."""
@@ -218,26 +218,22 @@ class EmbeddingSet:
         return self._open[output]
 
     @cached_property
-    def _abouts(self) -> list[About]:
-        abouts = [self._opened(output).about for output in range(len(self._outputs))]
-        for path, about in zip(self._outputs, abouts, strict=True):
-            if (about.provenance, about.kinds, about.width) != (abouts[0].provenance, abouts[0].kinds, abouts[0].width):
+    def _index(self) -> list[tuple[About, list[str], list[int]]]:
+        """What each output says of itself, its ids and lengths; each is opened once."""
+        index: list[tuple[About, list[str], list[int]]] = []
+        for output, path in enumerate(self._outputs):
+            opened = self._opened(output)
+            about, first = opened.about, index[0][0] if index else opened.about
+            if (about.provenance, about.kinds, about.width) != (first.provenance, first.kinds, first.width):
                 raise ValueError(f"{path} and {self._outputs[0]} were made under different settings: load them one by one")
-        return abouts
-
-    @cached_property
-    def _records(self) -> list[tuple[list[str], list[int]]]:
-        """Ids and lengths of each output."""
-        records = []
-        for output in range(len(self._outputs)):
-            ids, _, lengths = self._opened(output).records()
-            records.append((list(ids), list(lengths)))
-        return records
+            ids, _, lengths = opened.records()
+            index.append((about, list(ids), list(lengths)))
+        return index
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
         """Position of the first protein of each output, and N."""
-        return np.cumsum([0, *(len(ids) for ids, _ in self._records)])
+        return np.cumsum([0, *(len(ids) for _, ids, _ in self._index)])
 
     @cached_property
     def _positions(self) -> dict[str, list[int]]:

@@ -17,13 +17,13 @@ from typing import IO, Any
 import torch
 
 from dist_esm.attempt import attempt
-from dist_esm.config import Config, Include, to_dict
+from dist_esm.config import Config, Format, Include, to_dict
 from dist_esm.embed import RankResult, Stop, embed_units
 from dist_esm.engine import DEFAULT_TOKS_PER_BATCH, Engine
 from dist_esm.journal import Journal, check_settings, clean, entry_of, lock, new_launch, start_over, write_settings
 from dist_esm.journal import read as read_journal
 from dist_esm.kernels import AttentionFunction, choose_attention, choose_device, choose_dtype
-from dist_esm.plan import Plan, find_files
+from dist_esm.plan import Plan, find_files, refuse_nested
 from dist_esm.records import Failure, FastaFile, JoinedFile, Tally, UnitResult, WorkerStatus
 from dist_esm.report import RankSummary, fail_what_vanished, failures_by_file, make_report, summary, versions, write_report
 from dist_esm.spool import atomically, join, written_file
@@ -49,7 +49,7 @@ def run(config: Config, world: World) -> int:
         On every rank, if the run cannot start on one of them.
     """
     started = time.monotonic()
-    files = together(world, lambda: find_files(config.input_list()))
+    files = together(world, lambda: find_inputs(config))
     setup = prepare(config, world)
     with output_directory(config, setup, world) as journal:
         entries = read_journal(config.output_dir) if config.resume else []
@@ -80,6 +80,14 @@ def run(config: Config, world: World) -> int:
             return 0
         seconds = time.monotonic() - started
         return conclude(config, setup, plan, ranks, joined, journal, stop.reason or (None if stop.at_once else world.stop_reason()), seconds)
+
+
+def find_inputs(config: Config) -> list[FastaFile]:
+    """The input files; a ValueError if their outputs would get into each other's way."""
+    files = find_files(config.input_list())
+    if config.format is Format.fair_esm:
+        refuse_nested(files)
+    return files
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -126,7 +126,23 @@ def atomically(path: Path) -> Iterator[Path]:
 def save(content: dict[str, Any], path: Path) -> None:
     """`torch.save`, atomically. Through an open file, since the name of a path would become part of the archive's bytes."""
     with atomically(path) as beside, open(beside, "wb") as file:
+        torch_save(content, file)
+
+
+def torch_save(content: dict[str, Any], file: IO[bytes]) -> None:
+    """`torch.save`, whose archive writer covers the cause of a failed write with a complaint about its own state.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written to.
+    """
+    try:
         torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def write_piece(embeddings: Embeddings, path: Path) -> Path:

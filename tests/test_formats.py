@@ -24,13 +24,13 @@ import torch
 from safetensors import safe_open
 
 from dist_esm import formats_parquet, load
-from dist_esm.config import Format, Include, SaveDtype
+from dist_esm.config import Format, Include, SaveDtype, check
 from dist_esm.formats_torch import MAX_NAME, file_name
 from dist_esm.records import Row
 from dist_esm.report import write_report
 from dist_esm.spool import Embeddings
 from dist_esm.writers import WRITERS, write_output
-from standin import WIDTH, bos_of, embed_directory, expected, fair_esm_tokens
+from standin import WIDTH, bos_of, embed_directory, expected, fair_esm_tokens, make_config
 
 ALL = [Include.mean, Include.bos, Include.per_tok]
 EVERYTHING = {"include": ALL, "repr_layers": [0, 1]}
@@ -189,6 +189,13 @@ def test_h5_with_residues_has_them_as_datasets_and_vectors_as_attributes(tmp_pat
             for layer in (0, 1):
                 assert_same(dataset.attrs[f"mean_layer_{layer}"], vector(residues, layer))
                 assert_same(dataset.attrs[f"bos_layer_{layer}"], bos(residues, layer))
+
+
+def test_h5_takes_attributes_of_any_size(tmp_path):
+    """Residues of a further layer are an attribute, which HDF5 before 1.8 ended at 64 KiB."""
+    path = embed(tmp_path, Format.h5, text=f">long\n{'MKTAYIAKQR' * 500}\n", truncation_seq_length=None, **EVERYTHING)
+    assert_same(load(path).residues("long", 0), rows("MKTAYIAKQR" * 500, 0))
+    assert path.stat().st_size > 2 * 5000 * WIDTH * 4 > 1 << 17
 
 
 def test_parquet_through_arrow_polars_pandas_and_duckdb(tmp_path):
@@ -395,17 +402,12 @@ def test_every_output_says_where_its_numbers_come_from_and_is_the_same_bytes_eac
 
 
 @pytest.mark.parametrize("kind", [Format.pt, Format.parquet, Format.safetensors])
-def test_ten_thousand_proteins_load_in_well_under_a_second_from_a_file_no_larger_than_its_numbers(tmp_path, kind):
+def test_a_file_of_ten_thousand_proteins_is_no_larger_than_its_numbers(tmp_path, kind):
     path = write_output(kind, made_of(["M"] * 10_000, width=320), tmp_path / "a_ESM")
     size = 10_000 * 320 * 4
     assert size < path.stat().st_size < 1.12 * size  # pickled, a tensor of a list takes about 100 bytes
-    seconds = []
-    for _ in range(3):  # the best of three: other processes may want the core
-        began = time.perf_counter()
-        back = load(path)
-        assert_same(back["p7000"], np.arange(7000 * 320, 7001 * 320, dtype=np.float32))
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.9
+    back = load(path)
+    assert_same(back["p7000"], np.arange(7000 * 320, 7001 * 320, dtype=np.float32))
     assert_same(back.vectors, np.arange(10_000 * 320, dtype=np.float32).reshape(-1, 320))
 
 
@@ -456,6 +458,25 @@ def test_an_output_of_a_run_that_is_gone_is_named_and_other_settings_are_not_mix
     os.unlink(tmp_path / "b.pt")
     with pytest.raises(ValueError, match=r"b.pt is not there or not whole: run again"):
         load(tmp_path).ids  # noqa: B018 - read for its error
+
+
+def test_a_run_without_outputs_is_empty_and_says_so(tmp_path):
+    (tmp_path / "report.json").write_text('{"files": []}')
+    back = load(tmp_path)
+    assert (len(back), back.ids, back.lengths) == (0, [], [])
+    with pytest.raises(ValueError, match=r"no outputs.*see failed_files.txt"):
+        back.vectors  # noqa: B018 - read for its error
+
+
+@pytest.mark.parametrize(("kind", "package"), [(Format.h5, "h5py"), (Format.parquet, "pyarrow"), (Format.safetensors, "safetensors")])
+def test_a_format_whose_package_is_missing_is_refused_before_any_work(tmp_path, monkeypatch, kind, package):
+    path = write_output(kind, made_of(SEQUENCES), tmp_path / "a")
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)  # as Python has a package that cannot be imported
+    with pytest.raises(ValueError, match=rf"format={kind.name} needs {package}: pip install 'dist_esm\[formats\]'"):
+        check(make_config("in", tmp_path, format=kind))
+    with pytest.raises(ValueError, match=rf"reading .*a.{kind.name} needs {package}.*: pip install"):
+        len(load(path))
 
 
 def test_importing_the_package_imports_neither_torch_nor_a_format_and_opening_reads_no_output(tmp_path):

@@ -26,7 +26,7 @@ from dist_esm.config import Include, Letter, Long, ResidueConfig, Unknown
 from dist_esm.embed import Reader
 from dist_esm.fasta import read_proteins
 from dist_esm.pack import Packer, windows
-from dist_esm.plan import assign_files_by_size, count_sequences, find_files
+from dist_esm.plan import assign_files_by_size, count_sequences, find_files, refuse_nested
 from dist_esm.records import Count, Segment, Slice, Unit
 from dist_esm.scan import FastaError, count, cut, raw_blocks, whole
 from standin import FAIR_ESM, Embedded, accounts_add_up, embed_directory, expected, fair_esm_tokens
@@ -157,7 +157,8 @@ def test_links_are_followed_once_and_real_names_win(tmp_path):
     assert found(tmp_path / "in") == ["real_ESM", "to/far_ESM", "to/sub/farther_ESM"]
     link = tmp_path / "in/a_link.fasta"
     assert found(link) == ["a_link_ESM"]
-    assert found(link, tmp_path / "in/real.fasta") == found(tmp_path / "in" / "*l*.fasta", tmp_path / "in/real.fasta")[-1:] == ["real_ESM"]
+    assert found(link, tmp_path / "in/real.fasta") == ["a_link_ESM", "real_ESM"], "what is named outright is what the user wants"
+    assert found(tmp_path / "in" / "*l*.fasta", tmp_path / "in/real.fasta")[-1:] == ["real_ESM"]
     paths = [file.path for file in find_files([str(tmp_path / "in/to"), str(tmp_path / "elsewhere")])]
     assert len({os.path.realpath(path) for path in paths}) == len(paths) == 3
 
@@ -778,3 +779,13 @@ def test_bad_arguments_are_refused(tmp_path):
         count_sequences(write(tmp_path / "b.fasta.gz", ZIPPED[:50]))
     with pytest.raises(OSError, match="missing"):
         count_sequences(tmp_path / "missing.fasta")
+
+
+def test_an_output_folder_inside_another_is_refused(tmp_path):
+    """With format=fair_esm an output is a folder: a.fasta and a_ESM/b.fasta would get into each other's way."""
+    write(tmp_path / "in/a.fasta", GOOD)
+    write(tmp_path / "in/a_ESM/b.fasta", GOOD)
+    files = find_files([str(tmp_path / "in")])
+    with pytest.raises(ValueError, match=r"b\.fasta would be written inside the output folder of .*a\.fasta"):
+        refuse_nested(files)
+    refuse_nested(files[:1])
