@@ -2,7 +2,8 @@
 
 The reader announces proteins, the device answers segments, in whatever order suits them; here both meet, each vector finds its
 protein's place in file order, and what is complete is written. Everything arrives as a message through one bounded queue and is
-handled by one thread, so there is nothing to lock; a slow disk fills the queue and slows the others down.
+handled by one thread, so there is nothing to lock; `outputs` writes what is complete beside it, and a slow disk, in the end, fills
+the queue and slows the others down.
 
 Memory is the announced proteins that are not answered yet, the answers kept for identical sequences (`DEDUPE_BYTES`), and the
 in-memory part of the spools of the units in flight.
@@ -13,25 +14,22 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, field
-from functools import cached_property
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from dist_esm.attempt import attempt
-from dist_esm.config import Format, Include
+from dist_esm.config import Include
+from dist_esm.outputs import OutputSettings, Piece, Writers, write_piece_of
+from dist_esm.pool import Vectors, combine
 from dist_esm.records import Answer, Failure, FastaFile, Protein, RecordOutcome, Row, Segment, Tally, Unit, UnitFailure, UnitOutcome, UnitResult, WrittenFile
-from dist_esm.spool import Embeddings, Spool, remove, torch_dtype, write_piece, written_file
-from dist_esm.writers import write_output
+from dist_esm.spool import Spool, remove
 
-Vectors = dict[tuple[Include, int], NDArray[Any]]
-"""A protein's finished representations by kind and layer: mean and bos (D,), per_tok (L, D)."""
+Message = tuple[Callable[..., None], tuple[Any, ...]]
+GLANCE_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -49,19 +47,6 @@ class Announcement:
     """Ticket of the first record with the same residues, whose answer is kept; its own if it is the first."""
     forgotten: tuple[int, ...] = ()
     """Tickets whose answers no later record will ask for."""
-
-
-@dataclass
-class Piece:
-    """One output in the making."""
-
-    number: int
-    rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    spools: dict[tuple[Include, int], Spool] = field(default_factory=dict)
-    num_residues: int = 0
-    num_answered: int = 0
-    is_closed: bool = False
 
 
 @dataclass
@@ -90,56 +75,6 @@ class Waiting:
     answers: list[Answer | None]
 
 
-@dataclass(frozen=True)
-class OutputSettings:
-    """What to write, and where."""
-
-    output_dir: Path
-    format: Format
-    include: Sequence[Include]
-    layers: Sequence[int]
-    width: int
-    """D."""
-    dtype: np.dtype[Any]
-    """float32 or float16."""
-    max_proteins_per_output: int
-    """Records of one numbered part."""
-    provenance: dict[str, Any]
-    """Goes into every output."""
-
-    @property
-    def main_layer(self) -> int:
-        """The last layer requested, whose mean is always written."""
-        return self.layers[-1]
-
-    @property
-    def scratch(self) -> Path:
-        """Where spools and pieces wait."""
-        return self.output_dir / ".dist_esm"
-
-    @cached_property
-    def wanted(self) -> list[tuple[Include, int]]:
-        """Kinds and layers to write: those included, and the mean of the main layer."""
-        kinds = {(kind, layer): None for kind in self.include for layer in self.layers}
-        return list({**kinds, (Include.mean, self.main_layer): None})
-
-
-def combine(answers: Sequence[Answer], num_embedded: int, wanted: Sequence[tuple[Include, int]]) -> Vectors:
-    """The segments of a protein as one: sums added in order and divided once, rows end to end, BOS of the first."""
-    vectors: Vectors = {}
-    for kind, layer in wanted:
-        if kind is Include.mean:
-            total = answers[0].sums[layer]
-            for answer in answers[1:]:
-                total = total + answer.sums[layer]
-            vectors[kind, layer] = total / np.float32(num_embedded)
-        elif kind is Include.bos:
-            vectors[kind, layer] = answers[0].bos[layer]
-        else:
-            vectors[kind, layer] = np.concatenate([answer.rows[layer] for answer in answers])
-    return vectors
-
-
 class Collector:
     """Takes announcements and answers, writes outputs, and says what became of each unit.
 
@@ -165,7 +100,8 @@ class Collector:
         self._waiting: dict[int, Waiting] = {}
         self._followers: dict[int, list[int]] = {}
         self._kept: dict[int, Vectors | Exception | None] = {}
-        self._inbox: queue.Queue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.Queue(maxsize=16)
+        self._writers = Writers()
+        self._inbox: queue.Queue[Message | None] = queue.Queue(maxsize=16)
         self._thread = threading.Thread(target=self._work, name="collector", daemon=True)
         self._thread.start()
 
@@ -216,12 +152,27 @@ class Collector:
         self._inbox.put((handle, args))
 
     def _work(self) -> None:
-        while (message := self._inbox.get()) is not None:
+        while (message := self._next_message()) is not None:
             if self.crash is None:
                 handle, args = message
-                crash = attempt(lambda handle=handle, args=args: handle(*args))  # type: ignore[misc]
+                crash = attempt(partial(self._handle, handle, args))
                 if isinstance(crash, Exception):
                     self.crash = crash
+        crash = attempt(lambda: self._take(self._writers.finished(until_idle=True)))
+        self.crash = self.crash or (crash if isinstance(crash, Exception) else None)
+        self._writers.close()
+
+    def _next_message(self) -> Message | None:
+        """The next message; while pieces are being written, a look at them every now and then."""
+        while True:
+            try:
+                return self._inbox.get(timeout=GLANCE_SECONDS if self._writers.is_busy else None)
+            except queue.Empty:
+                return self._take, (self._writers.finished(),)
+
+    def _handle(self, handle: Callable[..., None], args: tuple[Any, ...]) -> None:
+        self._take(self._writers.finished())
+        handle(*args)
 
     def _on_begin(self, key: int, unit: Unit, started: float) -> None:
         self._units[key] = UnitState(unit, started)
@@ -365,57 +316,41 @@ class Collector:
         self._discard(key)
 
     def _discard(self, key: int) -> UnitState | None:
-        """Forget a unit and whatever is there of its output."""
+        """Forget a unit and whatever is there of its output; a piece that is being written is removed when it is."""
         state = self._units.pop(key, None)
         if state is not None:
             for piece in state.pieces:
-                for spool in piece.spools.values():
-                    spool.close()
+                if not piece.is_being_written:
+                    piece.close()
             for written in state.written.values():
                 remove(self.settings.output_dir / written.path)
         return state
 
     def _write_if_complete(self, key: int, state: UnitState, piece: Piece) -> None:
-        if not piece.is_closed or piece.num_answered < len(piece.rows) or piece.number in state.written:
-            return
-        written = attempt(lambda: self._write(state, piece))
-        for spool in piece.spools.values():
-            spool.close()
-        if isinstance(written, Exception):
-            self._on_fail(key, written)
-            return
-        state.written[piece.number] = written
-        state.tally.duplicate_ids += len(piece.rows) - len({row.id for row in piece.rows})
-        state.pieces[piece.number] = Piece(piece.number, is_closed=True)
-        if state.is_closed and len(state.written) == len(state.pieces):
-            del self._units[key]
-            unit = state.unit
-            pieces = tuple(state.written[number] for number in sorted(state.written))
-            self.on_outcome(UnitResult(unit.file, unit.ordinal, pieces, state.digest, state.tally, self.rank, time.monotonic() - state.started))
+        if piece.is_closed and piece.num_answered == len(piece.rows) and not piece.is_being_written:
+            piece.is_being_written = True
+            self._take(self._writers.finished(until_room=True))
+            self._writers.submit(key, piece, partial(write_piece_of, self.settings, self.files[state.unit.file], state.unit, piece))
 
-    def _write(self, state: UnitState, piece: Piece) -> WrittenFile:
-        """Write a piece: a whole output, a numbered part of one, or what `join` will make one of."""
-        tensors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}
-        for kind, layer in self.settings.wanted:
-            spool = piece.spools.get((kind, layer))
-            tensors[kind][layer] = spool.tensor() if spool else torch.empty(0, self.settings.width, dtype=torch_dtype(self.settings.dtype))
-        unit, file = state.unit, self.files[state.unit.file]
-        embeddings = Embeddings(
-            source=file.source,
-            provenance=self.settings.provenance,
-            include=[kind.name for kind in self.settings.include],
-            main_layer=self.settings.main_layer,
-            rows=piece.rows,
-            mean=tensors[Include.mean],
-            bos=tensors[Include.bos],
-            per_tok=tensors[Include.per_tok],
-            notes=piece.notes,
-        )
-        stem = self.settings.output_dir / file.output
-        if unit.first_part is not None:
-            path = write_output(self.settings.format, embeddings, stem.with_name(f"{stem.name}.part{unit.first_part + piece.number + 1:05d}"))
-        elif unit.is_whole:
-            path = write_output(self.settings.format, embeddings, stem)
-        else:
-            path = write_piece(embeddings, self.settings.scratch / "pieces" / f"{file.output}.{unit.ordinal:06d}.pt")
-        return written_file(self.settings.output_dir, path)
+    def _take(self, finished: Iterable[tuple[int, Piece, WrittenFile | Exception]]) -> None:
+        """Pieces that were written, or were not."""
+        for key, piece, written in finished:
+            piece.close()
+            state = self._units.get(key)
+            if state is None:
+                if not isinstance(written, Exception):
+                    remove(self.settings.output_dir / written.path)
+            elif isinstance(written, Exception):
+                self._on_fail(key, written)
+            else:
+                state.written[piece.number] = written
+                state.tally.duplicate_ids += len(piece.rows) - len({row.id for row in piece.rows})
+                piece.rows, piece.notes = [], []
+                if state.is_closed and len(state.written) == len(state.pieces):
+                    self._complete(key, state)
+
+    def _complete(self, key: int, state: UnitState) -> None:
+        del self._units[key]
+        unit, seconds = state.unit, time.monotonic() - state.started
+        pieces = tuple(state.written[number] for number in sorted(state.written))
+        self.on_outcome(UnitResult(unit.file, unit.ordinal, pieces, state.digest, state.tally, self.rank, seconds))

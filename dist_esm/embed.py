@@ -15,20 +15,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dist_esm.alphabet import tokenize
 from dist_esm.attempt import attempt
-from dist_esm.collect import Announcement, Collector, OutputSettings
+from dist_esm.collect import Announcement, Collector
 from dist_esm.config import Config, Include, Long
 from dist_esm.engine import Engine, is_out_of_memory
 from dist_esm.fasta import read_proteins
+from dist_esm.outputs import OutputSettings
 from dist_esm.pack import Packer, windows
 from dist_esm.records import Answer, Failure, FastaFile, Pack, Protein, RecordOutcome, Segment, Unit, UnitFailure, UnitOutcome, UnitResult
 from dist_esm.scan import FastaError
 
+T = TypeVar("T")
 PACKS_AHEAD = 4
 DEDUPE_BYTES = 256 << 20
 """Bytes of answers that are kept for identical sequences."""
@@ -66,6 +68,15 @@ class RankResult:
     seconds: float = 0.0
     num_split_packs: int = 0
     """Packs that did not fit, or failed, and were tried again in halves."""
+    waits: dict[str, float] = field(default_factory=lambda: {"waited_for_input": 0.0, "waited_for_output": 0.0})
+    """Seconds in which the device had nothing to do: for the reader, and for outputs to be taken off its hands."""
+
+    def wait(self, what: str, work: Callable[[], T]) -> T:
+        """Do something that may have to wait, and count the time."""
+        began = time.monotonic()
+        value = work()
+        self.waits[what] += time.monotonic() - began
+        return value
 
 
 def embed_units(
@@ -137,7 +148,7 @@ def embed_units(
     collector = Collector(files, settings, rank, on_outcome)
     reader = Reader(units, files, config, engine.toks_per_batch, collector, failed_files, stop)
     reader.start()
-    while (pack := reader.packs.get()) is not None:
+    while (pack := result.wait("waited_for_input", reader.packs.get)) is not None:
         if stop.at_once:
             continue
         answers, num_splits = embed_pack(engine, pack)
@@ -145,7 +156,7 @@ def embed_units(
             continue
         result.num_tokens += pack.num_tokens
         result.num_split_packs += num_splits
-        collector.answer(pack.segments, answers)
+        result.wait("waited_for_output", partial(collector.answer, pack.segments, answers))
         if collector.crash is not None:
             stop.set(f"rank {rank} cannot go on: {collector.crash}", at_once=True)
     reader.join()

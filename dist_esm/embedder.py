@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.alphabet import tokenize
-from dist_esm.collect import combine
 from dist_esm.config import Attention, DeviceKind, Dtype, Include, Long, check
 from dist_esm.embed import embed_pack, shape
 from dist_esm.engine import Engine
 from dist_esm.fasta import make_protein
 from dist_esm.kernels import choose_attention, choose_device, choose_dtype
 from dist_esm.pack import Packer
+from dist_esm.pool import combine
 from dist_esm.records import Answer, Pack, Segment
 from dist_esm.weights import fetch, load_model
 

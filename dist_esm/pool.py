@@ -1,17 +1,24 @@
 """Hidden states of a pack to one answer for each of its segments.
 
 Sums are over the kept residues, never BOS or EOS, in fp32, one segment at a time: what a protein's sum is does not depend on
-where it lies in the pack. The division comes later (`collect`), when all windows of a protein are in.
+where it lies in the pack. The division comes in `combine`, when all windows of a protein are in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_esm.config import Include
 from dist_esm.records import Answer
+
+Vectors = dict[tuple[Include, int], NDArray[Any]]
+"""A protein's finished representations by kind and layer: mean and bos (D,), per_tok (L, D)."""
 
 
 def pool(hidden: dict[int, Tensor], bounds: Sequence[int], keeps: Sequence[tuple[int, int]], wants_rows: bool) -> list[Answer]:
@@ -46,3 +53,19 @@ def pool(hidden: dict[int, Tensor], bounds: Sequence[int], keeps: Sequence[tuple
         )
         for i in range(len(keeps))
     ]
+
+
+def combine(answers: Sequence[Answer], num_embedded: int, wanted: Sequence[tuple[Include, int]]) -> Vectors:
+    """The segments of a protein as one: sums added in order and divided once, rows end to end, BOS of the first."""
+    vectors: Vectors = {}
+    for kind, layer in wanted:
+        if kind is Include.mean:
+            total = answers[0].sums[layer]
+            for answer in answers[1:]:
+                total = total + answer.sums[layer]
+            vectors[kind, layer] = total / np.float32(num_embedded)
+        elif kind is Include.bos:
+            vectors[kind, layer] = answers[0].bos[layer]
+        else:
+            vectors[kind, layer] = answers[0].rows[layer] if len(answers) == 1 else np.concatenate([answer.rows[layer] for answer in answers])
+    return vectors

@@ -29,6 +29,7 @@ class RankSummary:
     seconds: float
     tokens: int
     split_packs: int
+    waits: dict[str, float]
     outcomes: list[UnitOutcome]
 
 
@@ -190,6 +191,7 @@ def rank_entry(rank: RankSummary) -> dict[str, Any]:
         "seconds": round(rank.seconds, 3),
         "tokens_per_second": round(rank.tokens / rank.seconds, 1) if rank.seconds else 0.0,
         "split_packs": rank.split_packs,
+        **{name: round(seconds, 3) for name, seconds in rank.waits.items()},
     }
 
 

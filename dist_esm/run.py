@@ -68,7 +68,9 @@ def run(config: Config, world: World) -> int:
             world.request_stop(stop.reason)
         status = WorkerStatus.COMPLETED if stop.reason is None else WorkerStatus.FAILED
         device = describe(setup.device)
-        mine = RankSummary(world.rank, world.host, device, status.name, result.seconds, result.num_tokens, result.num_split_packs, result.outcomes)
+        mine = RankSummary(
+            world.rank, world.host, device, status.name, result.seconds, result.num_tokens, result.num_split_packs, result.waits, result.outcomes
+        )
         if stop.at_once:
             ranks, joined = world.collect_in_haste(mine), {}
         else:

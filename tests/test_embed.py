@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_esm import collect
+from dist_esm import outputs
 from dist_esm.config import Include
 from dist_esm.embed import embed_pack, run_around
 from dist_esm.records import Pack, Segment
@@ -100,14 +100,14 @@ def test_a_number_that_is_not_finite_is_never_written(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_full_fails_the_file_with_the_reason_and_leaves_nothing_half_written(tmp_path, monkeypatch):
-    write_output = collect.write_output
+    write_output = outputs.write_output
 
     def full(embeddings, include, stem):
         if stem.name == "a_ESM":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write_output(embeddings, include, stem)
 
-    monkeypatch.setattr(collect, "write_output", full)
+    monkeypatch.setattr(outputs, "write_output", full)
     run = embed_directory(write(tmp_path / "in", a=">1\nMKTAY\n", b=">2\nMKTAYI\n"), tmp_path / "out")
     assert run.failure("a.fasta") == "[Errno 28] No space left on device"
     assert run.outputs() == ["b_ESM"]
