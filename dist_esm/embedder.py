@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from dist_esm.alphabet import tokenize
 from dist_esm.config import Attention, DeviceKind, Dtype, Include, Long, check
-from dist_esm.embed import embed_pack, shape
+from dist_esm.embed import embed_pack
 from dist_esm.engine import Engine
 from dist_esm.fasta import make_protein
+from dist_esm.feed import shape
 from dist_esm.kernels import choose_attention, choose_device, choose_dtype
 from dist_esm.pack import Packer
 from dist_esm.pool import combine

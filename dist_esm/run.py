@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -18,7 +18,7 @@ import torch
 
 from dist_esm.attempt import attempt
 from dist_esm.config import Config, Format, Include, to_dict
-from dist_esm.embed import RankResult, Stop, embed_units
+from dist_esm.embed import RankResult, embed_units
 from dist_esm.engine import DEFAULT_TOKS_PER_BATCH, Engine
 from dist_esm.journal import Journal, check_settings, clean, entry_of, lock, new_launch, start_over, write_settings
 from dist_esm.journal import read as read_journal
@@ -27,6 +27,7 @@ from dist_esm.plan import Plan, find_files, refuse_nested
 from dist_esm.records import Failure, FastaFile, JoinedFile, Tally, UnitResult, WorkerStatus
 from dist_esm.report import RankSummary, fail_what_vanished, failures_by_file, make_report, summary, versions, write_report
 from dist_esm.spool import atomically, join, written_file
+from dist_esm.stop import Stop
 from dist_esm.survey import agree_on_plan, results_of
 from dist_esm.weights import RANDOM, fetch, load_model, locate, weights_id
 from dist_esm.world import World, together
@@ -60,28 +61,33 @@ def run(config: Config, world: World) -> int:
         log.info("bin: %d units of %d files, %d proteins", len(units), num_files, num_proteins)
         stop, result = Stop(), RankResult()
         world.set_status(WorkerStatus.PROCESSING)
-        if engine is not None:
-            with interrupts(stop, engine), world.watching(stop.set):
+        with interrupts(stop, engine), world.watching(stop.set):
+            if engine is not None:
                 result = embed_units(units, files, config, engine, world.rank, stop, setup.provenance, journal_writer(journal, files, plan))
-            engine.close()
-        if stop.reason is not None and not stop.at_once:
-            world.request_stop(stop.reason)
-        status = WorkerStatus.COMPLETED if stop.reason is None else WorkerStatus.FAILED
-        device = describe(setup.device)
-        mine = RankSummary(
-            world.rank, world.host, device, status.name, result.seconds, result.num_tokens, result.num_split_packs, result.waits, result.outcomes
-        )
-        if stop.at_once:
-            ranks, joined = world.collect_in_haste(mine), {}
-        else:
-            world.set_status(status)
-            world.wait_until_complete()
-            ranks = world.all_gather(mine)
-            joined = join_cut_files(config, plan, ranks, journal, world)
+                engine.close()
+            if stop.reason is not None and not stop.at_once:
+                world.request_stop(stop.reason)
+            status = WorkerStatus.COMPLETED if stop.reason is None else WorkerStatus.FAILED
+            mine = account(world, setup, status, result)
+            if not stop.at_once:
+                world.set_status(status)
+                world.wait_until_complete(unless=lambda: stop.at_once)
+            if stop.at_once:
+                ranks = world.collect_in_haste(mine)
+                joined: Mapping[int, JoinedFile | Failure] = plan.joined
+            else:
+                ranks = world.all_gather(mine)
+                joined = join_cut_files(config, plan, ranks, journal, world)
         if not world.is_main:
             return 0
         seconds = time.monotonic() - started
         return conclude(config, setup, plan, ranks, joined, journal, stop.reason or (None if stop.at_once else world.stop_reason()), seconds)
+
+
+def account(world: World, setup: Setup, status: WorkerStatus, result: RankResult) -> RankSummary:
+    """This rank's own account of its work."""
+    device, work = describe(setup.device), (result.seconds, result.num_tokens, result.num_split_packs, result.waits, result.outcomes)
+    return RankSummary(world.rank, world.host, device, status.name, *work)
 
 
 def find_inputs(config: Config) -> list[FastaFile]:
@@ -253,7 +259,7 @@ def conclude(
     setup: Setup,
     plan: Plan,
     ranks: list[RankSummary],
-    joined: dict[int, JoinedFile | Failure],
+    joined: Mapping[int, JoinedFile | Failure],
     journal: Journal,
     reason: str | None,
     seconds: float,
@@ -277,12 +283,13 @@ def conclude(
 
 
 @contextmanager
-def interrupts(stop: Stop, engine: Engine) -> Iterator[None]:
+def interrupts(stop: Stop, engine: Engine | None) -> Iterator[None]:
     """While the block runs, SIGINT and SIGTERM stop the work at once and keep what is written; a second signal ends the process."""
 
     def on_signal(number: int, _frame: object) -> None:
         stop.set(f"interrupted by {signal.Signals(number).name}", at_once=True)
-        engine.close()
+        if engine is not None:
+            engine.close()
         for one in previous:
             signal.signal(one, signal.SIG_DFL)
 

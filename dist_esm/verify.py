@@ -20,8 +20,8 @@ import torch
 
 from dist_esm.attempt import attempt
 from dist_esm.config import Config, from_dict
-from dist_esm.embed import shape
 from dist_esm.fasta import read_proteins
+from dist_esm.feed import shape
 from dist_esm.journal import read as read_journal
 from dist_esm.plan import assign, find_files
 from dist_esm.reader import EmbeddingSet, load

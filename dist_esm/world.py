@@ -159,10 +159,13 @@ class World:
         """Whether every rank has come to its end, in success or failure."""
         return all(status in (WorkerStatus.COMPLETED, WorkerStatus.FAILED) for status in self.get_worker_status().values())
 
-    def wait_until_complete(self) -> None:
-        """Wait for the ranks that still work."""
+    def wait_until_complete(self, unless: Callable[[], bool] = lambda: False) -> None:
+        """Wait for the ranks that still work, or until `unless` is true."""
         if self._store is not None:
-            self._wait_for(self.is_complete, lambda: [rank for rank, status in self.get_worker_status().items() if status is WorkerStatus.PROCESSING])
+            self._wait_for(lambda: unless() or self.is_complete(), self._working)
+
+    def _working(self) -> list[int]:
+        return [rank for rank, status in self.get_worker_status().items() if status is WorkerStatus.PROCESSING]
 
     def request_stop(self, reason: str) -> None:
         """Ask every rank to take no further unit."""

@@ -187,11 +187,12 @@ def child_read(path: str, how: str, repeats: int, toks_per_batch: int) -> dict[s
     """One file to packs, by hand or in the reader thread."""
     from dist_esm.alphabet import tokenize
     from dist_esm.config import Config, ModelConfig
-    from dist_esm.embed import Reader, Stop
     from dist_esm.fasta import read_proteins
+    from dist_esm.feed import Reader
     from dist_esm.pack import Packer
     from dist_esm.plan import count_slice, cut_files, find_files, make_units
     from dist_esm.records import Segment
+    from dist_esm.stop import Failures, Stop
 
     class Nobody:
         """A collector that takes every message and does nothing."""
@@ -217,7 +218,8 @@ def child_read(path: str, how: str, repeats: int, toks_per_batch: int) -> dict[s
         return num_tokens - 2 * units[0].count.sequences
 
     def in_thread() -> int:
-        reader = Reader(units, files, config, toks_per_batch, Nobody(), set(), Stop())  # type: ignore[arg-type]
+        stop = Stop()
+        reader = Reader(units, files, config, toks_per_batch, Nobody(), Failures(units, 1, 0, stop), stop)  # type: ignore[arg-type]
         reader.start()
         num_tokens = 0
         while (pack := reader.packs.get()) is not None:

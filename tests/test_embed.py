@@ -12,8 +12,9 @@ import torch
 
 from dist_esm import outputs
 from dist_esm.config import Include
-from dist_esm.embed import embed_pack, run_around
+from dist_esm.embed import embed_pack
 from dist_esm.records import Pack, Segment
+from dist_esm.stop import run_around
 from standin import StandIn, accounts_add_up, embed_directory, expected, fair_esm_tokens
 
 

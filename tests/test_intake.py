@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from dist_esm import plan, scan
 from dist_esm.alphabet import RESIDUES, tokenize
 from dist_esm.config import Include, Letter, Long, ResidueConfig, Unknown
-from dist_esm.embed import Reader
 from dist_esm.fasta import read_proteins
+from dist_esm.feed import Reader
 from dist_esm.pack import Packer, windows
 from dist_esm.plan import assign_files_by_size, count_sequences, find_files, refuse_nested
 from dist_esm.records import Count, Segment, Slice, Unit

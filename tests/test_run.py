@@ -93,9 +93,10 @@ def test_any_number_of_ranks_gives_identical_files(alone, num_ranks, tmp_path, c
 
 def test_a_good_run_leaves_only_what_it_promises(alone, tmp_path, checkpoint_8m):
     output_dir, result = alone
-    assert sorted(str(path.relative_to(output_dir)) for path in output_dir.rglob("*") if path.is_file()) == sorted(
-        [*OUTPUTS, ".dist_esm/config.json", "failed_files.txt", "report.json"]
-    )
+    (journal,) = (output_dir / ".dist_esm" / "journal").iterdir()
+    ours = [journal.relative_to(output_dir), *(f".dist_esm/{name}" for name in ("config.json", "lock", "settings.json"))]
+    left = sorted(str(path.relative_to(output_dir)) for path in output_dir.rglob("*") if path.is_file())
+    assert left == sorted(map(str, [*OUTPUTS, *ours, "failed_files.txt", "report.json"]))
     assert (output_dir / "failed_files.txt").read_text() == ""
     assert result.stdout.startswith("complete: 4 of 4 files embedded")
     other = run_ranks(None, "input=" + str(PROTEINS / "viruses"), "output_dir=out", MODEL, f"model.weights={checkpoint_8m}", PWD=str(tmp_path))
@@ -176,22 +177,20 @@ def test_a_protein_that_does_not_fit_fails_its_file_alone(alone, tmp_path, check
     report = read_report(tmp_path / "out")
     assert [Path(failure["path"]).name for failure in report["failed"]] == ["huge.fasta"]
     assert "allocate" in report["failed"][0]["error_message"]
-    assert digests(tmp_path / "out") == digests(alone[0])
+    for name in OUTPUTS:
+        mine, theirs = (torch.load(folder / name, weights_only=True)["representations"] for folder in (tmp_path / "out", alone[0]))
+        for layer, proteins in theirs.items():
+            for one, other in zip(mine[layer], proteins, strict=True):
+                assert torch.equal(one, other)
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_an_interrupted_run_keeps_what_is_done_and_reports_itself_aborted(number, tmp_path, checkpoint_8m):
-    (tmp_path / "in").mkdir()
-    protein = "ACDEFGHIKLMNPQRSTVWY" * 50
-    for i in range(40):
-        (tmp_path / "in" / f"{i:02}.fasta").write_text("".join(f">{j}\n{protein[j + i :]}\n" for j in range(10)))
-    settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=2000"]
+def interrupt(settings: list[str], output_dir: Path, number: signal.Signals, enough: int) -> dict:
+    """Start two ranks, send a signal when so many outputs are there, and give the report that the run leaves."""
     process = subprocess.Popen(command(2, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
     try:
         deadline = time.monotonic() + 90
-        while len(list((tmp_path / "out").glob("*.pt"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.1)
+        while len(list(output_dir.glob("*.pt"))) < enough and time.monotonic() < deadline:
+            time.sleep(0.05)
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches every process
         else:
@@ -202,7 +201,18 @@ def test_an_interrupted_run_keeps_what_is_done_and_reports_itself_aborted(number
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    report = read_report(tmp_path / "out")
+    return read_report(output_dir)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_run_keeps_what_is_done_and_reports_itself_aborted(number, tmp_path, checkpoint_8m):
+    (tmp_path / "in").mkdir()
+    protein = "ACDEFGHIKLMNPQRSTVWY" * 50
+    for i in range(40):
+        (tmp_path / "in" / f"{i:02}.fasta").write_text("".join(f">{j}\n{protein[j + i :]}\n" for j in range(10)))
+    settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=2000"]
+    report = interrupt(settings, tmp_path / "out", number, enough=2)
     assert report["status"] == "aborted"
     assert f"interrupted by {number.name}" in report["reason"]
     done = {entry["output"] for entry in report["files"]}
@@ -212,6 +222,24 @@ def test_an_interrupted_run_keeps_what_is_done_and_reports_itself_aborted(number
     for name in done:
         assert len(torch.load(tmp_path / "out" / name, weights_only=True)["data"]) == 10
     assert json.loads((tmp_path / "out" / ".dist_esm" / "config.json").read_text())["toks_per_batch"] == 2000
+
+
+@pytest.mark.distributed
+def test_a_rank_that_waits_for_the_others_still_reports_when_the_run_is_interrupted(tmp_path, checkpoint_8m):
+    """Rank 0 has one file of many copies and is done at once; rank 1 has all the others."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "many.fasta").write_text(">a\nMKTAYI\n" * 100)
+    protein = "ACDEFGHIKLMNPQRSTVWY" * 50
+    for i in range(30):
+        (tmp_path / "in" / f"slow{i:02}.fasta").write_text("".join(f">{j}\n{protein[j + i :]}\n" for j in range(3)))
+    settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=1000"]
+    report = interrupt(settings, tmp_path / "out", signal.SIGTERM, enough=4)
+    assert report["status"] == "aborted"
+    assert [rank["status"] for rank in report["ranks"]] == ["COMPLETED", "FAILED"]
+    done = {entry["output"] for entry in report["files"]}
+    assert "many_ESM.pt" in done
+    assert done == {path.name for path in (tmp_path / "out").glob("*.pt")}
+    assert len(done) + len(report["not_attempted"]) == 31
 
 
 @pytest.mark.distributed

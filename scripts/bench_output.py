@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Does the device ever wait for the disk before the disk is the limit?
+
+Per-residue output is the most that a run can write: at 650M, 1,280 numbers for each residue. Here a stand-in for the device answers
+packs at a set pace with numbers made beforehand, and everything behind it is the real thing: collector, spools, writers, hashing,
+syncing. The pace is set to shares of what the disk was measured to take in the same run (one large file written and synced), and for
+each the share of time is reported in which the device had to wait. A last run has no pace at all: what comes out then is the limit of
+the whole chain. Peak memory is that of the process, to show that a slow disk slows the run and does not grow it.
+
+    scripts/bench_output.py --dir /path/on/the/disk --gigabytes 2
+
+Prints a table, and one JSON object on the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_esm.config import Config, Format, Include, ModelConfig, SaveDtype
+from dist_esm.embed import embed_units
+from dist_esm.journal import Journal, new_launch, write_settings
+from dist_esm.plan import find_files
+from dist_esm.records import Answer, Pack
+from dist_esm.run import journal_writer, make_output_dir
+from dist_esm.stop import Stop
+from dist_esm.survey import agree_on_plan
+from dist_esm.world import World
+
+WIDTH = 1280
+LAYER = 33
+
+
+class PacedDevice:
+    """Answers packs at so many residues a second; None: at once."""
+
+    toks_per_batch = 16384
+
+    def __init__(self, pace: float | None) -> None:
+        self.pace = pace
+        self.rows = np.random.default_rng(0).standard_normal((2048, WIDTH), dtype=np.float32)
+        self.free_at = 0.0
+
+    def run(self, pack: Pack) -> list[Answer]:
+        """Rows that were made beforehand; waits until a device of this pace would be done."""
+        now = time.monotonic()
+        if self.pace is not None:
+            self.free_at = max(now, self.free_at) + pack.num_tokens / self.pace
+            time.sleep(max(0.0, self.free_at - now))
+        answers = []
+        for segment in pack.segments:
+            first, last = segment.keep
+            answers.append(Answer({LAYER: self.rows[0]}, {LAYER: self.rows[1]}, {LAYER: self.rows[: last - first]}))
+        return answers
+
+    def free_memory(self) -> None:
+        """Nothing is cached."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def disk_rate(folder: Path, num_bytes: int) -> float:
+    """Bytes a second that one large file takes, written in blocks and synced."""
+    block = np.random.default_rng(0).bytes(8 << 20)
+    path = folder / "rate"
+    began = time.monotonic()
+    with open(path, "wb") as file:
+        for _ in range(max(1, num_bytes // len(block))):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.monotonic() - began
+    path.unlink()
+    return num_bytes / seconds
+
+
+def make_inputs(folder: Path, num_residues: int, per_file: int) -> None:
+    """Files of random proteins of 100 to 570 residues."""
+    folder.mkdir()
+    chance = random.Random(0)
+    number = written = 0
+    while written < num_residues:
+        with open(folder / f"{number:04d}.fasta", "w", encoding="ascii") as file:
+            for i in range(per_file):
+                letters = "".join(chance.choices("ACDEFGHIKLMNPQRSTVWY", k=chance.randint(100, 570)))
+                file.write(f">p{number}_{i}\n{letters}\n")
+                written += len(letters)
+        number += 1
+
+
+def run(inputs: Path, out: Path, pace: float | None, kind: Format, dtype: SaveDtype) -> dict[str, Any]:
+    """One run; what it took."""
+    model = ModelConfig("paced", LAYER, WIDTH, 20, "random")
+    config = Config(input=str(inputs), output_dir=out, model=model, include=[Include.per_tok], format=kind, save_dtype=dtype, unit_share=1.0, dedupe=False)
+    world = World(None, 0, 1, 0, 1)
+    files = find_files(config.input_list())
+    make_output_dir(out)
+    write_settings(out, {})
+    journal = Journal(out, new_launch(), 0)
+    plan = agree_on_plan(config, files, world)
+    units = [plan.units[index] for index in plan.bins[0]]
+    device: Any = PacedDevice(pace)
+    result = embed_units(units, files, config, device, 0, Stop(), {}, journal_writer(journal, files, plan))
+    journal.close()
+    num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    assert len(result.outcomes) == len(files)
+    shutil.rmtree(out)
+    return {"seconds": result.seconds, "bytes": num_bytes, "waited": result.waits["waited_for_output"], "pace": pace}
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="a directory on the disk to measure")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="output of one run")
+    parser.add_argument("--format", type=lambda name: Format[name], default=Format.safetensors)
+    parser.add_argument("--save-dtype", type=lambda name: SaveDtype[name], default=SaveDtype.float32)
+    parser.add_argument("--proteins-per-file", type=int, default=100)
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.25, 0.5, 0.75, 1.5])
+    options = parser.parse_args()
+    width = 4 if options.save_dtype is SaveDtype.float32 else 2
+    with tempfile.TemporaryDirectory(dir=options.dir) as name:
+        folder = Path(name)
+        rates = sorted(disk_rate(folder, int(options.gigabytes * 1e9)) for _ in range(3))
+        rate = rates[1]
+        make_inputs(folder / "in", int(options.gigabytes * 1e9 / (WIDTH * width)), options.proteins_per_file)
+        print(f"disk: {rate / 1e6:.0f} MB/s (median of 3; {rates[0] / 1e6:.0f} to {rates[2] / 1e6:.0f})", flush=True)
+        print(f"{'device at':>12} {'MB/s asked':>11} {'MB/s written':>13} {'device waited':>14} {'peak MiB':>9}", flush=True)
+        rows = []
+        for share in [*options.shares, None]:
+            pace = None if share is None else rate * share / (WIDTH * width)
+            row = run(folder / "in", folder / "out", pace, options.format, options.save_dtype)
+            row |= {"share": share, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+            rows.append(row)
+            asked = "all it can" if share is None else f"{share:.0%} of disk"
+            amount = "" if share is None else f"{rate * share / 1e6:.0f}"
+            speed, waited = row["bytes"] / row["seconds"] / 1e6, row["waited"] / row["seconds"]
+            print(f"{asked:>12} {amount:>11} {speed:>13.0f} {waited:>14.1%} {row['peak_mib']:>9.0f}", flush=True)
+    hardware = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
+    print(json.dumps({"disk_bytes_per_second": rate, "format": options.format.name, "save_dtype": options.save_dtype.name, "runs": rows, **hardware}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
