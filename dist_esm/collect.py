@@ -30,6 +30,8 @@ from dist_esm.spool import Spool, remove
 
 Message = tuple[Callable[..., None], tuple[Any, ...]]
 GLANCE_SECONDS = 0.02
+MAX_ANSWERED = 3
+"""Packs whose answers wait here; with per-residue output each may be hundreds of megabytes."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Collector:
         self._followers: dict[int, list[int]] = {}
         self._kept: dict[int, Vectors | Exception | None] = {}
         self._writers = Writers()
+        self._room = threading.Semaphore(MAX_ANSWERED)
         self._inbox: queue.Queue[Message | None] = queue.Queue(maxsize=16)
         self._thread = threading.Thread(target=self._work, name="collector", daemon=True)
         self._thread.start()
@@ -129,6 +132,7 @@ class Collector:
 
     def answer(self, segments: Sequence[Segment], answers: Sequence[Answer | Exception]) -> None:
         """A pack was computed; an exception in an answer's place fails its protein's unit."""
+        self._room.acquire()
         self._post(self._on_answers, segments, answers)
 
     def close(self) -> None:
@@ -153,11 +157,12 @@ class Collector:
 
     def _work(self) -> None:
         while (message := self._next_message()) is not None:
+            handle, args = message
+            if handle == self._on_answers:
+                self._room.release()
             if self.crash is None:
-                handle, args = message
                 crash = attempt(partial(self._handle, handle, args))
-                if isinstance(crash, Exception):
-                    self.crash = crash
+                self.crash = crash if isinstance(crash, Exception) else None
         crash = attempt(lambda: self._take(self._writers.finished(until_idle=True)))
         self.crash = self.crash or (crash if isinstance(crash, Exception) else None)
         self._writers.close()
