@@ -21,7 +21,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_esm.config import Config, Job, check
+from dist_esm.config import Config, Job, check, to_dict
 
 HELP = """\
 usage: torchrun --nproc_per_node=N -m dist_esm input=PATH [key=value ...]
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             config = compose_config(options.overrides, options.config_dir, options.config_name)
             if options.cfg:
-                text = OmegaConf.to_yaml(OmegaConf.structured(config))
+                text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
             check(config)
     except (argparse.ArgumentError, ValueError) as error:
         problem = " ".join(str(error).split())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from omegaconf import OmegaConf
 
 from conftest import PROTEINS
-from dist_esm.__main__ import compose_config
+from dist_esm.__main__ import compose_config, main
 from dist_esm.config import Dtype, Include, check
 from dist_esm.plan import find_files
 
@@ -65,6 +66,12 @@ def test_a_users_own_config_file_starts_from_ours(tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults:\n  - config\n  - override model: esm2_t6_8M_UR50D\n  - _self_\ninput: proteins/\ntoks_per_batch: 512\n")
     config = compose_config(["dtype=fp32"], str(tmp_path), "mine")
     assert (config.model.name, config.toks_per_batch, config.dtype, config.input) == ("esm2_t6_8M_UR50D", 512, Dtype.fp32, "proteins/")
+
+
+def test_the_configuration_that_would_run_is_printed_as_plain_yaml(capsys):
+    assert main(["input=x", "output_dir=here", "include=[mean,bos]", "--cfg"]) == 0
+    printed = OmegaConf.create(capsys.readouterr().out)
+    assert (printed.output_dir, printed.include, printed.model.num_layers) == ("here", ["mean", "bos"], 36)
 
 
 def test_outputs_mirror_the_tree():
