@@ -8,6 +8,7 @@ is right; it stands for work only as long as the input's text has the same diges
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import re
@@ -143,6 +144,10 @@ def start_over(output_dir: Path) -> list[str]:
             if path.exists():
                 remove(path)
                 removed.append(one.path)
+        stem = output_dir / entry.output
+        for pattern in (".records.tsv", ".part*.records.tsv"):
+            for notes in stem.parent.glob(glob.escape(stem.name) + pattern):
+                notes.unlink()
     for path in folder(output_dir).glob("*.jsonl"):
         path.unlink()
     return removed

@@ -102,6 +102,9 @@ def test_starting_over_says_what_it_removes_and_does_all_again(folder, checkpoin
     assert "starting over, 4 finished outputs in" in result.stderr
     assert set(resumed(folder).values()) == {False}
     assert not (folder / "out" / "medium_ESM.pt").exists(), "an output of other settings must not stay"
+    assert (folder / "out" / "large_ESM.records.tsv").exists()
+    assert run(folder, checkpoint_8m, "resume=false").returncode == 0
+    assert not list((folder / "out").rglob("*.records.tsv")), "nor what was noted of it"
 
 
 def test_a_failed_file_is_tried_again(folder, checkpoint_8m):
