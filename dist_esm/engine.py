@@ -26,6 +26,11 @@ from dist_esm.records import Answer, Pack, Segment
 DEFAULT_TOKS_PER_BATCH = {"cpu": 8192, "cuda": 16384}
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that a pack did not fit."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
@@ -53,7 +58,7 @@ class Engine:
         self.layers = list(layers)
         self.wants_rows = wants_rows
         self.toks_per_batch = toks_per_batch or DEFAULT_TOKS_PER_BATCH[model.device.type]
-        self.num_threads = num_threads or len(os.sched_getaffinity(0))
+        self.num_threads = num_threads or num_cores()
         self._threads: ThreadPoolExecutor | None = None
         if model.device.type == "cpu":
             self._threads = ThreadPoolExecutor(self.num_threads, "forward", initializer=torch.set_num_threads, initargs=(1,))

@@ -19,7 +19,7 @@ import torch
 from dist_esm.attempt import attempt
 from dist_esm.config import Config, Format, Include, to_dict
 from dist_esm.embed import RankResult, embed_units
-from dist_esm.engine import DEFAULT_TOKS_PER_BATCH, Engine
+from dist_esm.engine import DEFAULT_TOKS_PER_BATCH, Engine, num_cores
 from dist_esm.journal import Journal, check_settings, clean, entry_of, lock, new_launch, start_over, write_settings
 from dist_esm.journal import read as read_journal
 from dist_esm.kernels import AttentionFunction, choose_attention, choose_device, choose_dtype
@@ -143,7 +143,7 @@ def load_engine(config: Config, setup: Setup, world: World) -> Engine:
     """The model on this rank's device."""
     began = time.monotonic()
     model = load_model(config.model, setup.device, setup.dtype, setup.attention)
-    num_threads = max(1, len(os.sched_getaffinity(0)) // world.local_world_size)
+    num_threads = max(1, num_cores() // world.local_world_size)
     engine = Engine(model, config.resolved_layers(), Include.per_tok in config.include, config.toks_per_batch, num_threads)
     log.info(
         "%s on %s in %s, loaded in %.1f s; attention %s, packs of %d tokens",
