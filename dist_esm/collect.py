@@ -11,6 +11,7 @@ in-memory part of the spools of the units in flight.
 
 from __future__ import annotations
 
+import errno
 import queue
 import threading
 import time
@@ -77,6 +78,11 @@ class Waiting:
     answers: list[Answer | None]
 
 
+def is_disk_full(written: WrittenFile | Exception) -> bool:
+    """Whether a piece could not be written for want of room."""
+    return isinstance(written, OSError) and written.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 class Collector:
     """Takes announcements and answers, writes outputs, and says what became of each unit.
 
@@ -103,6 +109,7 @@ class Collector:
         self._followers: dict[int, list[int]] = {}
         self._kept: dict[int, Vectors | Exception | None] = {}
         self._writers = Writers()
+        self._put_off: list[tuple[int, Piece]] = []
         self._room = threading.Semaphore(MAX_ANSWERED)
         self._inbox: queue.Queue[Message | None] = queue.Queue(maxsize=16)
         self._thread = threading.Thread(target=self._work, name="collector", daemon=True)
@@ -163,8 +170,9 @@ class Collector:
             if self.crash is None:
                 crash = attempt(partial(self._handle, handle, args))
                 self.crash = crash if isinstance(crash, Exception) else None
-        crash = attempt(lambda: self._take(self._writers.finished(until_idle=True)))
-        self.crash = self.crash or (crash if isinstance(crash, Exception) else None)
+        while self.crash is None and (self._writers.is_busy or self._put_off):
+            crash = attempt(lambda: self._take(self._writers.finished(until_idle=True)))
+            self.crash = crash if isinstance(crash, Exception) else None
         self._writers.close()
 
     def _next_message(self) -> Message | None:
@@ -335,13 +343,21 @@ class Collector:
         if piece.is_closed and piece.num_answered == len(piece.rows) and not piece.is_being_written:
             piece.is_being_written = True
             self._take(self._writers.finished(until_room=True))
-            self._writers.submit(key, piece, partial(write_piece_of, self.settings, self.files[state.unit.file], state.unit, piece))
+            self._submit(key, state, piece)
+
+    def _submit(self, key: int, state: UnitState, piece: Piece) -> None:
+        self._writers.submit(key, piece, partial(write_piece_of, self.settings, self.files[state.unit.file], state.unit, piece))
 
     def _take(self, finished: Iterable[tuple[int, Piece, WrittenFile | Exception]]) -> None:
         """Pieces that were written, or were not."""
         for key, piece, written in finished:
-            piece.close()
             state = self._units.get(key)
+            if state is not None and is_disk_full(written) and not piece.is_second_try:
+                # Another piece may have taken the room for a moment: try again when nothing else is being written.
+                piece.is_second_try = True
+                self._put_off.append((key, piece))
+                continue
+            piece.close()
             if state is None:
                 if not isinstance(written, Exception):
                     remove(self.settings.output_dir / written.path)
@@ -353,6 +369,14 @@ class Collector:
                 piece.rows, piece.notes = [], []
                 if state.is_closed and len(state.written) == len(state.pieces):
                     self._complete(key, state)
+
+        if self._put_off and not self._writers.is_busy:
+            key, piece = self._put_off.pop(0)
+            state = self._units.get(key)
+            if state is None:
+                piece.close()
+            else:
+                self._submit(key, state, piece)
 
     def _complete(self, key: int, state: UnitState) -> None:
         del self._units[key]

@@ -7,6 +7,7 @@ is right; it stands for work only as long as the input's text has the same diges
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import json
@@ -23,6 +24,7 @@ from dist_esm.records import Slice, Tally, WrittenFile
 from dist_esm.spool import atomically, fingerprint, remove
 
 LOCK_SECONDS = 5.0
+ROOM_SECONDS = 2.0
 _LEFTOVER = re.compile(r"^\..+\.\d+\.tmp$")
 
 
@@ -56,6 +58,7 @@ class Journal:
         self.rank = rank
         self.path = folder(output_dir) / f"{launch}.{rank:05d}.jsonl"
         self._file: IO[bytes] | None = None
+        self._is_torn = False
 
     def append(self, entry: Entry) -> None:
         """Put a line on disk.
@@ -69,8 +72,25 @@ class Journal:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path} is gone: was output_dir removed while the run was under way?")
-        self._file.write(encode(entry))
+        deadline = time.monotonic() + ROOM_SECONDS
+        while not self._write(encode(entry)):
+            # A full disk: a piece that is being written may fail and give its room back.
+            if time.monotonic() > deadline:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            time.sleep(0.05)
         os.fsync(self._file.fileno())
+
+    def _write(self, line: bytes) -> bool:
+        """Whether there was room for a line; what a torn one left is closed before the next."""
+        assert self._file is not None
+        whole = b"\n" + line if self._is_torn else line
+        try:
+            self._is_torn = self._file.write(whole) != len(whole)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return False
+        return not self._is_torn
 
     def close(self) -> None:
         """Close the file."""

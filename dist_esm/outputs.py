@@ -73,6 +73,7 @@ class Piece:
     is_closed: bool = False
     """No further record will come."""
     is_being_written: bool = False
+    is_second_try: bool = False
 
     def close(self) -> None:
         """Give its rows up."""
