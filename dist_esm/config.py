@@ -41,11 +41,21 @@ class DeviceKind(Enum):
 
 
 class Attention(Enum):
-    """Implementations of attention, see `kernels`."""
+    """Implementations of attention, see `attention`."""
 
     auto = "auto"
+    flash4 = "flash4"
     varlen = "varlen"
     sdpa = "sdpa"
+
+
+class LinearKind(Enum):
+    """Implementations of the rest of a block, see `linear`."""
+
+    auto = "auto"
+    quack = "quack"
+    triton = "triton"
+    torch = "torch"
 
 
 class Format(Enum):
@@ -164,6 +174,8 @@ class Config:
     device: DeviceKind = DeviceKind.auto
     attention: Attention = Attention.auto
     """Implementation of attention; `auto` picks the fastest that the device can run."""
+    linear: LinearKind = LinearKind.auto
+    """Implementation of matrix products and what is fused to them; `auto` picks the fastest that the device can run."""
     format: Format = Format.pt
     save_dtype: SaveDtype = SaveDtype.float32
     assign_by: AssignBy = AssignBy.sequences

@@ -7,6 +7,7 @@ complete. The device waits for neither. Packs cross file borders; a failure is a
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,10 +18,10 @@ import numpy as np
 from dist_esm.attempt import attempt
 from dist_esm.collect import Collector
 from dist_esm.config import Config
-from dist_esm.engine import Engine, is_out_of_memory
+from dist_esm.engine import AHEAD, Engine, Submitted, is_out_of_memory
 from dist_esm.feed import Reader
 from dist_esm.outputs import OutputSettings
-from dist_esm.records import Answer, Failure, FastaFile, Pack, Unit, UnitFailure, UnitOutcome, UnitResult
+from dist_esm.records import Answer, Failure, FastaFile, Pack, Segment, Unit, UnitFailure, UnitOutcome, UnitResult
 from dist_esm.stop import Failures, Stop
 
 T = TypeVar("T")
@@ -36,8 +37,12 @@ class RankResult:
     seconds: float = 0.0
     num_split_packs: int = 0
     """Packs that did not fit, or failed, and were tried again in halves."""
+    num_recomputed: int = 0
+    """Segments that were not finite, and were computed again in a wider dtype."""
     waits: dict[str, float] = field(default_factory=lambda: {"waited_for_input": 0.0, "waited_for_output": 0.0})
-    """Seconds in which the device had nothing to do: for the reader, and for outputs to be taken off its hands."""
+    """Seconds in which nothing was submitted to the device: for the reader, and for outputs to be taken off its hands."""
+    device_idle: float | None = None
+    """Seconds between one pack's end on a GPU and the next one's beginning, by the device's own clock."""
 
     def wait(self, what: str, work: Callable[[], T]) -> T:
         """Do something that may have to wait, and count the time."""
@@ -110,40 +115,79 @@ def embed_units(
     collector = Collector(files, settings, rank, on_outcome)
     reader = Reader(units, files, config, engine.toks_per_batch, collector, failures, stop)
     reader.start()
-    while (pack := result.wait("waited_for_input", reader.packs.get)) is not None:
+    ahead: deque[tuple[Pack, Submitted | Exception]] = deque()
+
+    def settle() -> None:
+        """Wait for the oldest pack that was submitted, and pass its answers on."""
+        pack, submitted = ahead.popleft()
         if stop.at_once:
-            continue
-        answers, num_splits = embed_pack(engine, pack)
+            return
+        answers = finish(engine, pack, submitted, result)
         if stop.at_once:
-            continue
+            return
         result.num_tokens += pack.num_tokens
-        result.num_split_packs += num_splits
         result.wait("waited_for_output", partial(collector.answer, pack.segments, answers))
         if collector.crash is not None:
             stop.set(f"rank {rank} cannot go on: {collector.crash}", at_once=True)
+
+    while True:
+        while ahead and (len(ahead) >= AHEAD or reader.packs.empty()):
+            settle()
+        pack = result.wait("waited_for_input", reader.packs.get)
+        if pack is None:
+            break
+        if not stop.at_once:
+            ahead.append((pack, attempt(partial(engine.submit, pack))))
+    while ahead:
+        settle()
     reader.join()
     collector.close()
     if reader.crash is not None:
         raise reader.crash
     result.seconds = time.monotonic() - started
+    result.device_idle = engine.idle_seconds if engine.is_gpu else None
     return result
 
 
-def embed_pack(engine: Engine, pack: Pack) -> tuple[list[Answer | Exception], int]:
-    """Answer a pack; one that fails is split and tried again, down to single segments, whose error takes the answer's place.
+def embed_pack(engine: Engine, pack: Pack, result: RankResult | None = None) -> list[Answer | Exception]:
+    """Answer a pack at once; see `finish`."""
+    return finish(engine, pack, attempt(lambda: engine.submit(pack)), result or RankResult())
 
-    Returns
-    -------
-    answers in the order of the segments, and the number of splits
+
+def finish(engine: Engine, pack: Pack, submitted: Submitted | Exception, result: RankResult) -> list[Answer | Exception]:
+    """The answers of a pack that was submitted, in the order of its segments.
+
+    A pack that fails is split and tried again with half the rows, down to single segments, whose error takes the answer's place.
+    An answer that is not finite is computed again in a wider dtype.
     """
-    answers = attempt(lambda: engine.run(pack))
-    if not isinstance(answers, Exception):
-        return list(answers), 0
-    if is_out_of_memory(answers):
+    answers = submitted if isinstance(submitted, Exception) else attempt(submitted.result)
+    if isinstance(answers, Exception):
+        return in_halves(engine, pack, answers, engine.toks_per_batch, result)
+    return [widen(engine, segment, answer, result) for segment, answer in zip(pack.segments, answers, strict=True)]
+
+
+def in_halves(engine: Engine, pack: Pack, error: Exception, num_rows: int, result: RankResult) -> list[Answer | Exception]:
+    """What `finish` does with a pack that failed in so many rows."""
+    if is_out_of_memory(error):
         engine.free_memory()
-    if len(pack.segments) == 1:
-        return [answers], 0
-    left, right = pack.halves()
-    first, splits_first = embed_pack(engine, left)
-    second, splits_second = embed_pack(engine, right)
-    return first + second, 1 + splits_first + splits_second
+    can_shrink = engine.is_gpu and is_out_of_memory(error) and num_rows > pack.num_tokens
+    if len(pack.segments) == 1 and not can_shrink:
+        return [error]
+    result.num_split_packs += 1
+    rows = num_rows // 2
+    found: list[Answer | Exception] = []
+    for part in pack.halves() if len(pack.segments) > 1 else (pack,):
+        answers = attempt(partial(engine.run, part, rows))
+        if isinstance(answers, Exception):
+            found += in_halves(engine, part, answers, rows, result)
+        else:
+            found += [widen(engine, segment, answer, result) for segment, answer in zip(part.segments, answers, strict=True)]
+    return found
+
+
+def widen(engine: Engine, segment: Segment, answer: Answer, result: RankResult) -> Answer | Exception:
+    """An answer, or what a wider dtype gives if it is not finite: a number that is not spoils the sum of its column."""
+    if all(np.isfinite(x).all() for part in (answer.sums, answer.bos) for x in part.values()):
+        return answer
+    result.num_recomputed += 1
+    return attempt(lambda: engine.recompute(segment))

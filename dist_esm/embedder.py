@@ -17,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.alphabet import tokenize
-from dist_esm.config import Attention, DeviceKind, Dtype, Include, Long, check
+from dist_esm.config import Attention, DeviceKind, Dtype, Include, LinearKind, Long, check
 from dist_esm.embed import embed_pack
-from dist_esm.engine import Engine
+from dist_esm.engine import make_engine
 from dist_esm.fasta import make_protein
 from dist_esm.feed import shape
-from dist_esm.kernels import choose_attention, choose_device, choose_dtype
+from dist_esm.kernels import choose_device, choose_dtype, choose_kernels
 from dist_esm.pack import Packer
 from dist_esm.pool import combine
 from dist_esm.records import Answer, Pack, Segment
-from dist_esm.weights import fetch, load_model
+from dist_esm.weights import architecture, fetch
 
 
 class Embedder:
@@ -40,7 +40,7 @@ class Embedder:
         As `model.weights` on the command line: None for torch hub's cache (downloaded once), a path, or `random`.
     layer
         The layer to return, fair-esm's numbering, negatives from the end.
-    device, dtype, attention
+    device, dtype, attention, linear
         As on the command line.
     truncation_seq_length, long, window_overlap
         As on the command line; what `long=skip` and `long=fail` would leave out is a ValueError here.
@@ -62,6 +62,7 @@ class Embedder:
         device: str = "auto",
         dtype: str = "auto",
         attention: str = "auto",
+        linear: str = "auto",
         truncation_seq_length: int | None = 1022,
         long: str = "truncate",
         window_overlap: int = 256,
@@ -73,6 +74,7 @@ class Embedder:
         config.model.weights = None if weights is None else os.fspath(weights)
         config.repr_layers = [layer]
         config.device, config.dtype, config.attention = named(DeviceKind, device), named(Dtype, dtype), named(Attention, attention)
+        config.linear = named(LinearKind, linear)
         config.truncation_seq_length, config.window_overlap, config.long = truncation_seq_length, window_overlap, named(Long, long)
         config.toks_per_batch = toks_per_batch
         check(config)
@@ -80,9 +82,9 @@ class Embedder:
         (self.layer,) = config.resolved_layers()
         place = choose_device(config.device, 0, 1, "this machine")
         precision = choose_dtype(config.dtype, place)
-        _, function = choose_attention(config.attention, place, precision)
+        kernels = choose_kernels(config.attention, config.linear, place, precision, architecture(config.model).head_dim)
         fetch(config.model)
-        self.engine = Engine(load_model(config.model, place, precision, function), [self.layer], wants_rows=True, toks_per_batch=toks_per_batch)
+        self.engine = make_engine(config, place, precision, kernels)
 
     def embed(self, sequences: Iterable[str], include: str = "mean") -> Any:
         """Embed sequences, in their order.
@@ -130,7 +132,7 @@ class Embedder:
         return np.stack(vectors) if vectors else np.empty((0, self.config.model.embed_dim), dtype=np.float32)
 
     def _run(self, pack: Pack, answers: dict[int, list[Answer | None]]) -> None:
-        found, _ = embed_pack(self.engine, pack)
+        found = embed_pack(self.engine, pack)
         for segment, answer in zip(pack.segments, found, strict=True):
             if isinstance(answer, Exception):
                 raise answer

@@ -6,24 +6,34 @@ Same protein, same bits, by construction:
   (shapes, threads, neighbours) differs between one protein's company and another's. It is also the fastest way measured.
 - on a GPU a pack always has `toks_per_batch` rows, so each matrix product runs with the same shape and kernel every time, and
   attention and pooling see one protein at a time.
+
+Packs are submitted ahead of their answers, so that the device has its next one before it has finished this one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from dist_esm.attention import Seqlens, longest
+from dist_esm.config import Config, Include
 from dist_esm.esm2 import ESM2
-from dist_esm.kernels import Seqlens
-from dist_esm.pool import pool
+from dist_esm.kernels import PLAIN, Kernels
+from dist_esm.pool import GpuPool, pool
 from dist_esm.records import Answer, Pack, Segment
+from dist_esm.weights import load_model
 
-DEFAULT_TOKS_PER_BATCH = {"cpu": 8192, "cuda": 16384}
+DEFAULT_TOKS_PER_BATCH = {"cpu": 8192, "cuda": 25344}
+"""Tokens of a pack. On a GPU: rows of matrix products that are tiles of 128 and of 192 rows, a whole number for each of an H100's
+132 multiprocessors, so that no product ends in a wave of tiles that leaves most of them idle. Measured in LOG.md."""
+AHEAD = 2
+"""Packs that are submitted and not answered yet."""
 
 
 def num_cores() -> int:
@@ -34,6 +44,13 @@ def num_cores() -> int:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that a pack did not fit."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+class Submitted(Protocol):
+    """A pack on its way through the device."""
+
+    def result(self) -> list[Answer]:
+        """Wait for the answers of its segments, in their order."""
 
 
 class Engine:
@@ -51,56 +68,166 @@ class Engine:
         Tokens of a pack; None: the default for the device.
     num_threads
         CPU only: segments that run side by side; None: the cores of this process.
+    load_wider
+        Loads the same model in a wider dtype, for what is not finite in this one; called at most once.
     """
 
-    def __init__(self, model: ESM2, layers: Sequence[int], wants_rows: bool, toks_per_batch: int | None = None, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: ESM2,
+        layers: Sequence[int],
+        wants_rows: bool,
+        toks_per_batch: int | None = None,
+        num_threads: int | None = None,
+        load_wider: Callable[[], ESM2] | None = None,
+    ) -> None:
         self.model = model
         self.layers = list(layers)
         self.wants_rows = wants_rows
+        self.is_gpu = model.device.type == "cuda"
         self.toks_per_batch = toks_per_batch or DEFAULT_TOKS_PER_BATCH[model.device.type]
         self.num_threads = num_threads or num_cores()
+        self.idle_seconds = 0.0
+        """GPU only: time between one pack's end on the device and the next one's beginning."""
+        self._load_wider = load_wider
+        self._wider: Engine | None = None
+        self._last: torch.cuda.Event | None = None
         self._threads: ThreadPoolExecutor | None = None
-        if model.device.type == "cpu":
+        if self.is_gpu:
+            self._copies = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+        else:
             self._threads = ThreadPoolExecutor(self.num_threads, "forward", initializer=torch.set_num_threads, initargs=(1,))
 
-    def run(self, pack: Pack) -> list[Answer]:
-        """Answer the segments of a pack, in their order.
+    def submit(self, pack: Pack, num_rows: int | None = None) -> Submitted:
+        """Begin with a pack.
+
+        Parameters
+        ----------
+        pack
+            Its segments.
+        num_rows
+            GPU only: rows of the matrix products, for packs that did not fit; None: `toks_per_batch`.
 
         Raises
         ------
         Exception
-            Whatever the forward raises; `is_out_of_memory` tells whether a smaller pack may do.
+            Whatever the forward raises, here or in the result; `is_out_of_memory` tells whether a smaller pack may do.
         """
         if self._threads is None:
-            return self._forward(pack.segments, self.toks_per_batch)
+            return self._on_gpu(pack.segments, self.toks_per_batch if num_rows is None else num_rows)
         longest_first = sorted(range(len(pack.segments)), key=lambda i: -len(pack.segments[i].tokens))
-        futures = {i: self._threads.submit(self._forward, [pack.segments[i]], 0) for i in longest_first}
-        return [futures[i].result()[0] for i in range(len(pack.segments))]
+        futures = {i: self._threads.submit(self._on_cpu, [pack.segments[i]], 0) for i in longest_first}
+        return Computing([futures[i] for i in range(len(pack.segments))])
+
+    def run(self, pack: Pack, num_rows: int | None = None) -> list[Answer]:
+        """Answer the segments of a pack, in their order; see `submit`."""
+        return self.submit(pack, num_rows).result()
+
+    def warm_up(self) -> None:
+        """Compile the kernels, or load them, before the first pack."""
+        if self.is_gpu:
+            self.run(Pack((Segment(0, 0, np.array([0, 20, 2], dtype=np.uint8), (0, 1)),)))
+            self._last = None
+
+    def recompute(self, segment: Segment) -> Answer:
+        """Answer one segment in the next wider dtype."""
+        if self._wider is None:
+            if self._load_wider is None:
+                raise FloatingPointError("the embedding is not finite, and no wider dtype is at hand")
+            self._wider = Engine(self._load_wider(), self.layers, self.wants_rows, num_threads=1)
+        (answer,) = self._wider.run(Pack((segment,)), num_rows=0)
+        return answer
 
     def free_memory(self) -> None:
         """Give cached device memory back, after a pack did not fit."""
-        if self.model.device.type == "cuda":
+        if self.is_gpu:
             torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Start nothing more; what is running ends with its segment."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
+        if self._wider is not None:
+            self._wider.close()
 
     @torch.inference_mode()
-    def _forward(self, segments: Sequence[Segment], num_rows: int) -> list[Answer]:
+    def _on_cpu(self, segments: Sequence[Segment], num_rows: int) -> list[Answer]:
         """Embed segments in one forward over at least `num_rows` rows; rows without a protein cost matrix products and nothing else."""
-        lengths = np.array([len(segment.tokens) for segment in segments])
-        bounds = np.concatenate(([0], np.cumsum(lengths)))
-        num_tokens = int(bounds[-1])
-        tokens = np.zeros(max(num_rows, num_tokens), dtype=np.int64)
-        positions = np.zeros_like(tokens)
-        tokens[:num_tokens] = np.concatenate([segment.tokens for segment in segments])
-        positions[:num_tokens] = np.arange(num_tokens) - np.repeat(bounds[:-1], lengths)
-        device = self.model.device
-        seqlens = Seqlens.of(bounds.tolist(), device)
-        hidden = self.model(self._to_device(tokens), self._to_device(positions), seqlens, self.layers)
-        return pool(hidden, seqlens.bounds, [segment.keep for segment in segments], self.wants_rows)
+        tokens, positions, bounds = lay_out(segments, num_rows)
+        seqlens = Seqlens.of(bounds, self.model.device)
+        hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(positions), seqlens, self.layers)
+        return pool(hidden, bounds, [segment.keep for segment in segments], self.wants_rows)
 
-    def _to_device(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.model.device)
+    @torch.inference_mode()
+    def _on_gpu(self, segments: Sequence[Segment], num_rows: int) -> Submitted:
+        """The same without waiting for anything: one copy to the device, the forward, and the answers' copies back."""
+        tokens, positions, bounds = lay_out(segments, num_rows)
+        starts = np.array([bounds[i] + 1 + segment.keep[0] for i, segment in enumerate(segments)])
+        stops = np.array([bounds[i] + 1 + segment.keep[1] for i, segment in enumerate(segments)])
+        numbers = np.concatenate((tokens, positions, bounds, starts, stops)).astype(np.int32)
+        began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        began.record()
+        on_device = torch.from_numpy(numbers).pin_memory().to(self.model.device, non_blocking=True)
+        tokens_T, positions_T, cu_seqlens, starts_B, stops_B = torch.split(on_device, [len(tokens), len(tokens), len(bounds), len(starts), len(stops)])
+        # FlashAttention wants its own aligned tensor; a slice of a larger one need not be.
+        seqlens = Seqlens(bounds, cu_seqlens.clone(), longest(bounds))
+        hidden = self.model(tokens_T, positions_T, seqlens, self.layers)
+        keeps, segment_sum = [segment.keep for segment in segments], self.model.kernels.linear.segment_sum
+        pooled = GpuPool(hidden, seqlens, starts_B, stops_B, segment_sum, keeps, self.wants_rows, self._copies)
+        submitted = OnDevice(self, pooled, began, self._last)
+        self._last = pooled.ended
+        return submitted
+
+
+def make_engine(config: Config, device: torch.device, dtype: torch.dtype, kernels: Kernels, num_threads: int | None = None) -> Engine:
+    """The engine that a configuration asks for, with fp32 behind bf16 and fp16, and fp64 behind fp32."""
+    wider = torch.float64 if dtype is torch.float32 else torch.float32
+    return Engine(
+        load_model(config.model, device, dtype, kernels),
+        config.resolved_layers(),
+        Include.per_tok in config.include,
+        config.toks_per_batch,
+        num_threads,
+        load_wider=lambda: load_model(config.model, device, wider, PLAIN),
+    )
+
+
+def lay_out(segments: Sequence[Segment], num_rows: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Segments end to end, filled up to `num_rows`: tokens and positions, int64 of shape (T,), and B + 1 token offsets."""
+    lengths = np.array([len(segment.tokens) for segment in segments])
+    bounds = np.concatenate(([0], np.cumsum(lengths)))
+    num_tokens = int(bounds[-1])
+    tokens = np.zeros(max(num_rows, num_tokens), dtype=np.int64)
+    positions = np.zeros_like(tokens)
+    tokens[:num_tokens] = np.concatenate([segment.tokens for segment in segments])
+    positions[:num_tokens] = np.arange(num_tokens) - np.repeat(bounds[:-1], lengths)
+    return tokens, positions, bounds.tolist()
+
+
+@dataclass(frozen=True)
+class Computing:
+    """A pack on a CPU: one future for each segment."""
+
+    futures: Sequence[Future[list[Answer]]]
+
+    def result(self) -> list[Answer]:
+        """See `Submitted`."""
+        return [future.result()[0] for future in self.futures]
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """A pack on a GPU."""
+
+    engine: Engine
+    pooled: GpuPool
+    began: torch.cuda.Event
+    before: torch.cuda.Event | None
+    """The end of the pack before it."""
+
+    def result(self) -> list[Answer]:
+        """See `Submitted`."""
+        answers = self.pooled.answers()
+        if self.before is not None:
+            self.engine.idle_seconds += max(0.0, self.before.elapsed_time(self.began) / 1000)
+        return answers

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_esm.kernels import AttentionFunction, Seqlens, sdpa
+from dist_esm.attention import Seqlens
+from dist_esm.kernels import PLAIN, Kernels
 
 TOKEN_DROPOUT_FACTOR = 1 - 0.15 * 0.8
 NUM_TOKENS = 33
@@ -67,37 +69,17 @@ class Embedding(nn.Embedding):
 
 
 class Layer(nn.Module):
-    """One pre-norm transformer block, with query, key and value in one matrix product."""
+    """The parameters of one pre-norm transformer block, with query, key and value in one matrix."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         width = arch.embed_dim
-        self.heads = arch.attention_heads
         self.attention_norm = LayerNorm(width)
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
         self.ffn_norm = LayerNorm(width)
         self.fc1 = Linear(width, 4 * width)
         self.fc2 = Linear(4 * width, width)
-
-    def forward(self, x_TD: Tensor, cos_T1H: Tensor, sin_T1H: Tensor, seqlens: Seqlens, attention: AttentionFunction) -> Tensor:
-        """x + attention, then x + feed-forward; `x_TD` is the residual stream."""
-        dtype = self.qkv.weight.dtype
-        h_TD = self.attention_norm(x_TD).to(dtype)
-        q_TNH, k_TNH, v_TNH = self.qkv(h_TD).view(len(x_TD), 3, self.heads, -1).unbind(1)
-        q_TNH, k_TNH = rotate(q_TNH, cos_T1H, sin_T1H), rotate(k_TNH, cos_T1H, sin_T1H)
-        a_TD = attention(q_TNH, k_TNH, v_TNH, seqlens).reshape(len(x_TD), -1)
-        x_TD = x_TD + self.out(a_TD)
-        h_TD = self.ffn_norm(x_TD).to(dtype)
-        h_TD = F.gelu(self.fc1(h_TD))
-        added_TD: Tensor = self.fc2(h_TD)
-        return x_TD + added_TD
-
-
-def rotate(x_TNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
-    """Apply rotary position embeddings in fp32: the first half of each head is turned against the second."""
-    first, second = x_TNH.float().chunk(2, dim=-1)
-    return torch.cat((first, second), -1).mul(cos_T1H).addcmul_(torch.cat((-second, first), -1), sin_T1H).to(x_TNH.dtype)
 
 
 class ESM2(nn.Module):
@@ -107,14 +89,14 @@ class ESM2(nn.Module):
     ----------
     arch
         Layers, width and heads.
-    attention
-        The implementation of attention, from `kernels`.
+    kernels
+        What it is computed with.
     """
 
-    def __init__(self, arch: Architecture, attention: AttentionFunction = sdpa) -> None:
+    def __init__(self, arch: Architecture, kernels: Kernels = PLAIN) -> None:
         super().__init__()
         self.arch = arch
-        self.attention = attention
+        self.kernels = kernels
         self.embed_tokens = Embedding(NUM_TOKENS, arch.embed_dim)
         self.layers = nn.ModuleList(Layer(arch) for _ in range(arch.num_layers))
         self.final_norm = LayerNorm(arch.embed_dim)
@@ -147,14 +129,21 @@ class ESM2(nn.Module):
 
         Returns
         -------
-        dict of int to fp32 Tensor, shape (T, D)
+        dict of int to Tensor, shape (T, D), of the residual stream's dtype: fp32, or wider if matrix products are
         """
-        x_TD = F.embedding(tokens_T, self.embed_tokens.weight).float() * TOKEN_DROPOUT_FACTOR
-        angles_TH = torch.outer(positions_T.float(), self.inv_freq).repeat(1, 2)
-        cos_T1H, sin_T1H = angles_TH.cos().unsqueeze(1), angles_TH.sin().unsqueeze(1)
-        hidden = {0: x_TD} if 0 in repr_layers else {}
-        for number, layer in enumerate(self.layers[: max(repr_layers)], start=1):
-            x_TD = layer(x_TD, cos_T1H, sin_T1H, seqlens, self.attention)
+        ops, attend, heads, dtype = self.kernels.linear, self.kernels.attend, self.arch.attention_heads, self.dtype
+        embedded_TD = F.embedding(tokens_T, self.embed_tokens.weight) * TOKEN_DROPOUT_FACTOR
+        x_TD = ops.enter(embedded_TD)
+        rotary = ops.rotary(positions_T, self.inv_freq)
+        last = max(repr_layers)
+        layers = cast(list[Layer], list(self.layers))
+        hidden = {0: embedded_TD} if 0 in repr_layers else {}
+        h_TD = ops.norm(x_TD, layers[0].attention_norm, dtype)
+        for number, layer in enumerate(layers[:last], start=1):
+            a_TNH = attend(*ops.qkv(h_TD, layer.qkv, rotary, heads), seqlens)
+            x_TD, h_TD = ops.residual(x_TD, a_TNH.flatten(1), layer.out, layer.ffn_norm)
+            following = layers[number].attention_norm if number < last else None
+            x_TD, h_TD = ops.residual(x_TD, ops.gelu(h_TD, layer.fc1), layer.fc2, following)
             if number in repr_layers:
-                hidden[number] = self.final_norm(x_TD) if number == self.arch.num_layers else x_TD
+                hidden[number] = ops.norm(x_TD, self.final_norm, embedded_TD.dtype) if number == self.arch.num_layers else ops.leave(x_TD)
         return hidden

@@ -1,87 +1,107 @@
-"""The named implementations of attention, and what the device at hand can run.
+"""What the device at hand can run, and the choice of what a forward is computed with.
 
-This is the only module that asks what a device can do. An implementation that is named runs, or raises; `auto` is a choice,
-made once here and logged by the caller. All of them take a pack, whole proteins laid end to end, and attend within each protein:
-
-``varlen``
-    FlashAttention over ``cu_seqlens``, as shipped in torch (`torch.nn.attention.varlen`): CUDA, bf16 or fp16.
-``sdpa``
-    `torch.nn.functional.scaled_dot_product_attention`, one call for each protein: any device, any dtype, more launches.
-
-Shape suffixes here and in `esm2`: T tokens of a pack, B proteins, N heads, H head width, D model width.
+This is the only module that asks what a device can do. An implementation that is named runs, or raises; `auto` is a choice, made
+once here and logged by the caller. The implementations themselves: `attention` and `linear`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from dist_esm.config import Attention, DeviceKind, Dtype
+from dist_esm.attention import AttentionFunction, load_flash4, sdpa, varlen
+from dist_esm.config import Attention, DeviceKind, Dtype, LinearKind
+from dist_esm.linear import LinearOps, TorchLinear
 
 
 @dataclass(frozen=True)
-class Seqlens:
-    """Where each protein of a pack begins and ends."""
+class Kernels:
+    """What a forward is computed with."""
 
-    bounds: list[int]
-    """B + 1 token offsets on the host."""
-    cu_seqlens: Tensor
-    """The same as int32 on the device, FlashAttention's ``cu_seqlens``."""
-    max_seqlen: int
-    """Tokens of the longest protein."""
+    attention: str
+    """Name of the implementation."""
+    attend: AttentionFunction
+    linear: LinearOps
 
-    @classmethod
-    def of(cls, bounds: list[int], device: torch.device) -> Seqlens:
-        """From token offsets on the host."""
-        longest = max(stop - start for start, stop in pairwise(bounds))
-        return cls(bounds, torch.tensor(bounds, dtype=torch.int32, device=device), longest)
+    def __str__(self) -> str:
+        return f"attention={self.attention} linear={self.linear.name}"
 
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, Seqlens], Tensor]
+PLAIN = Kernels("sdpa", sdpa, TorchLinear())
+"""Runs everywhere."""
+
+HOPPER = (9, 0)
+AMPERE = (8, 0)
+LEAST_HEAD = 64
+"""Heads narrower than this (8M, 35M, 150M) do not fit the tiles of the Hopper kernels."""
 
 
-def sdpa(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, seqlens: Seqlens) -> Tensor:
-    """Attend within each protein by torch's own choice of kernel, one call for each; rows past the last protein are zero."""
-    out_TNH = torch.zeros_like(q_TNH) if seqlens.bounds[-1] < len(q_TNH) else torch.empty_like(q_TNH)
-    for start, stop in pairwise(seqlens.bounds):
-        q, k, v = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TNH, v_TNH))
-        out_TNH[start:stop] = F.scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1)
-    return out_TNH
-
-
-def varlen(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, seqlens: Seqlens) -> Tensor:
-    """Attend within each protein in one FlashAttention launch; rows past the last protein are not defined."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    cu, longest = seqlens.cu_seqlens, seqlens.max_seqlen
-    out_TNH = varlen_attn(q_TNH, k_TNH, v_TNH, cu, cu, longest, longest)
-    assert isinstance(out_TNH, Tensor)
-    return out_TNH
-
-
-def choose_attention(wanted: Attention, device: torch.device, dtype: torch.dtype) -> tuple[str, AttentionFunction]:
-    """The attention to use on a device, and its name.
+def choose_kernels(attention: Attention, linear: LinearKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
+    """The implementations to use on a device; `auto` is the fastest that it can run.
 
     Raises
     ------
     ValueError
-        If the one that is wanted by name cannot run on this device with this dtype.
+        If one that is wanted by name cannot run on this device with this dtype and model, or lacks its package.
     """
-    flash = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    able = flash and dtype in (torch.bfloat16, torch.float16)
-    if wanted is Attention.varlen and not able:
-        raise ValueError(
-            f"attention=varlen needs a CUDA GPU of compute capability 8.0 or newer and dtype=bf16 or fp16, "
-            f"this is {device.type} with {dtype}: use attention=auto"
-        )
-    if wanted is Attention.varlen or (wanted is Attention.auto and able):
-        return "varlen", varlen
-    return "sdpa", sdpa
+    able = {
+        "flash4": unmet(device, dtype, HOPPER, head_dim, "flash_attn.cute", "flash-attn-4"),
+        "varlen": unmet(device, dtype, AMPERE),
+        "quack": unmet(device, dtype, HOPPER, head_dim, "quack", "quack-kernels"),
+        "triton": unmet(device, dtype, AMPERE, package="triton", name="triton"),
+    }
+    for key, wanted in (("attention", attention), ("linear", linear)):
+        reason = able.get(wanted.name)
+        if reason is not None:
+            raise ValueError(f"{key}={wanted.name} needs {reason}: use {key}=auto")
+    attends = [name for name in ("flash4", "varlen", "sdpa") if attention.name == name or (attention is Attention.auto and able.get(name) is None)]
+    linears = [name for name in ("quack", "triton", "torch") if linear.name == name or (linear is LinearKind.auto and able.get(name) is None)]
+    return Kernels(attends[0], load_attention(attends[0]), load_linear(linears[0]))
+
+
+def unmet(
+    device: torch.device, dtype: torch.dtype, capability: tuple[int, int], head_dim: int = LEAST_HEAD, package: str | None = None, name: str | None = None
+) -> str | None:
+    """What a kernel needs and does not find, in words; None if it can run."""
+    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if found is None or found < capability or (capability == HOPPER and found[0] != HOPPER[0]):
+        which = "a Hopper GPU (compute capability 9.0)" if capability == HOPPER else "a CUDA GPU of compute capability 8.0 or newer"
+        return f"{which}, this is {device.type}" + (f" with {found[0]}.{found[1]}" if found else "")
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype=bf16 or fp16, this is {str(dtype).removeprefix('torch.')}"
+    if head_dim < LEAST_HEAD:
+        return f"attention heads of {LEAST_HEAD} or wider, this model's have {head_dim}"
+    if package is not None and not is_installed(package):
+        return f"the package {name} (pip install 'dist_esm[hopper]')"
+    return None
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package, or a part of one, can be imported."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def load_attention(name: str) -> AttentionFunction:
+    """An implementation of attention by its name."""
+    return load_flash4() if name == "flash4" else {"varlen": varlen, "sdpa": sdpa}[name]
+
+
+def load_linear(name: str) -> LinearOps:
+    """An implementation of the rest of a block by its name; each is imported only where it is used."""
+    if name == "quack":
+        from dist_esm.linear_quack import QuackLinear
+
+        return QuackLinear()
+    if name == "triton":
+        from dist_esm.linear_triton import TritonLinear
+
+        return TritonLinear()
+    return TorchLinear()
 
 
 def choose_device(wanted: DeviceKind, local_rank: int, local_world_size: int, host: str) -> torch.device:

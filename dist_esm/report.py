@@ -29,6 +29,7 @@ class RankSummary:
     seconds: float
     tokens: int
     split_packs: int
+    recomputed: int
     waits: dict[str, float]
     outcomes: list[UnitOutcome]
 
@@ -67,6 +68,7 @@ class Report:
     seconds: float
     config: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    kernels: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -191,6 +193,7 @@ def rank_entry(rank: RankSummary) -> dict[str, Any]:
         "seconds": round(rank.seconds, 3),
         "tokens_per_second": round(rank.tokens / rank.seconds, 1) if rank.seconds else 0.0,
         "split_packs": rank.split_packs,
+        "recomputed": rank.recomputed,
         **{name: round(seconds, 3) for name, seconds in rank.waits.items()},
     }
 

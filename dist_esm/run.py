@@ -17,19 +17,19 @@ from typing import IO, Any
 import torch
 
 from dist_esm.attempt import attempt
-from dist_esm.config import Config, Format, Include, to_dict
+from dist_esm.config import Config, Format, to_dict
 from dist_esm.embed import RankResult, embed_units
-from dist_esm.engine import DEFAULT_TOKS_PER_BATCH, Engine, num_cores
+from dist_esm.engine import DEFAULT_TOKS_PER_BATCH, Engine, make_engine, num_cores
 from dist_esm.journal import Journal, check_settings, clean, entry_of, lock, new_launch, start_over, write_settings
 from dist_esm.journal import read as read_journal
-from dist_esm.kernels import AttentionFunction, choose_attention, choose_device, choose_dtype
+from dist_esm.kernels import Kernels, choose_device, choose_dtype, choose_kernels
 from dist_esm.plan import Plan, find_files, refuse_nested
 from dist_esm.records import Failure, FastaFile, JoinedFile, Tally, UnitResult, WorkerStatus
 from dist_esm.report import RankSummary, fail_what_vanished, failures_by_file, make_report, summary, versions, write_report
 from dist_esm.spool import atomically, join, written_file
 from dist_esm.stop import Stop
 from dist_esm.survey import agree_on_plan, results_of
-from dist_esm.weights import RANDOM, fetch, load_model, locate, weights_id
+from dist_esm.weights import RANDOM, architecture, fetch, locate, weights_id
 from dist_esm.world import World, together
 from dist_esm.writers import write_output
 
@@ -86,8 +86,9 @@ def run(config: Config, world: World) -> int:
 
 def account(world: World, setup: Setup, status: WorkerStatus, result: RankResult) -> RankSummary:
     """This rank's own account of its work."""
-    device, work = describe(setup.device), (result.seconds, result.num_tokens, result.num_split_packs, result.waits, result.outcomes)
-    return RankSummary(world.rank, world.host, device, status.name, *work)
+    waits = result.waits if result.device_idle is None else {**result.waits, "device_idle": result.device_idle}
+    work = (result.seconds, result.num_tokens, result.num_split_packs, result.num_recomputed, waits, result.outcomes)
+    return RankSummary(world.rank, world.host, describe(setup.device), status.name, *work)
 
 
 def find_inputs(config: Config) -> list[FastaFile]:
@@ -104,8 +105,7 @@ class Setup:
 
     device: torch.device
     dtype: torch.dtype
-    attention_name: str
-    attention: AttentionFunction
+    kernels: Kernels
     provenance: dict[str, Any]
     """Goes into every output."""
     settings: dict[str, Any]
@@ -117,7 +117,8 @@ def prepare(config: Config, world: World) -> Setup:
     together(world, lambda: make_output_dir(config.output_dir))
     device = together(world, lambda: choose_device(config.device, world.local_rank, world.local_world_size, world.host))
     dtype = choose_dtype(config.dtype, device)
-    name, attention = together(world, lambda: choose_attention(config.attention, device, dtype))
+    head_dim = architecture(config.model).head_dim
+    kernels = together(world, lambda: choose_kernels(config.attention, config.linear, device, dtype, head_dim))
     together(world, lambda: fetch(config.model) if world.local_rank == 0 else None)
     world.start_process_group(device)
     provenance = {
@@ -134,24 +135,25 @@ def prepare(config: Config, world: World) -> Setup:
     settings = {key: values[key] for key in ("format", "include", "window_overlap", "residues", "max_proteins_per_output")}
     # On a GPU the rows of a pack choose the matrix kernels, so they are part of what the bits depend on.
     shape = {"toks_per_batch": config.toks_per_batch or DEFAULT_TOKS_PER_BATCH["cuda"]} if device.type == "cuda" else {}
-    settings = {**provenance, **settings, **shape, "device": device.type, "attention": name}
+    settings = {**provenance, **settings, **shape, "device": device.type, "attention": kernels.attention, "linear": kernels.linear.name}
     del settings["dist_esm"]
-    return Setup(device, dtype, name, attention, provenance, settings)
+    return Setup(device, dtype, kernels, provenance, settings)
 
 
 def load_engine(config: Config, setup: Setup, world: World) -> Engine:
-    """The model on this rank's device."""
+    """The model on this rank's device, its kernels compiled."""
     began = time.monotonic()
-    model = load_model(config.model, setup.device, setup.dtype, setup.attention)
-    num_threads = max(1, num_cores() // world.local_world_size)
-    engine = Engine(model, config.resolved_layers(), Include.per_tok in config.include, config.toks_per_batch, num_threads)
+    engine = make_engine(config, setup.device, setup.dtype, setup.kernels, max(1, num_cores() // world.local_world_size))
+    loaded = time.monotonic()
+    engine.warm_up()
     log.info(
-        "%s on %s in %s, loaded in %.1f s; attention %s, packs of %d tokens",
+        "%s on %s in %s, loaded in %.1f s, kernels ready in %.1f s; %s, packs of %d tokens",
         config.model.name,
         describe(setup.device),
         setup.provenance["dtype"],
-        time.monotonic() - began,
-        setup.attention_name,
+        loaded - began,
+        time.monotonic() - loaded,
+        setup.kernels,
         engine.toks_per_batch,
     )
     if world.is_main and config.model.weights == RANDOM:
@@ -274,6 +276,7 @@ def conclude(
     fail_what_vanished(report, config.output_dir)
     report.config = to_dict(config)
     report.model = {"name": config.model.name, "weights": config.model.weights or str(locate(config.model)), **setup.provenance}
+    report.kernels = str(setup.kernels)
     report.versions = versions()
     with atomically(config.output_dir / ".dist_esm" / "config.json") as beside:
         beside.write_text(json.dumps(report.config, indent=1) + "\n", encoding="utf-8")

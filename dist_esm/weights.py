@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_esm.config import ModelConfig
-from dist_esm.esm2 import ESM2, NUM_TOKENS, Architecture
-from dist_esm.kernels import AttentionFunction
+from dist_esm.esm2 import ESM2, NUM_TOKENS, Architecture, Layer
+from dist_esm.kernels import Kernels
 
 URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
 RANDOM = "random"
@@ -91,8 +91,8 @@ def weights_id(config: ModelConfig) -> str:
     return digest.hexdigest()[:32]
 
 
-def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, attention: AttentionFunction) -> ESM2:
-    """An ESM-2 in eval mode: matrix products in `dtype`, norms and embeddings in fp32.
+def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, kernels: Kernels) -> ESM2:
+    """An ESM-2 in eval mode: matrix products in `dtype`, norms and embeddings in fp32 or wider.
 
     Raises
     ------
@@ -102,14 +102,14 @@ def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, at
     arch = architecture(config)
     path = locate(config)
     with torch.device("meta"):
-        model = ESM2(arch, attention)
+        model = ESM2(arch, kernels)
     if path is None:
         shapes = tensor_shapes(arch)
         generator = torch.Generator(device).manual_seed(config.seed)
-        _fill(model, lambda name: random_tensor(name, shapes[name], arch.num_layers, generator), device, dtype)
+        fill(model, lambda name: random_tensor(name, shapes[name], arch.num_layers, generator), device, dtype)
     else:
         state = read_checkpoint(path, arch, config.name)
-        _fill(model, state.__getitem__, device, dtype)
+        fill(model, state.__getitem__, device, dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -195,11 +195,18 @@ def random_tensor(name: str, shape: tuple[int, ...], num_layers: int, generator:
     return torch.randn(shape, generator=generator, device=device) * scale
 
 
-def _fill(model: ESM2, tensor: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """Create the model's parameters on the device from fair-esm's tensors."""
+def fill(model: ESM2, tensor: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """Create the model's parameters on the device from fair-esm's tensors, in the order that its kernels want.
 
-    def put(module: nn.Module, part: str, to: torch.dtype, *names: str) -> None:
-        sources = [tensor(name) for name in names]
+    The softmax scale becomes part of the query's projection.
+    """
+    ops, heads = model.kernels.linear, model.arch.attention_heads
+    scale, wide = model.arch.head_dim**-0.5, torch.promote_types(dtype, torch.float32)
+
+    def get(name: str) -> Tensor:
+        return tensor(name).to(device)
+
+    def put(module: nn.Module, part: str, to: torch.dtype, *sources: Tensor) -> None:
         target = torch.empty((sum(len(source) for source in sources), *sources[0].shape[1:]), dtype=to, device=device)
         first = 0
         for source in sources:
@@ -207,16 +214,23 @@ def _fill(model: ESM2, tensor: Callable[[str], Tensor], device: torch.device, dt
             first += len(source)
         setattr(module, part, nn.Parameter(target, requires_grad=False))
 
-    put(model.embed_tokens, "weight", torch.float32, "embed_tokens.weight")
+    def turned(name: str) -> Tensor:
+        """Rows of queries or keys; those that are rotated against each other side by side if that is wanted."""
+        rows = get(name).to(wide)
+        return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).flatten(0, 2) if ops.interleaves else rows
+
+    put(model.embed_tokens, "weight", wide, get("embed_tokens.weight"))
     for number, layer in enumerate(model.layers):
+        assert isinstance(layer, Layer)
         prefix = f"layers.{number}"
-        for part in ("weight", "bias"):
-            put(layer.qkv, part, dtype, *(f"{prefix}.self_attn.{p}_proj.{part}" for p in ("q", "k", "v")))  # type: ignore[arg-type]
-            put(layer.out, part, dtype, f"{prefix}.self_attn.out_proj.{part}")  # type: ignore[arg-type]
-            put(layer.fc1, part, dtype, f"{prefix}.fc1.{part}")  # type: ignore[arg-type]
-            put(layer.fc2, part, dtype, f"{prefix}.fc2.{part}")  # type: ignore[arg-type]
-            put(layer.attention_norm, part, torch.float32, f"{prefix}.self_attn_layer_norm.{part}")  # type: ignore[arg-type]
-            put(layer.ffn_norm, part, torch.float32, f"{prefix}.final_layer_norm.{part}")  # type: ignore[arg-type]
+        for part, to in (("weight", dtype), ("bias", ops.bias_dtype or dtype)):
+            queries, keys = turned(f"{prefix}.self_attn.q_proj.{part}") * scale, turned(f"{prefix}.self_attn.k_proj.{part}")
+            put(layer.qkv, part, to, queries, keys, get(f"{prefix}.self_attn.v_proj.{part}"))
+            put(layer.out, part, to, get(f"{prefix}.self_attn.out_proj.{part}"))
+            put(layer.fc1, part, to, get(f"{prefix}.fc1.{part}"))
+            put(layer.fc2, part, to, get(f"{prefix}.fc2.{part}"))
+            put(layer.attention_norm, part, wide, get(f"{prefix}.self_attn_layer_norm.{part}"))
+            put(layer.ffn_norm, part, wide, get(f"{prefix}.final_layer_norm.{part}"))
     for part in ("weight", "bias"):
-        put(model.final_norm, part, torch.float32, f"emb_layer_norm_after.{part}")
-    model.inv_freq = tensor("layers.0.self_attn.rot_emb.inv_freq").to(device, torch.float32)
+        put(model.final_norm, part, wide, get(f"emb_layer_norm_after.{part}"))
+    model.inv_freq = get("layers.0.self_attn.rot_emb.inv_freq").to(wide)

@@ -24,6 +24,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,17 @@ class PacedDevice:
         self.rows = np.random.default_rng(0).standard_normal((2048, WIDTH), dtype=np.float32)
         self.free_at = 0.0
 
-    def run(self, pack: Pack) -> list[Answer]:
-        """Rows that were made beforehand; waits until a device of this pace would be done."""
+    is_gpu = False
+
+    def submit(self, pack: Pack) -> PacedPack:
+        """Begin with a pack as soon as the one before it is done."""
         now = time.monotonic()
         if self.pace is not None:
             self.free_at = max(now, self.free_at) + pack.num_tokens / self.pace
-            time.sleep(max(0.0, self.free_at - now))
+        return PacedPack(self, pack, self.free_at)
+
+    def answers(self, pack: Pack) -> list[Answer]:
+        """Rows that were made beforehand."""
         answers = []
         for segment in pack.segments:
             first, last = segment.keep
@@ -71,6 +77,20 @@ class PacedDevice:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+@dataclass
+class PacedPack:
+    """A pack that a device of this pace has done at a time."""
+
+    device: PacedDevice
+    pack: Pack
+    done_at: float
+
+    def result(self) -> list[Answer]:
+        """Wait until it is done."""
+        time.sleep(max(0.0, self.done_at - time.monotonic()))
+        return self.device.answers(self.pack)
 
 
 def disk_rate(folder: Path, num_bytes: int) -> float:

@@ -20,7 +20,7 @@ from dist_esm.config import Config, ModelConfig
 from dist_esm.embed import embed_units
 from dist_esm.journal import Journal, new_launch, write_settings
 from dist_esm.plan import Plan, find_files
-from dist_esm.records import Answer, Pack
+from dist_esm.records import Answer, Pack, Segment
 from dist_esm.report import RankSummary, Report, make_report
 from dist_esm.run import agree_on_plan, join_cut_files, make_output_dir
 from dist_esm.stop import Stop
@@ -80,8 +80,13 @@ class StandIn:
         self.poison = {fair_esm_tokens(residues).astype(np.uint8).tobytes() for residues in poison}
         self.num_segments = 0
         self.num_tokens = 0
+        self.is_gpu = False
 
-    def run(self, pack: Pack) -> list[Answer]:
+    def submit(self, pack: Pack) -> StandInPack:
+        """A pack whose answers are worked out when they are asked for."""
+        return StandInPack(self, pack)
+
+    def run(self, pack: Pack, num_rows: int | None = None) -> list[Answer]:
         """Answer the segments of a pack, in their order."""
         if any(segment.tokens.tobytes() in self.poison for segment in pack.segments):
             raise RuntimeError("poisoned segment")
@@ -101,11 +106,28 @@ class StandIn:
             )
         return answers
 
+    def recompute(self, segment: Segment) -> Answer:
+        """What `run` says: there is no wider dtype."""
+        (answer,) = self.run(Pack((segment,)))
+        return answer
+
     def free_memory(self) -> None:
         """Nothing is cached."""
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+@dataclass
+class StandInPack:
+    """The interface of `dist_esm.engine.Submitted`."""
+
+    engine: StandIn
+    pack: Pack
+
+    def result(self) -> list[Answer]:
+        """Answers in the order of the segments."""
+        return self.engine.run(self.pack)
 
 
 @dataclass
@@ -165,7 +187,7 @@ def embed_directory(inputs: Any, output_dir: Path, poison: Sequence[str] = (), a
     engine = StandIn(config.resolved_layers(), any(kind.name == "per_tok" for kind in config.include), config.toks_per_batch, poison)
     stop = Stop()
     result = embed_units([plan.units[index] for index in plan.bins[0]], plan.files, config, engine, 0, stop)  # type: ignore[arg-type]
-    summary = RankSummary(0, "host", "stand-in", "COMPLETED", result.seconds, result.num_tokens, result.num_split_packs, result.waits, result.outcomes)
+    summary = RankSummary(0, "host", "stand-in", "COMPLETED", result.seconds, result.num_tokens, result.num_split_packs, 0, result.waits, result.outcomes)
     joined = join_cut_files(config, plan, [summary], journal, world)
     return Embedded(make_report(plan, [summary], joined, stop.reason, 0.0), plan, engine, output_dir)
 

@@ -12,7 +12,7 @@ import torch
 
 from dist_esm import outputs
 from dist_esm.config import Include
-from dist_esm.embed import embed_pack
+from dist_esm.embed import RankResult, embed_pack
 from dist_esm.records import Pack, Segment
 from dist_esm.stop import run_around
 from standin import StandIn, accounts_add_up, embed_directory, expected, fair_esm_tokens
@@ -24,7 +24,7 @@ class SmallDevice(StandIn):
     room = 60
     num_freed = 0
 
-    def run(self, pack):
+    def run(self, pack, num_rows=None):
         if pack.num_tokens > self.room:
             raise torch.OutOfMemoryError(f"{pack.num_tokens} tokens do not fit")
         return super().run(pack)
@@ -40,16 +40,17 @@ def segment(residues: str, number: int) -> Segment:
 def test_a_pack_that_does_not_fit_is_split_until_it_does_and_every_answer_keeps_its_place():
     engine = SmallDevice([1], False, 1000)
     sequences = ["MKTAYIAKQR" * n for n in (1, 2, 3, 1, 2, 1)]
-    answers, num_splits = embed_pack(engine, Pack(tuple(segment(residues, i) for i, residues in enumerate(sequences))))
-    assert num_splits > 0
-    assert engine.num_freed == num_splits
+    result = RankResult()
+    answers = embed_pack(engine, Pack(tuple(segment(residues, i) for i, residues in enumerate(sequences))), result)
+    assert result.num_split_packs > 0
+    assert engine.num_freed == result.num_split_packs
     for residues, answer in zip(sequences, answers, strict=True):
         np.testing.assert_array_equal(answer.sums[1] / np.float32(len(residues)), expected(residues).mean)
 
 
 def test_only_a_single_protein_that_does_not_fit_is_a_failure():
     engine = SmallDevice([1], False, 1000)
-    answers, _ = embed_pack(engine, Pack((segment("MKT", 0), segment("M" * 100, 1), segment("AYI", 2))))
+    answers = embed_pack(engine, Pack((segment("MKT", 0), segment("M" * 100, 1), segment("AYI", 2))))
     assert isinstance(answers[1], torch.OutOfMemoryError)
     np.testing.assert_array_equal(answers[0].sums[1], expected("MKT").rows.sum(0))
     np.testing.assert_array_equal(answers[2].sums[1], expected("AYI").rows.sum(0))
@@ -86,7 +87,7 @@ def test_a_copy_that_comes_after_the_failure_of_its_first_fails_too(tmp_path):
 def test_a_number_that_is_not_finite_is_never_written(tmp_path, monkeypatch):
     run_pack = StandIn.run
 
-    def with_nan(self, pack):
+    def with_nan(self, pack, num_rows=None):
         answers = run_pack(self, pack)
         for one, answer in zip(pack.segments, answers, strict=True):
             if len(one.tokens) == 7:

@@ -12,10 +12,12 @@ from esm.data import Alphabet
 from conftest import A3B_SHAPED, A8M, A35M, DATA, fair_esm_model, random_state, relative_error, run_ranks, write_checkpoint
 from dist_esm import weights
 from dist_esm.alphabet import tokenize
-from dist_esm.config import Attention, ModelConfig
-from dist_esm.engine import Engine
+from dist_esm.attention import Seqlens
+from dist_esm.config import Attention, Config, Include, LinearKind, ModelConfig
+from dist_esm.embed import RankResult, embed_pack
+from dist_esm.engine import Engine, make_engine
 from dist_esm.esm2 import ESM2, Architecture
-from dist_esm.kernels import Seqlens, choose_attention, sdpa
+from dist_esm.kernels import PLAIN, choose_kernels
 from dist_esm.records import Pack, Segment
 from dist_esm.weights import load_model
 
@@ -36,7 +38,7 @@ def pair(request, tmp_path_factory):
     state = random_state(arch, seed=1, hard=hard)
     path = write_checkpoint(tmp_path_factory.mktemp("pair") / "model.pt", arch, state)
     config = ModelConfig("tested", arch.num_layers, arch.embed_dim, arch.attention_heads, str(path))
-    return load_model(config, CPU, torch.float32, sdpa), fair_esm_model(arch, state)
+    return load_model(config, CPU, torch.float32, PLAIN), fair_esm_model(arch, state)
 
 
 @torch.inference_mode()
@@ -96,7 +98,7 @@ def test_a_lower_layer_stops_the_forward_early_with_the_same_numbers(pair):
     model, _ = pair
     full = ours(model, SEQUENCES[1:2])[0]
     seen = []
-    hooks = [layer.register_forward_hook(lambda *_, n=n: seen.append(n)) for n, layer in enumerate(model.layers, start=1)]
+    hooks = [layer.fc1.register_forward_hook(lambda *_, n=n: seen.append(n)) for n, layer in enumerate(model.layers, start=1)]
     engine = Engine(model, [1], wants_rows=True, num_threads=1)
     answer = engine.run(Pack((segment(SEQUENCES[1], 0),)))[0]
     engine.close()
@@ -111,7 +113,7 @@ def test_rows_without_a_protein_change_nothing(pair):
     model, _ = pair
     segments = [segment(sequence, i) for i, sequence in enumerate(SEQUENCES)]
     engine = Engine(model, [model.arch.num_layers], wants_rows=True, num_threads=1)
-    filled = engine._forward(segments, num_rows=640)
+    filled = engine._on_cpu(segments, num_rows=640)
     alone = [engine.run(Pack((one,)))[0] for one in segments]
     engine.close()
     for one, other in zip(filled, alone, strict=True):
@@ -126,8 +128,8 @@ def test_on_a_gpu_the_bits_are_the_same_in_any_company_and_the_numbers_fair_esms
     device = torch.device("cuda", 0)
     state = random_state(A3B_SHAPED, seed=1)
     with torch.device("meta"):
-        model = ESM2(A3B_SHAPED, choose_attention(Attention.auto, device, dtype)[1])
-    weights._fill(model, state.__getitem__, device, dtype)
+        model = ESM2(A3B_SHAPED, choose_kernels(Attention.auto, LinearKind.auto, device, dtype, A3B_SHAPED.head_dim))
+    weights.fill(model, state.__getitem__, device, dtype)
     oracle = fair_esm_model(A3B_SHAPED, state)
     engine = Engine(model.eval(), [2], wants_rows=True, toks_per_batch=1024)
     segments = [segment(sequence, i) for i, sequence in enumerate(SEQUENCES)]
@@ -140,6 +142,25 @@ def test_on_a_gpu_the_bits_are_the_same_in_any_company_and_the_numbers_fair_esms
         if dtype is torch.float32:
             assert relative_error(torch.from_numpy(one.rows[2]), expected) <= 1e-5
         assert torch.cosine_similarity(torch.from_numpy(one.sums[2]), expected.sum(0), dim=0) >= 0.9999
+
+
+def test_what_is_not_finite_in_half_precision_is_computed_again_in_fp32(tmp_path):
+    """Products of these weights leave fp16's range; fair-esm's fp32 model has no trouble with them."""
+    state = random_state(A8M, seed=3)
+    state["layers.2.fc2.weight"] *= 1e6
+    path = write_checkpoint(tmp_path / "large.pt", A8M, state)
+    config = Config(model=ModelConfig("large", A8M.num_layers, A8M.embed_dim, A8M.attention_heads, str(path)), include=[Include.mean, Include.per_tok])
+    engine = make_engine(config, CPU, torch.float16, PLAIN, num_threads=2)
+    segments = tuple(segment(sequence, i) for i, sequence in enumerate(SEQUENCES))
+    assert not all(np.isfinite(answer.sums[6]).all() for answer in engine.run(Pack(segments)))
+    result = RankResult()
+    answers = embed_pack(engine, Pack(segments), result)
+    engine.close()
+    assert result.num_recomputed > 0
+    oracle = fair_esm_model(A8M, state)
+    for sequence, answer in zip(SEQUENCES, answers, strict=True):
+        expected = theirs(oracle, sequence)[6][1 : len(sequence) + 1]
+        assert relative_error(torch.from_numpy(answer.rows[6]), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
@@ -172,8 +193,8 @@ def test_bf16_stays_close_to_fair_esms_fp32():
 
 def bf16_model(arch: Architecture, state) -> ESM2:
     with torch.device("meta"):
-        model = ESM2(arch, sdpa)
-    weights._fill(model, state.__getitem__, CPU, torch.bfloat16)
+        model = ESM2(arch, PLAIN)
+    weights.fill(model, state.__getitem__, CPU, torch.bfloat16)
     return model.eval()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from conftest import A8M, A35M, random_state, write_checkpoint
 from dist_esm.config import ModelConfig
-from dist_esm.kernels import sdpa
+from dist_esm.kernels import PLAIN
 from dist_esm.weights import KNOWN, fetch, load_model, locate
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ def config(weights: object, name: str = "esm2_t6_8M_UR50D") -> ModelConfig:
 
 
 def load(weights: object):
-    return load_model(config(weights), CPU, torch.float32, sdpa)
+    return load_model(config(weights), CPU, torch.float32, PLAIN)
 
 
 def test_a_half_precision_checkpoint_keeps_its_values(tmp_path):
@@ -71,7 +71,7 @@ def test_arbitrary_code_in_a_checkpoint_is_not_run(tmp_path):
 
 
 def test_random_weights_are_seeded():
-    one, same, other = load("random"), load("random"), load_model(ModelConfig("x", 6, 320, 20, "random", seed=1), CPU, torch.float32, sdpa)
+    one, same, other = load("random"), load("random"), load_model(ModelConfig("x", 6, 320, 20, "random", seed=1), CPU, torch.float32, PLAIN)
     torch.testing.assert_close(one.layers[0].qkv.weight, same.layers[0].qkv.weight, rtol=0, atol=0)
     assert not torch.equal(one.layers[0].qkv.weight, other.layers[0].qkv.weight)
     assert all(torch.isfinite(parameter).all() for parameter in one.parameters())

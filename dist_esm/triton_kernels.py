@@ -1,0 +1,149 @@
+"""Element-wise passes between matrix products, one Triton kernel each: every tensor is read once and written once.
+
+A row, a head or a protein is reduced by one program in an order that depends on its own length alone, so its bits depend neither on
+its neighbours nor on where it lies in the pack.
+"""
+
+# mypy: ignore-errors
+# Triton's kernels are traced, not run: what they hold are not the types that Python sees.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SCALE = 2.0**-6
+"""The residual stream is kept in fp16 times this: it reaches 4 million, with 11 significant bits. A power of two rounds nothing."""
+UNSCALE = tl.constexpr(1 / SCALE)
+RESCALE = tl.constexpr(SCALE)
+
+
+def enter(x_TD: Tensor) -> Tensor:
+    """The residual stream as it is kept, from fp32."""
+    return (x_TD * SCALE).half()
+
+
+def leave(x_TD: Tensor) -> Tensor:
+    """The residual stream in fp32."""
+    return x_TD.float() / SCALE
+
+
+@triton.jit
+def _norm(x, weight, bias, out, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    values = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32) * UNSCALE
+    mean = tl.sum(values, 0) / width
+    centred = tl.where(inside, values - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+    gain = tl.load(weight + columns, mask=inside, other=0.0)
+    shift = tl.load(bias + columns, mask=inside, other=0.0)
+    tl.store(out + row * width + columns, (centred * rstd * gain + shift).to(out.dtype.element_ty), mask=inside)
+
+
+def norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm of the residual stream as it is kept, in fp32, rounded once to `dtype`; shape (T, D)."""
+    num_rows, width = x_TD.shape
+    out_TD = torch.empty_like(x_TD, dtype=dtype)
+    block = triton.next_power_of_2(width)
+    _norm[(num_rows,)](x_TD, weight_D, bias_D, out_TD, width, eps, BLOCK=block, num_warps=max(1, min(16, block // 512)))
+    return out_TD
+
+
+@triton.jit
+def _add_norm(x, added, weight, bias, out, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    values = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32) * UNSCALE
+    values += tl.load(added + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + row * width + columns, (values * RESCALE).to(tl.float16), mask=inside)
+    mean = tl.sum(values, 0) / width
+    centred = tl.where(inside, values - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+    gain = tl.load(weight + columns, mask=inside, other=0.0)
+    shift = tl.load(bias + columns, mask=inside, other=0.0)
+    tl.store(out + row * width + columns, (centred * rstd * gain + shift).to(out.dtype.element_ty), mask=inside)
+
+
+def add_norm(x_TD: Tensor, added_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+    """Add to the residual stream as it is kept, in place, and give its LayerNorm in the dtype of what was added; shape (T, D)."""
+    num_rows, width = x_TD.shape
+    out_TD = torch.empty_like(added_TD)
+    block = triton.next_power_of_2(width)
+    _add_norm[(num_rows,)](x_TD, added_TD, weight_D, bias_D, out_TD, width, eps, BLOCK=block, num_warps=max(1, min(16, block // 512)))
+    return out_TD
+
+
+@triton.jit
+def _rotate(qkv, cos, sin, stride, num_heads, HALF: tl.constexpr, HEADS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    offsets = tl.arange(0, HALF)[None, :]
+    turn_cos = tl.load(cos + row * HALF + offsets)
+    turn_sin = tl.load(sin + row * HALF + offsets)
+    first_half = qkv + row * stride + heads * 2 * HALF + offsets
+    inside = heads < num_heads
+    first = tl.load(first_half, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(first_half + HALF, mask=inside, other=0.0).to(tl.float32)
+    tl.store(first_half, (first * turn_cos - second * turn_sin).to(qkv.dtype.element_ty), mask=inside)
+    tl.store(first_half + HALF, (second * turn_cos + first * turn_sin).to(qkv.dtype.element_ty), mask=inside)
+
+
+def rotate_(qkv_TC: Tensor, cos_TH: Tensor, sin_TH: Tensor, num_heads: int) -> None:
+    """Rotary embedding of the first `num_heads` heads of each row, in place, computed in fp32.
+
+    Parameters
+    ----------
+    qkv_TC : Tensor, shape (T, C)
+        Rows of heads laid end to end; queries and keys are the first ones.
+    cos_TH, sin_TH : fp32 Tensor, shape (T, H / 2)
+        Of each token's position.
+    num_heads
+        Heads to turn.
+    """
+    num_rows, half = cos_TH.shape
+    heads = 16
+    _rotate[(num_rows, triton.cdiv(num_heads, heads))](qkv_TC, cos_TH, sin_TH, qkv_TC.stride(0), num_heads, HALF=half, HEADS=heads, num_warps=4)
+
+
+@triton.jit
+def _gelu(x, size, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < size
+    values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    result = 0.5 * values * (1.0 + tl.erf(values * 0.7071067811865476))
+    tl.store(x + offsets, result.to(x.dtype.element_ty), mask=inside)
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """Exact (erf) GELU in place, computed in fp32; `x` is contiguous."""
+    block = 4096
+    _gelu[(triton.cdiv(x.numel(), block),)](x, x.numel(), BLOCK=block, num_warps=8)
+    return x
+
+
+@triton.jit
+def _segment_sum(x, starts, stops, out, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    segment = tl.program_id(0)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    first, stop = tl.load(starts + segment), tl.load(stops + segment)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for row in range(first, stop, ROWS):
+        rows = row + tl.arange(0, ROWS)
+        mask = (rows < stop)[:, None] & inside[None, :]
+        total += tl.load(x + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + segment.to(tl.int64) * width + columns, tl.sum(total, 0), mask=inside)
+
+
+def segment_sum(x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
+    """Sum of rows `starts_B[i]` up to `stops_B[i]` in fp32, shape (B, D); the order of additions depends on the segment's length alone."""
+    out_BD = x_TD.new_empty(len(starts_B), x_TD.shape[1], dtype=torch.float32)
+    columns = 128
+    grid = (len(starts_B), triton.cdiv(x_TD.shape[1], columns))
+    _segment_sum[grid](x_TD, starts_B, stops_B, out_BD, x_TD.shape[1], ROWS=16, COLUMNS=columns, num_warps=4)
+    return out_BD
