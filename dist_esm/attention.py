@@ -1,5 +1,8 @@
 """The named implementations of attention. All take a pack, whole proteins laid end to end, and attend within each protein.
 
+Every row belongs to a protein or to a stretch of padding that is laid out like one: tiles reach past a protein's end, where what is
+masked must still be finite.
+
 The softmax scale is part of the query's projection (`weights` folds it in), so scores are plain dot products here.
 
 ``flash4``
@@ -26,7 +29,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Seqlens:
-    """Where each protein of a pack begins and ends."""
+    """Where each protein of a pack begins and ends, and after them each stretch of padding."""
 
     bounds: list[int]
     """B + 1 token offsets on the host."""
@@ -50,8 +53,8 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, Seqlens], Tensor]
 
 
 def sdpa(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, seqlens: Seqlens) -> Tensor:
-    """Attend within each protein by torch's own choice of kernel, one call for each; rows past the last protein are zero."""
-    out_TNH = torch.zeros_like(q_TNH) if seqlens.bounds[-1] < len(q_TNH) else torch.empty_like(q_TNH)
+    """Attend within each protein by torch's own choice of kernel, one call for each."""
+    out_TNH = torch.empty_like(q_TNH)
     for start, stop in pairwise(seqlens.bounds):
         q, k, v = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TNH, v_TNH))
         out_TNH[start:stop] = F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(0).transpose(0, 1)
@@ -59,19 +62,12 @@ def sdpa(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, seqlens: Seqlens) -> Tenso
 
 
 def varlen(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, seqlens: Seqlens) -> Tensor:
-    """Attend within each protein in one FlashAttention-2 launch; rows past the last protein are zero."""
+    """Attend within each protein in one FlashAttention-2 launch."""
     from torch.nn.attention.varlen import varlen_attn
 
     cu, most = seqlens.cu_seqlens, seqlens.max_seqlen
     out_TNH = varlen_attn(q_TNH, k_TNH, v_TNH, cu, cu, most, most, scale=1.0)
     assert isinstance(out_TNH, Tensor)
-    return clear_rest(out_TNH, seqlens)
-
-
-def clear_rest(out_TNH: Tensor, seqlens: Seqlens) -> Tensor:
-    """Zero the rows past the last protein: tiles reach over it, and a number that is not finite there would spoil them."""
-    if seqlens.bounds[-1] < len(out_TNH):
-        out_TNH[seqlens.bounds[-1] :].zero_()
     return out_TNH
 
 
@@ -93,6 +89,6 @@ def load_flash4() -> AttentionFunction:
         )
         out_TNH = out_TNH[0] if isinstance(out_TNH, tuple) else out_TNH
         assert isinstance(out_TNH, Tensor)
-        return clear_rest(out_TNH, seqlens)
+        return out_TNH
 
     return flash4

@@ -32,6 +32,9 @@ from dist_esm.weights import load_model
 DEFAULT_TOKS_PER_BATCH = {"cpu": 8192, "cuda": 25344}
 """Tokens of a pack. On a GPU: rows of matrix products that are tiles of 128 and of 192 rows, a whole number for each of an H100's
 132 multiprocessors, so that no product ends in a wave of tiles that leaves most of them idle. Measured in LOG.md."""
+PADDING = 128
+"""Rows of a stretch of padding: few enough that attention within it costs nothing beside the products of its rows."""
+PADDING_TOKEN = 1
 AHEAD = 2
 """Packs that are submitted and not answered yet."""
 
@@ -152,10 +155,9 @@ class Engine:
 
     @torch.inference_mode()
     def _on_cpu(self, segments: Sequence[Segment], num_rows: int) -> list[Answer]:
-        """Embed segments in one forward over at least `num_rows` rows; rows without a protein cost matrix products and nothing else."""
+        """Embed segments in one forward over at least `num_rows` rows; rows without a protein cost time and nothing else."""
         tokens, positions, bounds = lay_out(segments, num_rows)
-        seqlens = Seqlens.of(bounds, self.model.device)
-        hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(positions), seqlens, self.layers)
+        hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(positions), Seqlens.of(bounds, self.model.device), self.layers)
         return pool(hidden, bounds, [segment.keep for segment in segments], self.wants_rows)
 
     @torch.inference_mode()
@@ -164,13 +166,12 @@ class Engine:
         tokens, positions, bounds = lay_out(segments, num_rows)
         starts = np.array([bounds[i] + 1 + segment.keep[0] for i, segment in enumerate(segments)])
         stops = np.array([bounds[i] + 1 + segment.keep[1] for i, segment in enumerate(segments)])
-        numbers = np.concatenate((tokens, positions, bounds, starts, stops)).astype(np.int32)
+        parts = [np.asarray(part, dtype=np.int32) for part in (bounds, starts, stops, tokens, positions)]
         began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         began.record()
-        on_device = torch.from_numpy(numbers).pin_memory().to(self.model.device, non_blocking=True)
-        tokens_T, positions_T, cu_seqlens, starts_B, stops_B = torch.split(on_device, [len(tokens), len(tokens), len(bounds), len(starts), len(stops)])
-        # FlashAttention wants its own aligned tensor; a slice of a larger one need not be.
-        seqlens = Seqlens(bounds, cu_seqlens.clone(), longest(bounds))
+        on_device = torch.from_numpy(np.concatenate(parts)).pin_memory().to(self.model.device, non_blocking=True)
+        cu_seqlens, starts_B, stops_B, tokens_T, positions_T = torch.split(on_device, [len(part) for part in parts])
+        seqlens = Seqlens(bounds, cu_seqlens, longest(bounds))
         hidden = self.model(tokens_T, positions_T, seqlens, self.layers)
         keeps, segment_sum = [segment.keep for segment in segments], self.model.kernels.linear.segment_sum
         pooled = GpuPool(hidden, seqlens, starts_B, stops_B, segment_sum, keeps, self.wants_rows, self._copies)
@@ -193,14 +194,20 @@ def make_engine(config: Config, device: torch.device, dtype: torch.dtype, kernel
 
 
 def lay_out(segments: Sequence[Segment], num_rows: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Segments end to end, filled up to `num_rows`: tokens and positions, int64 of shape (T,), and B + 1 token offsets."""
-    lengths = np.array([len(segment.tokens) for segment in segments])
+    """Segments end to end, filled up to `num_rows` with stretches of padding.
+
+    Returns
+    -------
+    tokens and positions, int64 of shape (T,); offsets of the segments, then of the stretches of padding
+    """
+    lengths = [len(segment.tokens) for segment in segments]
+    num_tokens = sum(lengths)
+    rest = max(0, num_rows - num_tokens)
+    lengths += [min(PADDING, rest - first) for first in range(0, rest, PADDING)]
     bounds = np.concatenate(([0], np.cumsum(lengths)))
-    num_tokens = int(bounds[-1])
-    tokens = np.zeros(max(num_rows, num_tokens), dtype=np.int64)
-    positions = np.zeros_like(tokens)
+    tokens = np.full(bounds[-1], PADDING_TOKEN, dtype=np.int64)
     tokens[:num_tokens] = np.concatenate([segment.tokens for segment in segments])
-    positions[:num_tokens] = np.arange(num_tokens) - np.repeat(bounds[:-1], lengths)
+    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
     return tokens, positions, bounds.tolist()
 
 

@@ -102,6 +102,9 @@ class ESM2(nn.Module):
         self.final_norm = LayerNorm(arch.embed_dim)
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", torch.empty(arch.head_dim // 2))
+        self.entry: Tensor
+        """The embeddings as the residual stream is kept; shape (NUM_TOKENS, D)."""
+        self.register_buffer("entry", torch.empty(NUM_TOKENS, arch.embed_dim))
 
     @property
     def device(self) -> torch.device:
@@ -132,12 +135,11 @@ class ESM2(nn.Module):
         dict of int to Tensor, shape (T, D), of the residual stream's dtype: fp32, or wider if matrix products are
         """
         ops, attend, heads, dtype = self.kernels.linear, self.kernels.attend, self.arch.attention_heads, self.dtype
-        embedded_TD = F.embedding(tokens_T, self.embed_tokens.weight) * TOKEN_DROPOUT_FACTOR
-        x_TD = ops.enter(embedded_TD)
+        x_TD = F.embedding(tokens_T, self.entry)
         rotary = ops.rotary(positions_T, self.inv_freq)
         last = max(repr_layers)
         layers = cast(list[Layer], list(self.layers))
-        hidden = {0: embedded_TD} if 0 in repr_layers else {}
+        hidden = {0: F.embedding(tokens_T, self.embed_tokens.weight)} if 0 in repr_layers else {}
         h_TD = ops.norm(x_TD, layers[0].attention_norm, dtype)
         for number, layer in enumerate(layers[:last], start=1):
             a_TNH = attend(*ops.qkv(h_TD, layer.qkv, rotary, heads), seqlens)
@@ -145,5 +147,5 @@ class ESM2(nn.Module):
             following = layers[number].attention_norm if number < last else None
             x_TD, h_TD = ops.residual(x_TD, ops.gelu(h_TD, layer.fc1), layer.fc2, following)
             if number in repr_layers:
-                hidden[number] = ops.norm(x_TD, self.final_norm, embedded_TD.dtype) if number == self.arch.num_layers else ops.leave(x_TD)
+                hidden[number] = ops.norm(x_TD, self.final_norm, self.embed_tokens.weight.dtype) if number == self.arch.num_layers else ops.leave(x_TD)
         return hidden

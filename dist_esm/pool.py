@@ -30,7 +30,7 @@ def pool(hidden: dict[int, Tensor], bounds: Sequence[int], keeps: Sequence[tuple
     hidden
         Layer to fp32 Tensor, shape (T, D).
     bounds
-        B + 1 token offsets of the segments.
+        Token offsets of the B segments, and of what comes after them.
     keeps
         For each segment the first and one past the last residue to answer.
     wants_rows
@@ -44,7 +44,7 @@ def pool(hidden: dict[int, Tensor], bounds: Sequence[int], keeps: Sequence[tuple
     spans = [(start + 1 + first, start + 1 + stop) for start, (first, stop) in zip(bounds, keeps, strict=False)]
     for layer, x_TD in hidden.items():
         sums[layer] = torch.stack([x_TD[first:stop].sum(0) for first, stop in spans]).cpu().numpy()
-        bos[layer] = x_TD[list(bounds[:-1])].cpu().numpy()
+        bos[layer] = x_TD[list(bounds[: len(keeps)])].cpu().numpy()
         rows[layer] = [x_TD[first:stop].cpu().numpy() for first, stop in spans] if wants_rows else []
     return [
         Answer(
@@ -86,8 +86,8 @@ class GpuPool:
     ) -> None:
         self.spans = [(start + 1 + first, start + 1 + stop) for start, (first, stop) in zip(seqlens.bounds, keeps, strict=False)]
         sums = {layer: segment_sum(x_TD, starts_B, stops_B) for layer, x_TD in hidden.items()}
-        bos = {layer: x_TD[seqlens.cu_seqlens[:-1]] for layer, x_TD in hidden.items()}
-        rows = {layer: x_TD[: seqlens.bounds[-1]] for layer, x_TD in hidden.items()} if wants_rows else {}
+        bos = {layer: x_TD[seqlens.cu_seqlens[: len(keeps)]] for layer, x_TD in hidden.items()}
+        rows = {layer: x_TD[: seqlens.bounds[len(keeps)]] for layer, x_TD in hidden.items()} if wants_rows else {}
         self.ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self.ended.record()
         copies.wait_event(self.ended)

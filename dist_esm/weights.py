@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_esm.config import ModelConfig
-from dist_esm.esm2 import ESM2, NUM_TOKENS, Architecture, Layer
+from dist_esm.esm2 import ESM2, NUM_TOKENS, TOKEN_DROPOUT_FACTOR, Architecture, Layer
 from dist_esm.kernels import Kernels
 
 URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
@@ -219,7 +219,8 @@ def fill(model: ESM2, tensor: Callable[[str], Tensor], device: torch.device, dty
         rows = get(name).to(wide)
         return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).flatten(0, 2) if ops.interleaves else rows
 
-    put(model.embed_tokens, "weight", wide, get("embed_tokens.weight"))
+    put(model.embed_tokens, "weight", wide, get("embed_tokens.weight").to(wide) * TOKEN_DROPOUT_FACTOR)
+    model.entry = ops.enter(model.embed_tokens.weight)
     for number, layer in enumerate(model.layers):
         assert isinstance(layer, Layer)
         prefix = f"layers.{number}"
