@@ -29,6 +29,11 @@ usage: torchrun --nproc_per_node=N -m dist_esm input=PATH [key=value ...]
 
 Embed proteins with ESM-2 on every GPU torchrun starts a rank for, or on one device without torchrun.
 
+jobs:
+  job=embed      the default: embed the input into output_dir, or go on from what earlier launches finished
+  job=selfcheck  compare the numbers of these settings, weights and GPUs with fair-esm's own fp32 model, on a sample of the input
+  job=verify     check a finished output_dir against the input
+
 options:
   -h, --help     this text
   --version      the version
@@ -79,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(config: Config | None, problem: str | None) -> int:
     """Join the other ranks and run, or refuse with all problems of all ranks, said once."""
     from dist_esm.run import run
+    from dist_esm.selfcheck import selfcheck
     from dist_esm.verify import verify
     from dist_esm.world import RefusedError, World, setup_logging
 
@@ -90,7 +96,7 @@ def start(config: Config | None, problem: str | None) -> int:
         try:
             world.agree(problem)
             assert config is not None
-            return verify(config, world) if config.job is Job.verify else run(config, world)
+            return {Job.embed: run, Job.selfcheck: selfcheck, Job.verify: verify}[config.job](config, world)
         except RefusedError as refused:
             if world.is_main:
                 for line in refused.problems:

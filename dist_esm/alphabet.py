@@ -1,26 +1,26 @@
 """fair-esm's alphabet as a lookup table over bytes: sequences to tokens without a Python loop.
 
-The table is read off fair-esm's own `Alphabet`, so the tokens are fair-esm's by construction. The only module that imports esm.
+The table is read off fair-esm's own `Alphabet`, so the tokens are fair-esm's by construction.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from esm.data import Alphabet
 from numpy.typing import NDArray
+
+from dist_esm.fair_esm import ALPHABET
 
 RESIDUES = b"ACDEFGHIKLMNPQRSTVWYXBUZO"
 """The letters that a protein may have once the residue policy has been applied."""
 
-_alphabet = Alphabet.from_architecture("ESM-1b")
-BOS: int = _alphabet.cls_idx
-EOS: int = _alphabet.eos_idx
-PAD: int = _alphabet.padding_idx
-NUM_TOKENS = len(_alphabet)
+BOS: int = ALPHABET.cls_idx
+EOS: int = ALPHABET.eos_idx
+PAD: int = ALPHABET.padding_idx
+NUM_TOKENS = len(ALPHABET)
 
-TOKEN_OF_BYTE: NDArray[np.uint8] = np.full(256, _alphabet.unk_idx, dtype=np.uint8)
+TOKEN_OF_BYTE: NDArray[np.uint8] = np.full(256, ALPHABET.unk_idx, dtype=np.uint8)
 for _letter in RESIDUES:
-    TOKEN_OF_BYTE[_letter] = _alphabet.get_idx(chr(_letter))
+    TOKEN_OF_BYTE[_letter] = ALPHABET.get_idx(chr(_letter))
 TOKEN_OF_BYTE.flags.writeable = False
 _TABLE, _BOS, _EOS = TOKEN_OF_BYTE.tobytes(), bytes([BOS]), bytes([EOS])
 

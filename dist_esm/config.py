@@ -146,6 +146,18 @@ class ResidueConfig:
 
 
 @dataclass
+class SelfcheckConfig:
+    """What `job=selfcheck` looks at, and how far from fair-esm is too far."""
+
+    proteins: int = 32
+    """Proteins in the sample: the shortest, the longest, and others spread over the lengths between."""
+    min_cosine: float | None = None
+    """Least cosine of a mean with fair-esm's; null: 0.999."""
+    max_relative_error: float | None = None
+    """Largest ||ours - fair-esm's|| / ||fair-esm's|| of a mean; null: 1e-5 in fp32, no limit in bf16 and fp16."""
+
+
+@dataclass
 class Config:
     """Every key of the command line."""
 
@@ -188,6 +200,7 @@ class Config:
     """So many failed units in a row on one rank stop the run."""
     resume: bool = True
     """Skip units that the journal has as done under the same settings."""
+    selfcheck: SelfcheckConfig = field(default_factory=SelfcheckConfig)
     job: Job = Job.embed
 
     def input_list(self) -> list[str]:
@@ -272,5 +285,16 @@ def check(config: Config) -> None:
     package = NEEDS.get(config.format)
     if package and find_spec(package) is None:
         raise ValueError(f"format={config.format.name} needs {package}: pip install 'dist_esm[formats]'")
-    if config.job not in (Job.embed, Job.verify):
-        raise ValueError(f"job={config.job.name} is not there yet: use job=embed or job=verify")
+    check_selfcheck(config.selfcheck)
+    if config.job is Job.plan:
+        raise ValueError("job=plan is not there yet: use job=embed, job=selfcheck or job=verify")
+
+
+def check_selfcheck(config: SelfcheckConfig) -> None:
+    """The part of `check` for `selfcheck.*`."""
+    if config.proteins < 1:
+        raise ValueError(f"selfcheck.proteins={config.proteins} is too small: use 1 or more")
+    if config.min_cosine is not None and not -1 <= config.min_cosine <= 1:
+        raise ValueError(f"selfcheck.min_cosine={config.min_cosine} is no cosine: use a number up to 1, for example 0.999")
+    if config.max_relative_error is not None and not config.max_relative_error >= 0:
+        raise ValueError(f"selfcheck.max_relative_error={config.max_relative_error} is no limit: use 0 or more, for example 1e-5")

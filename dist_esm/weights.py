@@ -13,7 +13,7 @@ import hashlib
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from urllib.error import URLError
@@ -99,18 +99,50 @@ def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, ke
     ValueError
         If the checkpoint is damaged, incomplete or of another architecture.
     """
+    with torch.device("meta"):
+        model = ESM2(architecture(config), kernels)
+    fill(model, tensor_source(config, device), device, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def tensor_source(config: ModelConfig, device: torch.device) -> Callable[[str], Tensor]:
+    """What gives each tensor by fair-esm's name: the checkpoint's, in any order, or random ones, drawn in the order in which they are asked for.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint is damaged, incomplete or of another architecture.
+    """
     arch = architecture(config)
     path = locate(config)
+    if path is not None:
+        return read_checkpoint(path, arch, config.name).__getitem__
+    shapes = tensor_shapes(arch)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    return lambda name: random_tensor(name, shapes[name], arch.num_layers, generator)
+
+
+def fair_esm_tensors(config: ModelConfig, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """fair-esm's names and tensors, one at a time: the same numbers as `load_model` with the same device, random ones too.
+
+    Raises
+    ------
+    ValueError
+        As `load_model`.
+    """
+    shapes = tensor_shapes(architecture(config))
+    asked: list[str] = []
+
+    def ask(name: str) -> Tensor:
+        asked.append(name)
+        return torch.empty(shapes[name], device="meta")
+
     with torch.device("meta"):
-        model = ESM2(arch, kernels)
-    if path is None:
-        shapes = tensor_shapes(arch)
-        generator = torch.Generator(device).manual_seed(config.seed)
-        fill(model, lambda name: random_tensor(name, shapes[name], arch.num_layers, generator), device, dtype)
-    else:
-        state = read_checkpoint(path, arch, config.name)
-        fill(model, state.__getitem__, device, dtype)
-    return model.eval().requires_grad_(False)
+        model = ESM2(architecture(config))
+    fill(model, ask, torch.device("meta"), torch.float32)
+    tensor = tensor_source(config, device)
+    for name in dict.fromkeys((*asked, *shapes)):
+        yield name, tensor(name)
 
 
 def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:

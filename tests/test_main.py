@@ -27,7 +27,11 @@ REFUSED = {
     "input=x long=window truncation_seq_length=null": r"long=window needs a window",
     "input=x long=window window_overlap=1022": r"window_overlap=1022 must be smaller than the window",
     "input=x unit_share=0": r"unit_share=0.0 is not a share",
-    "input=x job=plan": r"job=plan is not there yet",
+    "input=x job=plan": r"job=plan is not there yet: use job=embed, job=selfcheck or job=verify",
+    "input=x selfcheck.proteins=0": r"selfcheck.proteins=0 is too small: use 1 or more",
+    "input=x selfcheck.min_cosine=2": r"selfcheck.min_cosine=2.0 is no cosine",
+    "input=x selfcheck.max_relative_error=-1": r"selfcheck.max_relative_error=-1.0 is no limit: use 0 or more",
+    "input=x selfcheck.protein=3": r"'selfcheck.protein' is no key: did you mean selfcheck.proteins\?",
     "inputs": r"'inputs' is not key=value",
 }
 
