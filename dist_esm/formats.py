@@ -75,15 +75,15 @@ class Opened(Protocol):
 
 
 def escape(text: str, unsafe: re.Pattern[str]) -> str:
-    """Write every unsafe character as ``%XX`` for each byte of its UTF-8; `unsafe` must match ``%``."""
+    """Write every unsafe character as ``%XX`` for each byte of its UTF-8; `unsafe` must match a ``%`` that would read as such."""
     return unsafe.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass")), text)
 
 
 class Names:
     """Names for ids that come one after another: escaped, and different from all before.
 
-    The second protein whose name would be the same gets ``~2`` behind it, the third ``~3``. No escaped name has a ``~`` of its own, so
-    what stands before the ``~`` is always the escaped id.
+    The second protein whose name would be the same gets ``~2`` behind it, the third ``~3``. No escaped name ends in such a mark of its own,
+    so what stands before it is always the escaped id.
 
     Parameters
     ----------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,18 +17,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.formats import About, Names, escape, folder_atomically
+from dist_esm.records import Row
 from dist_esm.spool import Embeddings, save, torch_save
 
 MAP = "ids.tsv"
 MAP_COLUMNS = ("file", "id", "index", "length", "header")
 ABOUT = "provenance.json"
 
-MAX_NAME = 200
-"""Longest name of a protein's file in bytes, suffixes aside; file systems take 255."""
-# Windows takes none of <>:"/\|?* and no dot or blank at the end, and reads CON and the like as devices whatever their suffix; file systems
-# disagree on how letters beyond ASCII are spelt. A dot in front hides a file. `~` marks what is added to a name, `%` what is escaped.
+MAX_NAME = 244
+"""Longest name of a protein's file in bytes, before the mark of a duplicate and `.pt`; file systems take 255."""
+# Windows takes none of <>:"/\|?* and reads CON and the like as devices whatever their suffix. `|` stays: UniProt's headers and fair-esm's own
+# examples have it. A dot in front hides a file. `%` and `~` stay unless they would read as an escaped byte or as a mark that is added here.
 _DEVICES = r"con|prn|aux|nul|conin\$|conout\$|com[0-9]|lpt[0-9]"
-_UNSAFE = re.compile(rf"[^A-Za-z0-9!#$&'()+,.;=@\[\]^_`{{}}-]|^\.|\.$|^(?=(?:{_DEVICES})(?:\.|$)).", re.IGNORECASE)
+_UNSAFE = re.compile(
+    r'[<>:"/\\?*\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|^\.|%(?=[0-9a-f]{2})|~(?=(?:[0-9]+|h[0-9a-f]{16})$)|'
+    rf"^(?=(?:{_DEVICES})(?:\.|$)).",
+    re.IGNORECASE,
+)
 
 
 def write_pt(embeddings: Embeddings, path: Path) -> None:
@@ -86,37 +92,50 @@ class OpenedPt:
         return by_layer[layer] if layer in by_layer else self._content["data"]
 
 
-def file_name(protein: str) -> str:
-    """A name, without suffix, that is safe on any file system: escaped, and if too long for one cut, with a hash of the id behind it."""
-    name = escape(protein, _UNSAFE) or "%"
-    if len(name) <= MAX_NAME:
+def label_of(row: Row) -> str:
+    """A protein's label as fair-esm has it: the header line without blanks around it; the id if there is nothing in it."""
+    return row.header.strip() or row.id
+
+
+def file_name(label: str) -> str:
+    """A name, without suffix, that is safe on any file system: escaped, and if too long for one cut, with a hash of the label behind it."""
+    name = escape(label, _UNSAFE) or "%"
+    if len(name.encode()) <= MAX_NAME:
         return name
-    mark = f"~h{hashlib.sha256(protein.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
-    return re.sub("%.?$", "", name[: MAX_NAME - len(mark)]) + mark
+    mark = f"~h{hashlib.sha256(label.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+    return re.sub("%.?$", "", name.encode()[: MAX_NAME - len(mark)].decode(errors="ignore")) + mark
+
+
+def same_file(name: str) -> str:
+    """What two names have in common that a file system may take for one: it may tell neither case nor spellings of a letter apart."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
 
 
 def write_fair_esm(embeddings: Embeddings, path: Path) -> None:
-    """Write what fair-esm's `esm-extract` leaves: a folder with a ``.pt`` for each protein.
+    """Write what fair-esm's `esm-extract` leaves: a folder with a ``.pt`` for each protein, whose name is the protein's label.
 
-    Each holds ``label`` (the id), ``header``, and as included ``mean_representations``, ``bos_representations`` and ``representations``, dicts by
-    layer of tensors with a storage of their own; the mean of the last requested layer is always there. A file has the id as its name, with
-    characters that some file system does not take as ``%XX``; ``~2`` marks the second of a name, upper and lower case not told apart,
-    and ``~h`` and a hash a name that was too long. ``ids.tsv`` lists the proteins in file order: file, id, index (of the record in its
+    The label is the whole header. Each file holds ``label``, ``id`` (the header's first word) and, as included, ``representations``, shape (L, D),
+    ``mean_representations`` and ``bos_representations``, shape (D,), dicts by layer of tensors with a storage of their own; the mean of the
+    last requested layer is always there.
+
+    In a name, what some file system does not take is ``%XX``; ``~2`` marks the second of a name, upper and lower case not told apart, and
+    ``~h`` and a hash a name that was too long. ``ids.tsv`` lists the proteins in file order: file, id, index (of the record in its
     input, from 0), length (embedded residues) and header; ``provenance.json`` has the fields of `About`.
     """
-    names = Names(file_name, str.casefold)
+    names = Names(file_name, same_file)
     lines = ["\t".join(MAP_COLUMNS)]
     with folder_atomically(path, (MAP, ABOUT)) as beside:
         start = 0
         for number, row in enumerate(embeddings.rows):
             stop = start + row.embedded
-            content: dict[str, object] = {"label": row.id, "header": row.header}
+            label = label_of(row)
+            content: dict[str, object] = {"label": label, "id": row.id}
+            if embeddings.per_tok:
+                content["representations"] = {layer: rows[start:stop].clone() for layer, rows in embeddings.per_tok.items()}
             content["mean_representations"] = {layer: rows[number].clone() for layer, rows in embeddings.mean.items()}
             if embeddings.bos:
                 content["bos_representations"] = {layer: rows[number].clone() for layer, rows in embeddings.bos.items()}
-            if embeddings.per_tok:
-                content["representations"] = {layer: rows[start:stop].clone() for layer, rows in embeddings.per_tok.items()}
-            name = f"{names.take(row.id)}.pt"
+            name = f"{names.take(label)}.pt"
             with open(beside / name, "xb") as file:
                 torch_save(content, file)
             lines.append("\t".join((name, row.id, str(row.number), str(row.embedded), row.header)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -21,14 +22,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from esm import pretrained
+from esm.data import FastaBatchedDataset
 from safetensors import safe_open
 
+from conftest import relative_error, run_ranks
 from dist_esm import formats_parquet, load
 from dist_esm.config import Format, Include, SaveDtype, check
 from dist_esm.formats_torch import MAX_NAME, file_name
+from dist_esm.plan import find_files
 from dist_esm.records import Row
 from dist_esm.report import write_report
-from dist_esm.spool import Embeddings
+from dist_esm.spool import Embeddings, written_file
+from dist_esm.verify import check_file
 from dist_esm.writers import WRITERS, write_output
 from standin import WIDTH, bos_of, embed_directory, expected, fair_esm_tokens, make_config
 
@@ -59,6 +65,9 @@ RECORDS = [
     ("a\\b", "", "PPP"),
     ("ids.tsv", "", "PPPK"),
     ("soft", "", "mkta-y*"),
+    ("Twin", " First", "GHIKLMN"),
+    ("twin", " first", "ACDEFG"),
+    ("50%", " of a~~~b in hélices 3.", "PPPKK"),
 ]
 IDS = [name or "unnamed_20" for name, _, _ in RECORDS]
 HEADERS = [name + rest for name, rest, _ in RECORDS]
@@ -124,7 +133,7 @@ def test_fair_esm_leaves_a_file_for_each_protein_as_esm_extract_does(tmp_path):
     assert {path.name for path in folder.iterdir()} == {line[0] for line in table} | {"ids.tsv", "provenance.json"}
     for (name, protein, _, length, header), residues in zip(table, SEQUENCES, strict=True):
         content = torch.load(folder / name, weights_only=True)
-        assert (content["label"], content["header"], int(length)) == (protein, header, len(residues))
+        assert (content["label"], content["id"], int(length)) == (header or protein, protein, len(residues))
         for layer in (0, 1):
             assert_same(content["mean_representations"][layer], vector(residues, layer))
             assert_same(content["bos_representations"][layer], bos(residues, layer))
@@ -138,21 +147,80 @@ def test_no_id_leaves_the_folder_and_every_name_is_safe_anywhere_and_can_be_read
     folder = embed(tmp_path, Format.fair_esm)
     assert {name for name in everything_below(tmp_path / "out") if not name.startswith((".dist_esm", "a_ESM"))} == set()
     assert {name for name in everything_below(tmp_path) if not name.startswith(("in", "out"))} == set()
-    lines = [line.split("\t") for line in (folder / "ids.tsv").read_text(encoding="utf-8").split("\n")[1:-1]]
-    names = [line[0] for line in lines]
+    names = [line.split("\t")[0] for line in (folder / "ids.tsv").read_text(encoding="utf-8").split("\n")[1:-1]]
     assert len({name.casefold() for name in names}) == len(names)
-    for name, protein, *_ in lines:
-        assert name.isascii()
-        assert len(name) <= MAX_NAME + 8
-        assert not re.search(r'[/\\:*?"<>|\x00-\x1f ]|^\.|^(con|nul)\.', name, re.IGNORECASE)
-        if len(protein) < 100:
-            assert unquote(name.removesuffix(".pt").split("~")[0]) == protein
-    by_id = dict(zip([line[1] for line in lines], names, strict=True))
-    assert (by_id["a/b"], by_id["../../evil"], by_id["twin"], by_id["TWIN"]) == ("a%2Fb.pt", "%2E.%2F..%2Fevil.pt", "twin~2.pt", "TWIN~3.pt")
-    assert (by_id["con"], by_id["nul.x"], by_id["twin~2"], by_id["ids.tsv"]) == ("%63on.pt", "%6Eul.x.pt", "twin%7E2.pt", "ids.tsv.pt")
-    assert file_name("") == "%"
+    labels = [header or protein for header, protein in zip(HEADERS, IDS, strict=True)]
+    for name, label in zip(names, labels, strict=True):
+        assert len(name.encode()) <= 255
+        assert not re.search(r'[/\\:*?"<>\x00-\x1f]|^\.|^(con|nul)\.', name, re.IGNORECASE)
+        if len(label) < 100:
+            assert unquote(re.sub("~[0-9]+$", "", name.removesuffix(".pt"))) == label
+    plain = ["twin first", "twin second", "TWIN differs in case", "twin~2 looks like our mark", "αβγ_蛋白 🧬", "unnamed", "unnamed_20", "ids.tsv", "soft"]
+    assert [label for name, label in zip(names, labels, strict=True) if name == f"{label}.pt"] == [*plain, "50% of a~~~b in hélices 3."]
+    others = ["a%2Fb.pt", "%2E.%2F..%2Fevil climbs.pt", "%63on.pt", "%6Eul.x.pt", "100%252F.pt", "Twin First~2.pt", "twin first~3.pt"]
+    assert set(others) <= set(names)
+    assert (file_name(""), file_name("~".join("x2")), file_name("x~2x"), file_name("%zz%")) == ("%", "x%7E2", "x~2x", "%zz%")
     assert file_name("Q9/" * 100).startswith("Q9%2FQ9%2F")
     assert not re.search("%.?~", " ".join(file_name("é" * n + "/" * 300) for n in range(12)))
+    for label in ("y" * MAX_NAME, "y" * (MAX_NAME + 1), "蛋" * 300, "/" * 300):
+        assert len(f"{file_name(label)}~9999999.pt".encode()) <= 255
+    assert file_name("y" * MAX_NAME) == "y" * MAX_NAME
+    assert len({file_name("蛋" * n) for n in range(80, 90)}) == 10
+
+
+def extract(checkpoint: Path, fasta: Path, output_dir: Path, layers: list[int], truncation: int) -> None:
+    """What fair-esm's own classes leave if they are put together as its extract script does, which its package lacks."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(checkpoint, weights_only=True)
+    model, alphabet = pretrained.load_model_and_alphabet_core(checkpoint.stem, content)
+    model.eval()
+    data = FastaBatchedDataset.from_file(fasta)
+    convert = alphabet.get_batch_converter(truncation)
+    for batch in data.get_batch_indices(400, extra_toks_per_seq=1):
+        labels, letters, tokens = convert([data[i] for i in batch])
+        with torch.inference_mode():
+            found = model(tokens, repr_layers=layers)["representations"]
+        for i, label in enumerate(labels):
+            rows = {layer: found[layer][i, 1 : min(truncation, len(letters[i])) + 1] for layer in layers}
+            kinds = {"representations": rows, "mean_representations": {layer: row.mean(0) for layer, row in rows.items()}}
+            kinds["bos_representations"] = {layer: found[layer][i, 0] for layer in layers}
+            torch.save({"label": label, **{kind: {layer: row.clone() for layer, row in by.items()} for kind, by in kinds.items()}}, output_dir / f"{label}.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Regression weights not found")
+def test_fair_esm_takes_the_place_of_what_esm_extract_leaves(tmp_path, checkpoint_8m):
+    """A script that reads esm-extract's folder by label finds the same files, keys, labels, shapes, dtypes and numbers in ours."""
+    headers = ["sp|P12345|X_Y Putative protein OS=Frog virus 3 (isolate Goorha) GN='a' PE=4 SV=1 ", "0|beta-lactamase_P20P|1.581033423", " id [Homo sapiens]."]
+    sequences = ["MKTAYIAKQRQISFVKSHFSRQ", "ACDEFGHIKLMNPQRSTVWYXBZUO" * 3, "MKW"]
+    (tmp_path / "a.fasta").write_text("".join(f">{header}\n{residues}\n" for header, residues in zip(headers, sequences, strict=True)))
+    (tmp_path / "theirs").mkdir()
+    extract(checkpoint_8m, tmp_path / "a.fasta", tmp_path / "theirs", [0, 6], 60)
+    settings = ["format=fair_esm", "include=[mean,bos,per_tok]", "repr_layers=[0,6]", "truncation_seq_length=60", f"model.weights={checkpoint_8m}"]
+    result = run_ranks(None, f"input={tmp_path / 'a.fasta'}", f"output_dir={tmp_path / 'out'}", "model=esm2_t6_8M_UR50D", *settings)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "out" / "a_ESM"
+    names = {path.name for path in (tmp_path / "theirs").iterdir()}
+    assert names == {f"{header.strip()}.pt" for header in headers}
+    assert {path.name for path in folder.iterdir()} - {"ids.tsv", "provenance.json"} == names
+    for name in names:
+        mine, theirs = (torch.load(where / name, weights_only=True) for where in (folder, tmp_path / "theirs"))
+        assert list(mine) == ["label", "id", *list(theirs)[1:]]
+        assert mine["label"] == theirs["label"]
+        for kind in list(theirs)[1:]:
+            assert list(mine[kind]) == list(theirs[kind])
+            for layer, tensor in theirs[kind].items():
+                assert (mine[kind][layer].dtype, mine[kind][layer].shape) == (tensor.dtype, tensor.shape)
+                assert relative_error(mine[kind][layer], tensor) <= 1e-5
+    assert load(folder).ids == ["sp|P12345|X_Y", "0|beta-lactamase_P20P|1.581033423", "id"]
+
+
+@pytest.mark.parametrize("kind", Format)
+def test_verify_finds_every_record_in_its_place(tmp_path, kind):
+    """Ids are what verify looks for, whatever an output's names are made of."""
+    path = embed(tmp_path, kind, **EVERYTHING)
+    written = {path.name: written_file(tmp_path / "out", path)}
+    config = make_config(str(tmp_path / "in"), tmp_path / "out", format=kind, **EVERYTHING)
+    assert list(check_file(find_files(config.input_list())[0], [path.name], written, config)) == []
 
 
 def test_a_folder_is_replaced_whole_and_only_if_it_is_ours(tmp_path):
@@ -177,7 +245,7 @@ def test_h5_is_flat_in_file_order_and_says_the_ids(tmp_path):
         for i, (dataset, residues) in enumerate(zip(file.values(), SEQUENCES, strict=True)):
             assert_same(dataset[()], vector(residues))
             assert (dataset.attrs["original_id"], dataset.attrs["index"], dataset.attrs["length"]) == (IDS[i], i, len(residues))
-        assert [unquote(name.split("~")[0]) for name in names] == IDS
+        assert [unquote(re.sub("~[0-9]+$", "", name)) for name in names] == IDS
 
 
 def test_h5_with_residues_has_them_as_datasets_and_vectors_as_attributes(tmp_path):
@@ -280,13 +348,13 @@ def test_load_gives_back_what_went_in(tmp_path, kind, settings):
         assert_same(back[i], vector(residues))
         assert_same(back[IDS[i]], vector(SEQUENCES[IDS.index(IDS[i])]))
     assert_same(back[-1], vector(SEQUENCES[-1]))
-    assert (back.positions("twin"), back.positions("a/b")) == ([4, 5], [1])
+    assert (back.positions("twin"), back.positions("a/b")) == ([4, 5, 24], [1])
     assert "a/b" in back
     assert "nobody" not in back
     with pytest.raises(KeyError, match="nobody"):
         back["nobody"]
-    with pytest.raises(IndexError, match="position 23 of 23 proteins"):
-        back[23]
+    with pytest.raises(IndexError, match="position 26 of 26 proteins"):
+        back[26]
     include = settings.get("include", [Include.mean])
     if Include.per_tok in include:
         for i, residues in enumerate(SEQUENCES):
