@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -259,6 +261,34 @@ def test_h5_with_residues_has_them_as_datasets_and_vectors_as_attributes(tmp_pat
                 assert_same(dataset.attrs[f"bos_layer_{layer}"], bos(residues, layer))
 
 
+@pytest.fixture
+def protspace(monkeypatch):
+    """ProtSpace's own loader of HDF5. It needs numpy and h5py, the package around it scikit-learn, UMAP and more, so its parents stay unexecuted."""
+    found = importlib.util.find_spec("protspace")
+    if found is None or found.submodule_search_locations is None:
+        pytest.skip("ProtSpace is not installed: pip install --no-deps protspace")
+    for name in ("protspace", "protspace.data", "protspace.data.loaders"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(Path(found.submodule_search_locations[0], *name.split(".")[1:]))]
+        monkeypatch.setitem(sys.modules, name, package)
+    return importlib.import_module("protspace.data.loaders.h5")
+
+
+@pytest.mark.parametrize("dtype", SaveDtype)
+def test_h5_through_protspace(tmp_path, protspace, dtype):
+    path = write_output(Format.h5, made_of(SEQUENCES, PROVENANCE, ids=IDS, dtype=getattr(torch, dtype.name)), tmp_path / "a_ESM")
+    found = protspace.load_h5([path])
+    assert found.name == PROVENANCE["model"]
+    assert [unquote(re.sub("~[0-9]+$", "", name)) for name in found.headers] == IDS
+    assert_same(found.data, np.arange(len(IDS) * WIDTH, dtype=np.float32).reshape(-1, WIDTH))
+    assert protspace.parse_identifier(found.headers[0]) == "P12345"
+
+
+def test_h5_with_residues_is_refused_by_protspace(tmp_path, protspace):
+    with pytest.raises(ValueError, match="looks like per-residue embeddings"):
+        protspace.load_h5([embed(tmp_path, Format.h5, include=[Include.mean, Include.per_tok])])
+
+
 def test_h5_takes_attributes_of_any_size(tmp_path):
     """Residues of a further layer are an attribute, which HDF5 before 1.8 ended at 64 KiB."""
     path = embed(tmp_path, Format.h5, text=f">long\n{'MKTAYIAKQR' * 500}\n", truncation_seq_length=None, **EVERYTHING)
@@ -292,6 +322,45 @@ def test_parquet_through_arrow_polars_pandas_and_duckdb(tmp_path):
     codecs = {group.column(i).path_in_schema: group.column(i).compression for i in range(group.num_columns)}
     assert {codec for name, codec in codecs.items() if "_layer_" in name} == {"UNCOMPRESSED"}
     assert {codec for name, codec in codecs.items() if "_layer_" not in name} == {"ZSTD"}
+
+
+@pytest.mark.parametrize("dtype", SaveDtype)
+def test_parquet_through_hugging_face_datasets(tmp_path, dtype):
+    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed: pip install datasets")
+    path = embed(tmp_path, Format.parquet, save_dtype=dtype, **EVERYTHING)
+    table = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert (table["id"][:], table["header"][:]) == (IDS, HEADERS)
+    assert table.features["mean_layer_1"] == datasets.List(datasets.Value(dtype.name), length=WIDTH)
+    # Its NumPy and torch have float32 for every floating-point number, as its documentation says.
+    for i, (row, residues) in enumerate(zip(table.with_format("numpy"), SEQUENCES, strict=True)):
+        for layer in (0, 1):
+            assert_same(row[f"mean_layer_{layer}"], vector(residues, layer).astype(dtype.name).astype(np.float32))
+            assert_same(row[f"bos_layer_{layer}"], bos(residues, layer).astype(dtype.name).astype(np.float32))
+            assert_same(row[f"per_tok_layer_{layer}"], rows(residues, layer).astype(dtype.name).astype(np.float32))
+        assert_same(table.with_format("torch")[i]["mean_layer_1"], row["mean_layer_1"])
+
+
+def test_parquet_through_lance_which_searches_it(tmp_path):
+    lance = pytest.importorskip("lance", reason="Lance is not installed: pip install pylance")
+    table = pq.read_table(embed(tmp_path, Format.parquet, **EVERYTHING))
+    there = lance.write_dataset(table, tmp_path / "a.lance")
+    assert there.schema.field("mean_layer_1").type == pa.list_(pa.float32(), WIDTH)
+    assert there.to_table().equals(table)
+    for i in (0, 3, len(IDS) - 1):
+        found = there.to_table(nearest={"column": "mean_layer_1", "q": vector(SEQUENCES[i]), "k": 1})
+        assert (found["id"].to_pylist(), found["_distance"].to_pylist()) == ([IDS[i]], [0])
+
+
+@pytest.mark.parametrize("dtype", SaveDtype)
+def test_parquet_through_lancedb_which_searches_it(tmp_path, dtype):
+    lancedb = pytest.importorskip("lancedb", reason="LanceDB is not installed: pip install lancedb")
+    path = embed(tmp_path, Format.parquet, save_dtype=dtype, **EVERYTHING)
+    table = lancedb.connect(tmp_path / "db").create_table("proteins", pq.read_table(path))
+    for i in (0, 3, len(IDS) - 1):
+        wanted = vector(SEQUENCES[i]).astype(dtype.name)
+        (found,) = table.search(wanted, vector_column_name="mean_layer_1").limit(1).to_list()
+        assert (found["id"], found["header"], found["_distance"]) == (IDS[i], HEADERS[i], 0)
+        assert_same(np.array(found["mean_layer_1"], dtype.name), wanted)
 
 
 def test_parquet_row_groups_are_cut_by_bytes_and_hold_whole_proteins(tmp_path, monkeypatch):
@@ -435,10 +504,10 @@ def test_a_run_reads_back_in_input_order_from_joined_files_parts_and_folders(tmp
     assert [protein for ids in parts for protein in ids] == [f"p{i}" for i in range(30)]
 
 
-def made_of(sequences, provenance=None, width=WIDTH, ids=None) -> Embeddings:
+def made_of(sequences, provenance=None, width=WIDTH, ids=None, dtype=torch.float32) -> Embeddings:
     """Embeddings as the collector hands them to a writer."""
     found = [Row(ids[i] if ids else f"p{i}", f"p{i} header", i, len(residues), len(residues), "ok", 0, 0, 0, 0) for i, residues in enumerate(sequences)]
-    mean = torch.arange(len(found) * width, dtype=torch.float32).reshape(-1, width)
+    mean = torch.arange(len(found) * width, dtype=dtype).reshape(-1, width)
     return Embeddings("in.fasta", provenance or {}, ["mean"], 33, found, {33: mean}, {}, {}, [])
 
 
