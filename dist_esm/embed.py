@@ -35,6 +35,8 @@ class RankResult:
     num_tokens: int = 0
     """Tokens that went through the model."""
     seconds: float = 0.0
+    first_pack_at: float | None = None
+    """Unix time at which the first pack was submitted."""
     num_split_packs: int = 0
     """Packs that did not fit, or failed, and were tried again in halves."""
     num_recomputed: int = 0
@@ -137,6 +139,7 @@ def embed_units(
         if pack is None:
             break
         if not stop.at_once:
+            result.first_pack_at = result.first_pack_at or time.time()
             ahead.append((pack, attempt(partial(engine.submit, pack))))
     while ahead:
         settle()

@@ -92,6 +92,8 @@ class Engine:
         self.num_threads = num_threads or num_cores()
         self.idle_seconds = 0.0
         """GPU only: time between one pack's end on the device and the next one's beginning."""
+        self.startup: dict[str, float] = {}
+        """Seconds that loading took, by step."""
         self._load_wider = load_wider
         self._wider: Engine | None = None
         self._last: torch.cuda.Event | None = None

@@ -68,7 +68,7 @@ def run(config: Config, world: World) -> int:
             if stop.reason is not None and not stop.at_once:
                 world.request_stop(stop.reason)
             status = WorkerStatus.COMPLETED if stop.reason is None else WorkerStatus.FAILED
-            mine = account(world, setup, status, result)
+            mine = account(world, setup, status, result, engine)
             if not stop.at_once:
                 world.set_status(status)
                 world.wait_until_complete(unless=lambda: stop.at_once)
@@ -84,10 +84,13 @@ def run(config: Config, world: World) -> int:
         return conclude(config, setup, plan, ranks, joined, journal, stop.reason or (None if stop.at_once else world.stop_reason()), seconds)
 
 
-def account(world: World, setup: Setup, status: WorkerStatus, result: RankResult) -> RankSummary:
+def account(world: World, setup: Setup, status: WorkerStatus, result: RankResult, engine: Engine | None) -> RankSummary:
     """This rank's own account of its work."""
     waits = result.waits if result.device_idle is None else {**result.waits, "device_idle": result.device_idle}
-    work = (result.seconds, result.num_tokens, result.num_split_packs, result.num_recomputed, waits, result.outcomes)
+    startup = engine.startup if engine is not None else {}
+    if result.first_pack_at is not None:
+        startup = {**startup, "first_pack_at": result.first_pack_at}
+    work = (result.seconds, result.num_tokens, result.num_split_packs, result.num_recomputed, waits, startup, result.outcomes)
     return RankSummary(world.rank, world.host, describe(setup.device), status.name, *work)
 
 
@@ -146,13 +149,13 @@ def load_engine(config: Config, setup: Setup, world: World) -> Engine:
     engine = make_engine(config, setup.device, setup.dtype, setup.kernels, max(1, num_cores() // world.local_world_size))
     loaded = time.monotonic()
     engine.warm_up()
+    engine.startup = {"load_seconds": loaded - began, "kernels_seconds": time.monotonic() - loaded}
     log.info(
         "%s on %s in %s, loaded in %.1f s, kernels ready in %.1f s; %s, packs of %d tokens",
         config.model.name,
         describe(setup.device),
         setup.provenance["dtype"],
-        loaded - began,
-        time.monotonic() - loaded,
+        *engine.startup.values(),
         setup.kernels,
         engine.toks_per_batch,
     )
