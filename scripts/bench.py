@@ -108,7 +108,7 @@ def main() -> None:
     rows: list[Row] = []
     for name in options.models:
         for part in options.only:
-            began = time.monotonic()
+            began, num_rows = time.monotonic(), len(rows)
             bench = Bench(options, name, proteins, rows)
             try:
                 PARTS[part](bench)
@@ -117,6 +117,9 @@ def main() -> None:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            for row in rows[num_rows:]:
+                rate = f"{row.tokens_per_second:,.0f} tokens/s " if row.tokens_per_second else ""
+                print(f"{name} {row.name}: {rate}{row.note}", file=sys.stderr, flush=True)
             print(f"{name} {part}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     result = {"command": " ".join(sys.argv), "environment": environment(), "tokens": sum(p.tokens for p in proteins), "rows": [asdict(row) for row in rows]}
     print(table(rows, result))
@@ -173,8 +176,8 @@ class Bench:
 
     def timed(self, run: Run, dtype: torch.dtype, name: str, note: str = "") -> None:
         """Warm up, time a peer over its sample, and add its row."""
-        means = run(self.checked())
         sample = self.sample(self.options.peer_tokens)
+        means = run(sample)
         rates = []
         for _ in range(self.options.repeats):
             self.sync()
