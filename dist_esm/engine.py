@@ -140,6 +140,7 @@ class Engine:
             if self._load_wider is None:
                 raise FloatingPointError("the embedding is not finite, and no wider dtype is at hand")
             self._wider = Engine(self._load_wider(), self.layers, self.wants_rows, num_threads=1)
+        self._wider.wants_rows = self.wants_rows
         (answer,) = self._wider.run(Pack((segment,)), num_rows=0)
         return answer
 
