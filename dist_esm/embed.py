@@ -163,6 +163,8 @@ def finish(engine: Engine, pack: Pack, submitted: Submitted | Exception, result:
     answers = submitted if isinstance(submitted, Exception) else attempt(submitted.result)
     if isinstance(answers, Exception):
         return in_halves(engine, pack, answers, engine.toks_per_batch, result)
+    if are_finite(answers):
+        return list(answers)
     return [widen(engine, segment, answer, result) for segment, answer in zip(pack.segments, answers, strict=True)]
 
 
@@ -187,7 +189,12 @@ def in_halves(engine: Engine, pack: Pack, error: Exception, num_rows: int, resul
 
 def widen(engine: Engine, segment: Segment, answer: Answer, result: RankResult) -> Answer | Exception:
     """An answer, or what a wider dtype gives if it is not finite: a number that is not spoils the sum of its column."""
-    if all(np.isfinite(x).all() for part in (answer.sums, answer.bos) for x in part.values()):
+    if are_finite([answer]):
         return answer
     result.num_recomputed += 1
     return attempt(lambda: engine.recompute(segment))
+
+
+def are_finite(answers: Sequence[Answer]) -> bool:
+    """Whether all sums and representations of BOS are finite numbers."""
+    return bool(np.isfinite(np.concatenate([x for answer in answers for part in (answer.sums, answer.bos) for x in part.values()])).all())

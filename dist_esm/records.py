@@ -99,8 +99,7 @@ class Unit:
     """Why the scan could not read it; reading it will fail with the same reason."""
 
 
-@dataclass(frozen=True)
-class Changes:
+class Changes(NamedTuple):
     """Letters of one record that were put right or replaced."""
 
     upper_cased: int = 0
@@ -109,7 +108,7 @@ class Changes:
     replaced: int = 0
 
     def __bool__(self) -> bool:
-        return self != NO_CHANGES
+        return any(self)
 
 
 NO_CHANGES = Changes()
