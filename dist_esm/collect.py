@@ -24,31 +24,15 @@ import numpy as np
 
 from dist_esm.attempt import attempt
 from dist_esm.config import Include
+from dist_esm.notes import note
 from dist_esm.outputs import Job, OutputSettings, Piece, Writers, write_piece_of
 from dist_esm.pool import Vectors, combine
-from dist_esm.records import Answer, Failure, FastaFile, Protein, RecordOutcome, Row, Segment, Tally, Unit, UnitFailure, UnitOutcome, UnitResult, WrittenFile
+from dist_esm.records import Announcement, Answer, Failure, FastaFile, RecordOutcome, Row, Segment, Tally, Unit, UnitFailure, UnitResult, WrittenFile
 from dist_esm.spool import Memory, Spool, narrow, remove
 
 Message = tuple[Callable[..., None], tuple[Any, ...]]
 MAX_ANSWERED = 3
 """Packs whose answers wait here; with per-residue output each may be hundreds of megabytes."""
-
-
-@dataclass(frozen=True)
-class Announcement:
-    """One record as the reader passed it on."""
-
-    ticket: int
-    unit: int
-    protein: Protein
-    outcome: RecordOutcome
-    num_embedded: int
-    """Residues that get an embedding."""
-    num_segments: int
-    like: int | None = None
-    """Ticket of the first record with the same residues, whose answer is kept; its own if it is the first."""
-    forgotten: tuple[int, ...] = ()
-    """Tickets whose answers no later record will ask for."""
 
 
 @dataclass
@@ -88,15 +72,23 @@ class Collector:
         What to write, and where.
     rank
         For results and failures.
-    on_outcome
-        Called in the collector's thread with each unit's outcome.
+    on_results, on_failure
+        Called in the collector's thread with what became of units.
     """
 
-    def __init__(self, files: Sequence[FastaFile], settings: OutputSettings, rank: int, on_outcome: Callable[[UnitOutcome], None]) -> None:
+    def __init__(
+        self,
+        files: Sequence[FastaFile],
+        settings: OutputSettings,
+        rank: int,
+        on_results: Callable[[Sequence[UnitResult]], None],
+        on_failure: Callable[[UnitFailure], None],
+    ) -> None:
         self.files = files
         self.settings = settings
         self.rank = rank
-        self.on_outcome = on_outcome
+        self.on_results = on_results
+        self.on_failure = on_failure
         self.crash: Exception | None = None
         self._units: dict[int, UnitState] = {}
         self._waiting: dict[int, Waiting] = {}
@@ -196,7 +188,7 @@ class Collector:
     def _place(self, state: UnitState, record: Announcement) -> None:
         """Give a record its place in its unit's output, and its answer if an identical sequence has one already."""
         piece = self._piece_for(state, record)
-        self._note(state, piece, record)
+        note(record, state.unit.before.sequences + state.num_records, state.tally, piece.notes)
         if record.outcome is RecordOutcome.skipped:
             return
         self._waiting[record.ticket] = Waiting(record.unit, piece, len(piece.rows), piece.num_residues, record.num_embedded, [None] * record.num_segments)
@@ -226,28 +218,6 @@ class Collector:
             state.pieces.append(Piece(part))
         state.num_records += 1
         return state.pieces[part]
-
-    def _note(self, state: UnitState, piece: Piece, record: Announcement) -> None:
-        """Count a record, and list it if anything about it is not as it came."""
-        protein, changes, tally = record.protein, record.protein.changes, state.tally
-        outcome = record.outcome.name
-        tally.outcomes[outcome] = tally.outcomes.get(outcome, 0) + 1
-        tally.residues += record.num_embedded
-        tally.unnamed += protein.is_unnamed
-        if record.outcome is RecordOutcome.windowed:
-            tally.windows += record.num_segments
-        if protein.skipped:
-            tally.skipped[protein.skipped] = tally.skipped.get(protein.skipped, 0) + 1
-        if changes:
-            for name, number in changes._asdict().items():
-                tally.changed[name] = tally.changed.get(name, 0) + number
-            tally.changed["records"] = tally.changed.get("records", 0) + 1
-        if changes or protein.is_unnamed or record.outcome is not RecordOutcome.ok:
-            note = protein.skipped or ("no id in the header" if protein.is_unnamed else "")
-            windows = record.num_segments if record.outcome is RecordOutcome.windowed else 0
-            number = state.unit.before.sequences + state.num_records
-            columns = (number, protein.id, outcome, len(protein.residues), record.num_embedded, windows, *changes, note)
-            piece.notes.append("\t".join(map(str, columns)))
 
     def _on_answers(self, segments: Sequence[Segment], answers: Sequence[Answer | Exception]) -> None:
         for segment, answer in zip(segments, answers, strict=True):
@@ -311,7 +281,7 @@ class Collector:
         if state is not None:
             unit = state.unit
             failure = Failure.of(self.files[unit.file].path, error, self.rank)
-            self.on_outcome(UnitFailure(unit.file, unit.ordinal, failure, time.monotonic() - state.started))
+            self.on_failure(UnitFailure(unit.file, unit.ordinal, failure, time.monotonic() - state.started))
 
     def _on_abandon(self, key: int) -> None:
         self._discard(key)
@@ -335,7 +305,8 @@ class Collector:
             self._writers.submit(Job(key, piece, partial(write_piece_of, self.settings, self.files[state.unit.file], state.unit, piece)))
 
     def _take(self, finished: Iterable[tuple[int, Piece, WrittenFile | Exception]]) -> None:
-        """Pieces that were written, or were not."""
+        """Pieces that were written, or were not. What they complete is passed on together."""
+        results: list[UnitResult] = []
         for key, piece, written in finished:
             state = self._units.get(key)
             piece.close()
@@ -349,10 +320,12 @@ class Collector:
                 state.tally.duplicate_ids += len(piece.rows) - len({row.id for row in piece.rows})
                 piece.rows, piece.notes = [], []
                 if state.is_closed and len(state.written) == len(state.pieces):
-                    self._complete(key, state)
+                    results.append(self._complete(key, state))
+        if results:
+            self.on_results(results)
 
-    def _complete(self, key: int, state: UnitState) -> None:
+    def _complete(self, key: int, state: UnitState) -> UnitResult:
         del self._units[key]
         unit, seconds = state.unit, time.monotonic() - state.started
         pieces = tuple(state.written[number] for number in sorted(state.written))
-        self.on_outcome(UnitResult(unit.file, unit.ordinal, pieces, state.digest, state.tally, self.rank, seconds))
+        return UnitResult(unit.file, unit.ordinal, pieces, state.digest, state.tally, self.rank, seconds)

@@ -153,6 +153,23 @@ NOTE_COLUMNS = ("record", "id", "outcome", "residues", "embedded", "windows", "u
 
 
 @dataclass(frozen=True)
+class Announcement:
+    """One record as the reader passed it on."""
+
+    ticket: int
+    unit: int
+    protein: Protein
+    outcome: RecordOutcome
+    num_embedded: int
+    """Residues that get an embedding."""
+    num_segments: int
+    like: int | None = None
+    """Ticket of the first record with the same residues, whose answer is kept; its own if it is the first."""
+    forgotten: tuple[int, ...] = ()
+    """Tickets whose answers no later record will ask for."""
+
+
+@dataclass(frozen=True)
 class Segment:
     """What one forward sees of a protein, and which of its residues the answer is taken from."""
 

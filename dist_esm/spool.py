@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.attempt import attempt
+from dist_esm.pickling import torch_save as torch_save
 from dist_esm.records import Row, WrittenFile
 
 SPOOL_BYTES = 1 << 30
@@ -233,22 +234,6 @@ def save(content: dict[str, Any], path: Path) -> None:
         torch_save(content, file)
 
 
-def torch_save(content: dict[str, Any], file: IO[bytes]) -> None:
-    """`torch.save`, whose archive writer covers the cause of a failed write with a complaint about its own state.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written to.
-    """
-    try:
-        torch.save(content, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-
-
 def write_piece(embeddings: Embeddings, path: Path) -> Path:
     """Write what one unit of a cut file contributes, for `join`."""
     save({**vars(embeddings), "rows": [tuple(row) for row in embeddings.rows]}, path)
@@ -298,7 +283,7 @@ def fingerprint(output_dir: Path, path: Path) -> WrittenFile | None:
     try:
         with open(full, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            found = hashlib.sha256(file.read()) if size <= SMALL_BYTES else hashlib.file_digest(file, "sha256")
+            found = hashlib.sha256(file.read(size)) if size <= SMALL_BYTES else hashlib.file_digest(file, "sha256")
             return WrittenFile(str(path), size, found.hexdigest())
     except FileNotFoundError:
         return None
