@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from dist_esm.attempt import attempt
 from dist_esm.config import Config, Format, to_dict
 from dist_esm.embed import RankResult, embed_units
 from dist_esm.engine import DEFAULT_TOKS_PER_BATCH, Engine, make_engine, num_cores
-from dist_esm.journal import Journal, check_settings, clean, entry_of, lock, new_launch, start_over, write_settings
+from dist_esm.journal import Entry, Journal, check_settings, clean, entry_of, lock, new_launch, start_over, write_settings
 from dist_esm.journal import read as read_journal
 from dist_esm.kernels import Kernels, choose_device, choose_dtype, choose_kernels
 from dist_esm.plan import Plan, find_files, refuse_nested
@@ -192,13 +192,16 @@ def hold(config: Config, settings: dict[str, Any]) -> IO[str]:
     return held
 
 
-def journal_writer(journal: Journal, files: list[FastaFile], plan: Plan) -> Callable[[UnitResult], None]:
-    """What records a finished unit."""
+def journal_writer(journal: Journal, files: list[FastaFile], plan: Plan) -> Callable[[Sequence[UnitResult]], None]:
+    """What records finished units."""
 
-    def record(result: UnitResult) -> None:
+    def entry(result: UnitResult) -> Entry:
         pieces = [plan.unit(result.file, result.ordinal).slice]
         output = str(files[result.file].output)
-        journal.append(entry_of(output, pieces, [result.digest], list(result.pieces), result.tally, result.rank, result.seconds))
+        return entry_of(output, pieces, [result.digest], list(result.pieces), result.tally, result.rank, result.seconds)
+
+    def record(results: Sequence[UnitResult]) -> None:
+        journal.append([entry(result) for result in results])
 
     return record
 
@@ -253,7 +256,7 @@ def join_file(config: Config, plan: Plan, file: int, parts: list[UnitResult], jo
     slices = [unit.slice for unit in plan.units_of(file)]
     seconds = sum(part.seconds for part in parts)
     digests = [part.digest for part in parts]
-    journal.append(entry_of(str(plan.files[file].output), slices, digests, [written], tally, journal.rank, seconds, is_joined=True))
+    journal.append([entry_of(str(plan.files[file].output), slices, digests, [written], tally, journal.rank, seconds, is_joined=True)])
     for path in paths:
         path.unlink(missing_ok=True)
     return JoinedFile(written, duplicate_ids)
