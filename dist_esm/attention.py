@@ -49,6 +49,8 @@ def longest(bounds: list[int]) -> int:
     return max(stop - start for start, stop in pairwise(bounds))
 
 
+FLASH4_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
+"""Environment variable that has FlashAttention-4 keep its compiled kernels on disk; read when it is imported."""
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Seqlens], Tensor]
 
 
@@ -79,7 +81,7 @@ def load_flash4() -> AttentionFunction:
     ImportError
         If flash-attn-4 is not installed.
     """
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault(FLASH4_CACHE, "1")
     from flash_attn.cute.interface import flash_attn_varlen_func
 
     def flash4(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, seqlens: Seqlens) -> Tensor:

@@ -11,12 +11,12 @@ in-memory part of the spools of the units in flight.
 
 from __future__ import annotations
 
-import errno
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,32 +24,15 @@ import numpy as np
 
 from dist_esm.attempt import attempt
 from dist_esm.config import Include
-from dist_esm.outputs import OutputSettings, Piece, Writers, write_piece_of
+from dist_esm.notes import note
+from dist_esm.outputs import Job, OutputSettings, Piece, Writers, write_piece_of
 from dist_esm.pool import Vectors, combine
-from dist_esm.records import Answer, Failure, FastaFile, Protein, RecordOutcome, Row, Segment, Tally, Unit, UnitFailure, UnitOutcome, UnitResult, WrittenFile
-from dist_esm.spool import Spool, remove
+from dist_esm.records import Announcement, Answer, Failure, FastaFile, RecordOutcome, Row, Segment, Tally, Unit, UnitFailure, UnitResult, WrittenFile
+from dist_esm.spool import Memory, Spool, narrow, remove
 
 Message = tuple[Callable[..., None], tuple[Any, ...]]
-GLANCE_SECONDS = 0.02
 MAX_ANSWERED = 3
 """Packs whose answers wait here; with per-residue output each may be hundreds of megabytes."""
-
-
-@dataclass(frozen=True)
-class Announcement:
-    """One record as the reader passed it on."""
-
-    ticket: int
-    unit: int
-    protein: Protein
-    outcome: RecordOutcome
-    num_embedded: int
-    """Residues that get an embedding."""
-    num_segments: int
-    like: int | None = None
-    """Ticket of the first record with the same residues, whose answer is kept; its own if it is the first."""
-    forgotten: tuple[int, ...] = ()
-    """Tickets whose answers no later record will ask for."""
 
 
 @dataclass
@@ -78,11 +61,6 @@ class Waiting:
     answers: list[Answer | None]
 
 
-def is_disk_full(written: WrittenFile | Exception) -> bool:
-    """Whether a piece could not be written for want of room."""
-    return isinstance(written, OSError) and written.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
 class Collector:
     """Takes announcements and answers, writes outputs, and says what became of each unit.
 
@@ -94,22 +72,30 @@ class Collector:
         What to write, and where.
     rank
         For results and failures.
-    on_outcome
-        Called in the collector's thread with each unit's outcome.
+    on_results, on_failure
+        Called in the collector's thread with what became of units.
     """
 
-    def __init__(self, files: Sequence[FastaFile], settings: OutputSettings, rank: int, on_outcome: Callable[[UnitOutcome], None]) -> None:
+    def __init__(
+        self,
+        files: Sequence[FastaFile],
+        settings: OutputSettings,
+        rank: int,
+        on_results: Callable[[Sequence[UnitResult]], None],
+        on_failure: Callable[[UnitFailure], None],
+    ) -> None:
         self.files = files
         self.settings = settings
         self.rank = rank
-        self.on_outcome = on_outcome
+        self.on_results = on_results
+        self.on_failure = on_failure
         self.crash: Exception | None = None
         self._units: dict[int, UnitState] = {}
         self._waiting: dict[int, Waiting] = {}
         self._followers: dict[int, list[int]] = {}
         self._kept: dict[int, Vectors | Exception | None] = {}
-        self._writers = Writers()
-        self._put_off: list[tuple[int, Piece]] = []
+        self._memory = Memory()
+        self._writers = Writers(settings.output_dir, self._on_written)
         self._room = threading.Semaphore(MAX_ANSWERED)
         self._inbox: queue.Queue[Message | None] = queue.Queue(maxsize=16)
         self._thread = threading.Thread(target=self._work, name="collector", daemon=True)
@@ -163,25 +149,22 @@ class Collector:
         self._inbox.put((handle, args))
 
     def _work(self) -> None:
-        while (message := self._next_message()) is not None:
+        while (message := self._inbox.get()) is not None:
             handle, args = message
             if handle == self._on_answers:
                 self._room.release()
             if self.crash is None:
                 crash = attempt(partial(self._handle, handle, args))
                 self.crash = crash if isinstance(crash, Exception) else None
-        while self.crash is None and (self._writers.is_busy or self._put_off):
+        while self.crash is None and self._writers.is_busy:
             crash = attempt(lambda: self._take(self._writers.finished(until_idle=True)))
             self.crash = crash if isinstance(crash, Exception) else None
         self._writers.close()
 
-    def _next_message(self) -> Message | None:
-        """The next message; while pieces are being written, a look at them every now and then."""
-        while True:
-            try:
-                return self._inbox.get(timeout=GLANCE_SECONDS if self._writers.is_busy else None)
-            except queue.Empty:
-                return self._take, (self._writers.finished(),)
+    def _on_written(self) -> None:
+        """Called by a writer. A full inbox needs no message: pieces that are written are taken before every one."""
+        with suppress(queue.Full):
+            self._inbox.put_nowait((lambda: None, ()))
 
     def _handle(self, handle: Callable[..., None], args: tuple[Any, ...]) -> None:
         self._take(self._writers.finished())
@@ -205,12 +188,12 @@ class Collector:
     def _place(self, state: UnitState, record: Announcement) -> None:
         """Give a record its place in its unit's output, and its answer if an identical sequence has one already."""
         piece = self._piece_for(state, record)
-        self._note(state, piece, record)
+        note(record, state.unit.before.sequences + state.num_records, state.tally, piece.notes)
         if record.outcome is RecordOutcome.skipped:
             return
         self._waiting[record.ticket] = Waiting(record.unit, piece, len(piece.rows), piece.num_residues, record.num_embedded, [None] * record.num_segments)
         protein, number = record.protein, state.unit.before.sequences + state.num_records - 1
-        row = Row(protein.id, protein.header, number, len(protein.residues), record.num_embedded, record.outcome.name, *astuple(protein.changes))
+        row = Row(protein.id, protein.header, number, len(protein.residues), record.num_embedded, record.outcome.name, *protein.changes)
         piece.rows.append(row)
         piece.num_residues += record.num_embedded
         if record.like in (None, record.ticket):
@@ -235,29 +218,6 @@ class Collector:
             state.pieces.append(Piece(part))
         state.num_records += 1
         return state.pieces[part]
-
-    def _note(self, state: UnitState, piece: Piece, record: Announcement) -> None:
-        """Count a record, and list it if anything about it is not as it came."""
-        protein, changes, tally = record.protein, record.protein.changes, state.tally
-        outcome = record.outcome.name
-        tally.outcomes[outcome] = tally.outcomes.get(outcome, 0) + 1
-        tally.residues += record.num_embedded
-        tally.unnamed += protein.is_unnamed
-        if record.outcome is RecordOutcome.windowed:
-            tally.windows += record.num_segments
-        if protein.skipped:
-            tally.skipped[protein.skipped] = tally.skipped.get(protein.skipped, 0) + 1
-        numbers = (changes.upper_cased, changes.stops_removed, changes.gaps_removed, changes.replaced)
-        if changes:
-            for name, number in zip(("upper_cased", "stops_removed", "gaps_removed", "replaced"), numbers, strict=True):
-                tally.changed[name] = tally.changed.get(name, 0) + number
-            tally.changed["records"] = tally.changed.get("records", 0) + 1
-        if changes or protein.is_unnamed or record.outcome is not RecordOutcome.ok:
-            note = protein.skipped or ("no id in the header" if protein.is_unnamed else "")
-            windows = record.num_segments if record.outcome is RecordOutcome.windowed else 0
-            number = state.unit.before.sequences + state.num_records
-            columns = (number, protein.id, outcome, len(protein.residues), record.num_embedded, windows, *numbers, note)
-            piece.notes.append("\t".join(map(str, columns)))
 
     def _on_answers(self, segments: Sequence[Segment], answers: Sequence[Answer | Exception]) -> None:
         for segment, answer in zip(segments, answers, strict=True):
@@ -287,8 +247,7 @@ class Collector:
         state = self._units.get(waiting.unit) if waiting else None
         if waiting is None or state is None:
             return
-        with np.errstate(over="ignore"):
-            vectors = {key: rows.astype(self.settings.dtype, copy=False) for key, rows in vectors.items()}
+        vectors = {key: narrow(rows, self.settings.dtype) for key, rows in vectors.items()}
         if not all(np.isfinite(rows).all() for rows in vectors.values()):
             name = waiting.piece.rows[waiting.index].id
             self._on_fail(waiting.unit, FloatingPointError(f"the embedding of {name} is not finite: use a wider dtype or save_dtype, for example float32"))
@@ -304,8 +263,7 @@ class Collector:
         for (kind, layer), rows in vectors.items():
             spool = waiting.piece.spools.get((kind, layer))
             if spool is None:
-                self.settings.scratch.mkdir(parents=True, exist_ok=True)
-                spool = waiting.piece.spools[kind, layer] = Spool(rows.shape[-1], self.settings.dtype, self.settings.scratch)
+                spool = waiting.piece.spools[kind, layer] = Spool(rows.shape[-1], self.settings.dtype, self.settings.scratch, self._memory)
             spool.write(waiting.row if kind is Include.per_tok else waiting.index, rows)
 
     def _on_end(self, key: int, digest: str) -> None:
@@ -323,7 +281,7 @@ class Collector:
         if state is not None:
             unit = state.unit
             failure = Failure.of(self.files[unit.file].path, error, self.rank)
-            self.on_outcome(UnitFailure(unit.file, unit.ordinal, failure, time.monotonic() - state.started))
+            self.on_failure(UnitFailure(unit.file, unit.ordinal, failure, time.monotonic() - state.started))
 
     def _on_abandon(self, key: int) -> None:
         self._discard(key)
@@ -333,6 +291,7 @@ class Collector:
         state = self._units.pop(key, None)
         if state is not None:
             for piece in state.pieces:
+                piece.is_wanted = False
                 if not piece.is_being_written:
                     piece.close()
             for written in state.written.values():
@@ -343,20 +302,13 @@ class Collector:
         if piece.is_closed and piece.num_answered == len(piece.rows) and not piece.is_being_written:
             piece.is_being_written = True
             self._take(self._writers.finished(until_room=True))
-            self._submit(key, state, piece)
-
-    def _submit(self, key: int, state: UnitState, piece: Piece) -> None:
-        self._writers.submit(key, piece, partial(write_piece_of, self.settings, self.files[state.unit.file], state.unit, piece))
+            self._writers.submit(Job(key, piece, partial(write_piece_of, self.settings, self.files[state.unit.file], state.unit, piece)))
 
     def _take(self, finished: Iterable[tuple[int, Piece, WrittenFile | Exception]]) -> None:
-        """Pieces that were written, or were not."""
+        """Pieces that were written, or were not. What they complete is passed on together."""
+        results: list[UnitResult] = []
         for key, piece, written in finished:
             state = self._units.get(key)
-            if state is not None and is_disk_full(written) and not piece.is_second_try:
-                # Another piece may have taken the room for a moment: try again when nothing else is being written.
-                piece.is_second_try = True
-                self._put_off.append((key, piece))
-                continue
             piece.close()
             if state is None:
                 if not isinstance(written, Exception):
@@ -368,18 +320,12 @@ class Collector:
                 state.tally.duplicate_ids += len(piece.rows) - len({row.id for row in piece.rows})
                 piece.rows, piece.notes = [], []
                 if state.is_closed and len(state.written) == len(state.pieces):
-                    self._complete(key, state)
+                    results.append(self._complete(key, state))
+        if results:
+            self.on_results(results)
 
-        if self._put_off and not self._writers.is_busy:
-            key, piece = self._put_off.pop(0)
-            state = self._units.get(key)
-            if state is None:
-                piece.close()
-            else:
-                self._submit(key, state, piece)
-
-    def _complete(self, key: int, state: UnitState) -> None:
+    def _complete(self, key: int, state: UnitState) -> UnitResult:
         del self._units[key]
         unit, seconds = state.unit, time.monotonic() - state.started
         pieces = tuple(state.written[number] for number in sorted(state.written))
-        self.on_outcome(UnitResult(unit.file, unit.ordinal, pieces, state.digest, state.tally, self.rank, seconds))
+        return UnitResult(unit.file, unit.ordinal, pieces, state.digest, state.tally, self.rank, seconds)

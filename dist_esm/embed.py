@@ -6,6 +6,7 @@ complete. The device waits for neither. Packs cross file borders; a failure is a
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ class RankResult:
     num_tokens: int = 0
     """Tokens that went through the model."""
     seconds: float = 0.0
+    first_pack_at: float | None = None
+    """Unix time at which the first pack was submitted."""
     num_split_packs: int = 0
     """Packs that did not fit, or failed, and were tried again in halves."""
     num_recomputed: int = 0
@@ -60,7 +63,7 @@ def embed_units(
     rank: int,
     stop: Stop,
     provenance: dict[str, Any] | None = None,
-    record: Callable[[UnitResult], None] = lambda result: None,
+    record: Callable[[Sequence[UnitResult]], None] = lambda results: None,
 ) -> RankResult:
     """Embed a rank's units in order and write their outputs.
 
@@ -81,26 +84,30 @@ def embed_units(
     provenance
         What the numbers depend on, for every output.
     record
-        Called with each result as soon as its outputs are in place; what it raises fails the unit.
+        Called with results as soon as their outputs are in place; what it raises fails the units.
 
     Returns
     -------
     RankResult
         Units without an outcome were not attempted.
     """
+    gc.freeze()  # the garbage collector need not go through torch's modules again and again
     started = time.monotonic()
     result = RankResult()
     keys = {(unit.file, unit.ordinal): key for key, unit in enumerate(units)}
     failures = Failures(units, config.max_consecutive_failures, rank, stop)
 
-    def on_outcome(outcome: UnitOutcome) -> None:
-        if isinstance(outcome, UnitResult):
-            error = attempt(partial(record, outcome))
-            if isinstance(error, Exception):
-                outcome = UnitFailure(outcome.file, outcome.ordinal, Failure.of(files[outcome.file].path, error, rank), outcome.seconds)
-        result.outcomes.append(outcome)
-        if isinstance(outcome, UnitFailure):
-            failures.add(keys[outcome.file, outcome.ordinal], outcome.failure)
+    def on_results(results: Sequence[UnitResult]) -> None:
+        error = attempt(partial(record, results))
+        if not isinstance(error, Exception):
+            result.outcomes += results
+            return
+        for one in results:
+            on_failure(UnitFailure(one.file, one.ordinal, Failure.of(files[one.file].path, error, rank), one.seconds))
+
+    def on_failure(failed: UnitFailure) -> None:
+        result.outcomes.append(failed)
+        failures.add(keys[failed.file, failed.ordinal], failed.failure)
 
     settings = OutputSettings(
         output_dir=config.output_dir,
@@ -112,7 +119,7 @@ def embed_units(
         max_proteins_per_output=config.max_proteins_per_output,
         provenance=provenance or {},
     )
-    collector = Collector(files, settings, rank, on_outcome)
+    collector = Collector(files, settings, rank, on_results, on_failure)
     reader = Reader(units, files, config, engine.toks_per_batch, collector, failures, stop)
     reader.start()
     ahead: deque[tuple[Pack, Submitted | Exception]] = deque()
@@ -137,6 +144,7 @@ def embed_units(
         if pack is None:
             break
         if not stop.at_once:
+            result.first_pack_at = result.first_pack_at or time.time()
             ahead.append((pack, attempt(partial(engine.submit, pack))))
     while ahead:
         settle()
@@ -145,6 +153,7 @@ def embed_units(
     if reader.crash is not None:
         raise reader.crash
     result.seconds = time.monotonic() - started
+    gc.unfreeze()
     result.device_idle = engine.idle_seconds if engine.is_gpu else None
     return result
 
@@ -163,6 +172,8 @@ def finish(engine: Engine, pack: Pack, submitted: Submitted | Exception, result:
     answers = submitted if isinstance(submitted, Exception) else attempt(submitted.result)
     if isinstance(answers, Exception):
         return in_halves(engine, pack, answers, engine.toks_per_batch, result)
+    if are_finite(answers):
+        return list(answers)
     return [widen(engine, segment, answer, result) for segment, answer in zip(pack.segments, answers, strict=True)]
 
 
@@ -187,7 +198,12 @@ def in_halves(engine: Engine, pack: Pack, error: Exception, num_rows: int, resul
 
 def widen(engine: Engine, segment: Segment, answer: Answer, result: RankResult) -> Answer | Exception:
     """An answer, or what a wider dtype gives if it is not finite: a number that is not spoils the sum of its column."""
-    if all(np.isfinite(x).all() for part in (answer.sums, answer.bos) for x in part.values()):
+    if are_finite([answer]):
         return answer
     result.num_recomputed += 1
     return attempt(lambda: engine.recompute(segment))
+
+
+def are_finite(answers: Sequence[Answer]) -> bool:
+    """Whether all sums and representations of BOS are finite numbers."""
+    return bool(np.isfinite(np.concatenate([x for answer in answers for part in (answer.sums, answer.bos) for x in part.values()])).all())

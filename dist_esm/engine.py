@@ -92,6 +92,8 @@ class Engine:
         self.num_threads = num_threads or num_cores()
         self.idle_seconds = 0.0
         """GPU only: time between one pack's end on the device and the next one's beginning."""
+        self.startup: dict[str, float] = {}
+        """Seconds that loading took, by step."""
         self._load_wider = load_wider
         self._wider: Engine | None = None
         self._last: torch.cuda.Event | None = None
@@ -138,6 +140,7 @@ class Engine:
             if self._load_wider is None:
                 raise FloatingPointError("the embedding is not finite, and no wider dtype is at hand")
             self._wider = Engine(self._load_wider(), self.layers, self.wants_rows, num_threads=1)
+        self._wider.wants_rows = self.wants_rows
         (answer,) = self._wider.run(Pack((segment,)), num_rows=0)
         return answer
 

@@ -8,6 +8,7 @@ through has letters of `RESIDUES` only, and one per-residue row for each of them
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Iterator
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
@@ -23,6 +24,7 @@ MAX_RESIDUES = 1_000_000
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
 _BRACKETED = re.compile(r"<[^<>]*>")  # such as <mask>, which has no special meaning: unknown letters like others
 _BLANK = re.compile(r"\s")
+_LETTERS = string.ascii_letters.encode()
 _LOWER = bytes(range(ord("a"), ord("z") + 1))
 _REPLACE = bytes(letter if letter in RESIDUES else ord("X") for letter in range(256))
 
@@ -66,7 +68,7 @@ def make_protein(header: str, letters: str, number: int, policy: ResidueConfig) 
             residues, skipped = b"", "unknown letters"
         else:
             residues = residues.translate(_REPLACE)
-            changes = Changes(changes.upper_cased, changes.stops_removed, changes.gaps_removed, len(strange))
+            changes = changes._replace(replaced=len(strange))
     if not residues and skipped is None:
         skipped = "no residues left" if letters else "empty sequence"
     return Protein(name, header, residues, changes, is_unnamed=not words, skipped=skipped)
@@ -97,6 +99,10 @@ def _checked_lines(unit: Unit, tee: Tee | None) -> Iterator[str]:
     length: int | None = None  # residues of the record so far; None: no record yet
     for raw in lines(unit.slice, tee):
         number += 1
+        if raw and length is not None and not raw.translate(None, _LETTERS):  # nearly every line: there is nothing in it to check
+            length = _longer(length, len(raw), number)
+            yield raw.decode("ascii")
+            continue
         is_header = raw.startswith(b">")
         if b"\0" in raw or (not is_header and _CONTROL.search(raw)):
             raise FastaError(f"line {number} holds control characters: this is not text, so no FASTA file")
@@ -120,7 +126,12 @@ def _checked_lines(unit: Unit, tee: Tee | None) -> Iterator[str]:
             raise FastaError(
                 f"line {number} has a '>' or a byte order mark inside a sequence: a line end is missing before it, as when files are joined with cat"
             )
-        length += len(line)
-        if length > MAX_RESIDUES:
-            raise FastaError(f"the record that reaches line {number} has more than {MAX_RESIDUES} letters: no protein, perhaps a genome")
+        length = _longer(length, len(line), number)
         yield _BLANK.sub("?", line)
+
+
+def _longer(length: int, more: int, number: int) -> int:
+    """The length of a record with the line of this number."""
+    if length + more > MAX_RESIDUES:
+        raise FastaError(f"the record that reaches line {number} has more than {MAX_RESIDUES} letters: no protein, perhaps a genome")
+    return length + more

@@ -15,11 +15,11 @@ from dataclasses import replace
 
 from dist_esm.alphabet import tokenize
 from dist_esm.attempt import attempt
-from dist_esm.collect import Announcement, Collector
+from dist_esm.collect import Collector
 from dist_esm.config import Config, Include, Long
 from dist_esm.fasta import read_proteins
 from dist_esm.pack import Packer, windows
-from dist_esm.records import Failure, FastaFile, Pack, Protein, RecordOutcome, Segment, Unit
+from dist_esm.records import Announcement, Failure, FastaFile, Pack, Protein, RecordOutcome, Segment, Unit
 from dist_esm.scan import FastaError
 from dist_esm.stop import Failures, Stop
 

@@ -60,8 +60,8 @@ class Journal:
         self._file: IO[bytes] | None = None
         self._is_torn = False
 
-    def append(self, entry: Entry) -> None:
-        """Put a line on disk.
+    def append(self, entries: Sequence[Entry]) -> None:
+        """Put lines on disk.
 
         Raises
         ------
@@ -73,17 +73,17 @@ class Journal:
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path} is gone: was output_dir removed while the run was under way?")
         deadline = time.monotonic() + ROOM_SECONDS
-        while not self._write(encode(entry)):
+        while not self._write(b"".join(map(encode, entries))):
             # A full disk: a piece that is being written may fail and give its room back.
             if time.monotonic() > deadline:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             time.sleep(0.05)
         os.fsync(self._file.fileno())
 
-    def _write(self, line: bytes) -> bool:
-        """Whether there was room for a line; what a torn one left is closed before the next."""
+    def _write(self, lines: bytes) -> bool:
+        """Whether there was room for lines; what a torn one left is closed before the next."""
         assert self._file is not None
-        whole = b"\n" + line if self._is_torn else line
+        whole = b"\n" + lines if self._is_torn else lines
         try:
             self._is_torn = self._file.write(whole) != len(whole)
         except OSError as error:

@@ -6,12 +6,17 @@ once here and logged by the caller. The implementations themselves: `attention` 
 
 from __future__ import annotations
 
+import os
+import threading
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
-from dist_esm.attention import AttentionFunction, load_flash4, sdpa, varlen
+from dist_esm.attempt import attempt
+from dist_esm.attention import FLASH4_CACHE, AttentionFunction, load_flash4, sdpa, varlen
 from dist_esm.config import Attention, DeviceKind, Dtype, LinearKind
 from dist_esm.linear import LinearOps, TorchLinear
 
@@ -78,6 +83,13 @@ def unmet(
     return None
 
 
+def preload() -> None:
+    """Import the packages of the Hopper kernels in a thread of their own: that takes seconds, in which CUDA starts and weights are read."""
+    os.environ.setdefault(FLASH4_CACHE, "1")
+    names = [name for name in ("flash_attn.cute.interface", "quack.epilogue.frontend") if is_installed(name.rpartition(".")[0])]
+    threading.Thread(target=lambda: [attempt(partial(import_module, name)) for name in names], name="preload", daemon=True).start()
+
+
 def is_installed(package: str) -> bool:
     """Whether a package, or a part of one, can be imported."""
     try:
@@ -124,6 +136,7 @@ def choose_device(wanted: DeviceKind, local_rank: int, local_world_size: int, ho
             f"{local_world_size} ranks were started on {host}, which has {num_gpus} visible GPU(s): "
             f"start torchrun with --nproc_per_node={num_gpus}, or use device=cpu"
         )
+    preload()
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

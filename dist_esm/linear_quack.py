@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dist_esm import triton_kernels
 from dist_esm.linear import angles
+from dist_esm.linear_triton import TritonPasses
 
 
 def gelu(x):
@@ -122,7 +123,7 @@ TILES = {
 """Measured on an H100, see LOG.md."""
 
 
-class QuackLinear:
+class QuackLinear(TritonPasses):
     """CuTe products."""
 
     name = "quack"
@@ -134,18 +135,6 @@ class QuackLinear:
         angles_TH = angles(positions_T, inv_freq)
         angles_TH = torch.cat((angles_TH, torch.zeros_like(angles_TH)), 1)
         return torch.stack((angles_TH.cos(), angles_TH.sin()), -1).flatten(1)
-
-    def enter(self, x_TD: Tensor) -> Tensor:
-        """See `LinearOps`."""
-        return triton_kernels.enter(x_TD)
-
-    def leave(self, x_TD: Tensor) -> Tensor:
-        """See `LinearOps`."""
-        return triton_kernels.leave(x_TD)
-
-    def norm(self, x_TD: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
-        """See `LinearOps`."""
-        return triton_kernels.norm(x_TD, norm.weight, norm.bias, norm.eps, dtype)
 
     def qkv(self, h_TD: Tensor, linear: nn.Linear, rotary: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `LinearOps`."""
@@ -165,10 +154,6 @@ class QuackLinear:
         """See `LinearOps`."""
         launch("residual", with_residual, h_TD, linear.weight, x_TD, x_TD, bias=linear.bias.unsqueeze(0))
         return x_TD, x_TD if norm is None else self.norm(x_TD, norm, h_TD.dtype)
-
-    def segment_sum(self, x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
-        """See `LinearOps`."""
-        return triton_kernels.segment_sum(x_TD, starts_B, stops_B)
 
 
 def launch(kind: str, epilogue: Any, a: Tensor, weight: Tensor, out: Tensor, addend: Tensor | None = None, **operands: Tensor) -> None:

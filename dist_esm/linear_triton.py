@@ -10,17 +10,8 @@ from dist_esm import triton_kernels
 from dist_esm.linear import angles
 
 
-class TritonLinear:
-    """cuBLAS and Triton."""
-
-    name = "triton"
-    interleaves = False
-    bias_dtype: torch.dtype | None = None
-
-    def rotary(self, positions_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, shape (T, H / 2)."""
-        angles_TH = angles(positions_T, inv_freq)
-        return angles_TH.cos(), angles_TH.sin()
+class TritonPasses:
+    """What lies between the products, one pass over memory each."""
 
     def enter(self, x_TD: Tensor) -> Tensor:
         """See `LinearOps`."""
@@ -33,6 +24,23 @@ class TritonLinear:
     def norm(self, x_TD: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
         """See `LinearOps`."""
         return triton_kernels.norm(x_TD, norm.weight, norm.bias, norm.eps, dtype)
+
+    def segment_sum(self, x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
+        """See `LinearOps`."""
+        return triton_kernels.segment_sum(x_TD, starts_B, stops_B)
+
+
+class TritonLinear(TritonPasses):
+    """cuBLAS and Triton."""
+
+    name = "triton"
+    interleaves = False
+    bias_dtype: torch.dtype | None = None
+
+    def rotary(self, positions_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, shape (T, H / 2)."""
+        angles_TH = angles(positions_T, inv_freq)
+        return angles_TH.cos(), angles_TH.sin()
 
     def qkv(self, h_TD: Tensor, linear: nn.Linear, rotary: tuple[Tensor, Tensor], num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `LinearOps`."""
@@ -50,8 +58,4 @@ class TritonLinear:
         added_TD = F.linear(h_TD, linear.weight, linear.bias)
         if norm is None:
             return x_TD.add_(added_TD, alpha=triton_kernels.SCALE), x_TD
-        return x_TD, triton_kernels.add_norm(x_TD, added_TD, norm.weight, norm.bias, norm.eps)
-
-    def segment_sum(self, x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
-        """See `LinearOps`."""
-        return triton_kernels.segment_sum(x_TD, starts_B, stops_B)
+        return x_TD, triton_kernels.norm(x_TD, norm.weight, norm.bias, norm.eps, added_TD.dtype, added_TD)

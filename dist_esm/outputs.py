@@ -1,16 +1,20 @@
 """Outputs in the making: a piece gathers its rows, and a few threads write pieces that are complete.
 
-Writing, syncing and hashing run beside the collector and the device. No more than `MAX_WRITING` pieces are written at once: when
-the disk is slower than the device, the collector waits here, its inbox fills, and the device is held up; memory does not grow.
+Writing, syncing and hashing run beside the collector and the device. No more than `NUM_WRITERS` pieces are written at once, and only
+small ones wait: when the disk is slower than the device, the collector waits here, its inbox fills, and the device is held up; memory
+does not grow. What syncing costs does not depend on size, so small pieces are synced many at a time.
 """
 
 from __future__ import annotations
 
+import errno
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -20,10 +24,16 @@ from torch import Tensor
 from dist_esm.attempt import attempt
 from dist_esm.config import Format, Include
 from dist_esm.records import FastaFile, Row, Unit, WrittenFile
-from dist_esm.spool import Embeddings, Spool, torch_dtype, write_piece, written_file
+from dist_esm.spool import Embeddings, Spool, together, torch_dtype, write_piece, written_file
 from dist_esm.writers import write_output
 
-MAX_WRITING = 3
+NUM_WRITERS = 3
+MAX_PENDING = 64
+PENDING_BYTES = 64 << 20
+"""Pieces that are written or wait for it, beyond one for each writer."""
+MAX_TOGETHER = 16
+TOGETHER_BYTES = 4 << 20
+"""Pieces that are written before the first of them is synced."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,13 @@ class Piece:
     is_closed: bool = False
     """No further record will come."""
     is_being_written: bool = False
-    is_second_try: bool = False
+    is_wanted: bool = True
+    """Its unit has not failed."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its numbers."""
+        return sum(spool.num_bytes for spool in self.spools.values())
 
     def close(self) -> None:
         """Give its rows up."""
@@ -81,7 +97,7 @@ class Piece:
             spool.close()
 
 
-def write_piece_of(settings: OutputSettings, file: FastaFile, unit: Unit, piece: Piece) -> WrittenFile:
+def write_piece_of(settings: OutputSettings, file: FastaFile, unit: Unit, piece: Piece) -> Path:
     """Write a piece: a whole output, a numbered part of one, or what `join` will make one of."""
     tensors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}
     for kind, layer in settings.wanted:
@@ -100,41 +116,109 @@ def write_piece_of(settings: OutputSettings, file: FastaFile, unit: Unit, piece:
     )
     stem = settings.output_dir / file.output
     if unit.first_part is not None:
-        path = write_output(settings.format, embeddings, stem.with_name(f"{stem.name}.part{unit.first_part + piece.number + 1:05d}"))
-    elif unit.is_whole:
-        path = write_output(settings.format, embeddings, stem)
-    else:
-        path = write_piece(embeddings, settings.scratch / "pieces" / f"{file.output}.{unit.ordinal:06d}.pt")
-    return written_file(settings.output_dir, path)
+        return write_output(settings.format, embeddings, stem.with_name(f"{stem.name}.part{unit.first_part + piece.number + 1:05d}"))
+    if unit.is_whole:
+        return write_output(settings.format, embeddings, stem)
+    return write_piece(embeddings, settings.scratch / "pieces" / f"{file.output}.{unit.ordinal:06d}.pt")
+
+
+def is_disk_full(written: WrittenFile | Exception) -> bool:
+    """Whether a piece could not be written for want of room."""
+    return isinstance(written, OSError) and written.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass
+class Job:
+    """A piece of a unit to write; `key` names the unit."""
+
+    key: int
+    piece: Piece
+    write: Callable[[], Path]
+    is_second_try: bool = False
 
 
 class Writers:
-    """Threads that write pieces."""
+    """Threads that write pieces, small ones together.
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(MAX_WRITING, "writer")
-        self._pending: dict[Future[WrittenFile | Exception], tuple[int, Piece]] = {}
+    A piece for which the disk had no room is tried again when nothing else is being written: another may have taken it for a moment.
+
+    Parameters
+    ----------
+    output_dir
+        What paths are relative to.
+    on_written
+        Called in a writer's thread when `finished` has something new.
+    """
+
+    def __init__(self, output_dir: Path, on_written: Callable[[], None]) -> None:
+        self.output_dir = output_dir
+        self.on_written = on_written
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._done: SimpleQueue[tuple[Job, WrittenFile | Exception]] = SimpleQueue()
+        self._put_off: deque[Job] = deque()
+        self._num_pending = 0
+        self._pending_bytes = 0
+        self._threads = [Thread(target=self._work, name="writer", daemon=True) for _ in range(NUM_WRITERS)]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def is_busy(self) -> bool:
         """Whether any piece is not yet taken from `finished`."""
-        return bool(self._pending)
+        return self._num_pending > 0 or bool(self._put_off)
 
-    def submit(self, key: int, piece: Piece, work: Callable[[], WrittenFile]) -> None:
-        """Write a piece of a unit, which `key` names."""
-        self._pending[self._threads.submit(partial(attempt, work))] = (key, piece)
+    @property
+    def has_room(self) -> bool:
+        """Whether another piece may be submitted."""
+        return self._num_pending < NUM_WRITERS or (self._num_pending < MAX_PENDING and self._pending_bytes < PENDING_BYTES)
+
+    def submit(self, job: Job) -> None:
+        """Write a piece."""
+        self._num_pending += 1
+        self._pending_bytes += job.piece.num_bytes
+        self._jobs.put(job)
 
     def finished(self, until_room: bool = False, until_idle: bool = False) -> Iterator[tuple[int, Piece, WrittenFile | Exception]]:
         """Pieces that are written, or the error in their place; waits until there is room for another, or until all are."""
-        while self._pending:
-            must_wait = until_idle or (until_room and len(self._pending) >= MAX_WRITING)
-            done, _ = wait(self._pending, timeout=None if must_wait else 0, return_when=FIRST_COMPLETED)
-            if not done:
+        while True:
+            if self._put_off and not self._num_pending:
+                self.submit(self._put_off.popleft())
+            must_wait = self._num_pending > 0 and (until_idle or (until_room and not self.has_room))
+            if self._done.empty() and not must_wait:
                 return
-            for future in done:
-                key, piece = self._pending.pop(future)
-                yield key, piece, future.result()
+            job, written = self._done.get()
+            self._num_pending -= 1
+            self._pending_bytes -= job.piece.num_bytes
+            if is_disk_full(written) and job.piece.is_wanted and not job.is_second_try:
+                self._put_off.append(replace(job, is_second_try=True))
+            else:
+                yield job.key, job.piece, written
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            jobs = [job, *self._more(job.piece.num_bytes)]
+            for one, path in zip(jobs, together([one.write for one in jobs]), strict=True):
+                self._done.put((one, path if isinstance(path, Exception) else attempt(partial(written_file, self.output_dir, path))))
+            self.on_written()
+
+    def _more(self, num_bytes: int) -> Iterator[Job]:
+        """What waits and is small enough to be written together with what has so many bytes."""
+        for _ in range(MAX_TOGETHER - 1):
+            if num_bytes > TOGETHER_BYTES or self._jobs.empty():
+                return
+            try:
+                job = self._jobs.get_nowait()
+            except Empty:
+                return
+            if job is None:
+                self._jobs.put(None)
+                return
+            num_bytes += job.piece.num_bytes
+            yield job

@@ -99,8 +99,7 @@ class Unit:
     """Why the scan could not read it; reading it will fail with the same reason."""
 
 
-@dataclass(frozen=True)
-class Changes:
+class Changes(NamedTuple):
     """Letters of one record that were put right or replaced."""
 
     upper_cased: int = 0
@@ -109,7 +108,7 @@ class Changes:
     replaced: int = 0
 
     def __bool__(self) -> bool:
-        return self != NO_CHANGES
+        return any(self)
 
 
 NO_CHANGES = Changes()
@@ -151,6 +150,23 @@ class Row(NamedTuple):
 
 NOTE_COLUMNS = ("record", "id", "outcome", "residues", "embedded", "windows", "upper_cased", "stops_removed", "gaps_removed", "replaced", "note")
 """Columns of an output's ``.records.tsv``; ``record`` counts from 1."""
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """One record as the reader passed it on."""
+
+    ticket: int
+    unit: int
+    protein: Protein
+    outcome: RecordOutcome
+    num_embedded: int
+    """Residues that get an embedding."""
+    num_segments: int
+    like: int | None = None
+    """Ticket of the first record with the same residues, whose answer is kept; its own if it is the first."""
+    forgotten: tuple[int, ...] = ()
+    """Tickets whose answers no later record will ask for."""
 
 
 @dataclass(frozen=True)

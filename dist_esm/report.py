@@ -31,6 +31,8 @@ class RankSummary:
     split_packs: int
     recomputed: int
     waits: dict[str, float]
+    startup: dict[str, float]
+    """Seconds of loading the weights and of readying the kernels, and the Unix time of the first pack."""
     outcomes: list[UnitOutcome]
 
 
@@ -194,7 +196,7 @@ def rank_entry(rank: RankSummary) -> dict[str, Any]:
         "tokens_per_second": round(rank.tokens / rank.seconds, 1) if rank.seconds else 0.0,
         "split_packs": rank.split_packs,
         "recomputed": rank.recomputed,
-        **{name: round(seconds, 3) for name, seconds in rank.waits.items()},
+        **{name: round(seconds, 3) for name, seconds in (rank.waits | rank.startup).items()},
     }
 
 

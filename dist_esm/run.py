@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from dist_esm.attempt import attempt
 from dist_esm.config import Config, Format, to_dict
 from dist_esm.embed import RankResult, embed_units
 from dist_esm.engine import DEFAULT_TOKS_PER_BATCH, Engine, make_engine, num_cores
-from dist_esm.journal import Journal, check_settings, clean, entry_of, lock, new_launch, start_over, write_settings
+from dist_esm.journal import Entry, Journal, check_settings, clean, entry_of, lock, new_launch, start_over, write_settings
 from dist_esm.journal import read as read_journal
 from dist_esm.kernels import Kernels, choose_device, choose_dtype, choose_kernels
 from dist_esm.plan import Plan, find_files, refuse_nested
@@ -68,7 +68,7 @@ def run(config: Config, world: World) -> int:
             if stop.reason is not None and not stop.at_once:
                 world.request_stop(stop.reason)
             status = WorkerStatus.COMPLETED if stop.reason is None else WorkerStatus.FAILED
-            mine = account(world, setup, status, result)
+            mine = account(world, setup, status, result, engine)
             if not stop.at_once:
                 world.set_status(status)
                 world.wait_until_complete(unless=lambda: stop.at_once)
@@ -84,10 +84,13 @@ def run(config: Config, world: World) -> int:
         return conclude(config, setup, plan, ranks, joined, journal, stop.reason or (None if stop.at_once else world.stop_reason()), seconds)
 
 
-def account(world: World, setup: Setup, status: WorkerStatus, result: RankResult) -> RankSummary:
+def account(world: World, setup: Setup, status: WorkerStatus, result: RankResult, engine: Engine | None) -> RankSummary:
     """This rank's own account of its work."""
     waits = result.waits if result.device_idle is None else {**result.waits, "device_idle": result.device_idle}
-    work = (result.seconds, result.num_tokens, result.num_split_packs, result.num_recomputed, waits, result.outcomes)
+    startup = engine.startup if engine is not None else {}
+    if result.first_pack_at is not None:
+        startup = {**startup, "first_pack_at": result.first_pack_at}
+    work = (result.seconds, result.num_tokens, result.num_split_packs, result.num_recomputed, waits, startup, result.outcomes)
     return RankSummary(world.rank, world.host, describe(setup.device), status.name, *work)
 
 
@@ -146,13 +149,13 @@ def load_engine(config: Config, setup: Setup, world: World) -> Engine:
     engine = make_engine(config, setup.device, setup.dtype, setup.kernels, max(1, num_cores() // world.local_world_size))
     loaded = time.monotonic()
     engine.warm_up()
+    engine.startup = {"load_seconds": loaded - began, "kernels_seconds": time.monotonic() - loaded}
     log.info(
         "%s on %s in %s, loaded in %.1f s, kernels ready in %.1f s; %s, packs of %d tokens",
         config.model.name,
         describe(setup.device),
         setup.provenance["dtype"],
-        loaded - began,
-        time.monotonic() - loaded,
+        *engine.startup.values(),
         setup.kernels,
         engine.toks_per_batch,
     )
@@ -189,13 +192,16 @@ def hold(config: Config, settings: dict[str, Any]) -> IO[str]:
     return held
 
 
-def journal_writer(journal: Journal, files: list[FastaFile], plan: Plan) -> Callable[[UnitResult], None]:
-    """What records a finished unit."""
+def journal_writer(journal: Journal, files: list[FastaFile], plan: Plan) -> Callable[[Sequence[UnitResult]], None]:
+    """What records finished units."""
 
-    def record(result: UnitResult) -> None:
+    def entry(result: UnitResult) -> Entry:
         pieces = [plan.unit(result.file, result.ordinal).slice]
         output = str(files[result.file].output)
-        journal.append(entry_of(output, pieces, [result.digest], list(result.pieces), result.tally, result.rank, result.seconds))
+        return entry_of(output, pieces, [result.digest], list(result.pieces), result.tally, result.rank, result.seconds)
+
+    def record(results: Sequence[UnitResult]) -> None:
+        journal.append([entry(result) for result in results])
 
     return record
 
@@ -250,7 +256,7 @@ def join_file(config: Config, plan: Plan, file: int, parts: list[UnitResult], jo
     slices = [unit.slice for unit in plan.units_of(file)]
     seconds = sum(part.seconds for part in parts)
     digests = [part.digest for part in parts]
-    journal.append(entry_of(str(plan.files[file].output), slices, digests, [written], tally, journal.rank, seconds, is_joined=True))
+    journal.append([entry_of(str(plan.files[file].output), slices, digests, [written], tally, journal.rank, seconds, is_joined=True)])
     for path in paths:
         path.unlink(missing_ok=True)
     return JoinedFile(written, duplicate_ids)

@@ -63,7 +63,7 @@ def raw_blocks(piece: Slice, tee: Tee | None = None) -> Iterator[bytes]:
     FastaError
         If gzip is truncated or damaged.
     """
-    with open(piece.path, "rb") as file:
+    with open(piece.path, "rb", buffering=0) as file:
         file.seek(piece.seek[0])
         stream: BinaryIO = gzip.GzipFile(fileobj=file) if piece.is_gzip else file  # type: ignore[assignment]
         position = piece.seek[1]

@@ -1,6 +1,6 @@
 """Embeddings on their way to a file: rows that arrive in any order, pieces of a file that was cut, and names that appear at once.
 
-Rows wait in a spool: in memory while they are few, in a nameless file in `output_dir` when they are many, so memory does not grow
+Rows wait in a spool: in memory while there is some left, then in a nameless file in `output_dir`, so memory does not grow
 with the output. A file appears under its name only when all of it is on disk: written beside, synced, renamed.
 """
 
@@ -11,21 +11,28 @@ import json
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_esm.attempt import attempt
+from dist_esm.pickling import torch_save as torch_save
 from dist_esm.records import Row, WrittenFile
 
-SPOOL_BYTES = 16 << 20
-"""A spool of more than this goes to disk."""
+SPOOL_BYTES = 1 << 30
+"""Rows that are kept in memory, of all outputs in the making together; what is more waits on disk."""
+SMALL_BYTES = 1 << 20
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,42 +68,73 @@ class Embeddings:
         return [row.embedded for row in self.rows]
 
 
-class Spool:
-    """Rows of one width and dtype, written at any position, read back as one tensor."""
+@dataclass
+class Memory:
+    """What the spools that share it may keep in memory, in bytes."""
 
-    def __init__(self, width: int, dtype: np.dtype[Any], directory: Path) -> None:
-        self.width = width
-        self.dtype = dtype
-        self._file = tempfile.SpooledTemporaryFile(dir=str(directory))  # noqa: SIM115 - closed by close()
-        self._on_disk = False
-        self._num_bytes = 0
+    left: int = SPOOL_BYTES
+
+
+class Spool:
+    """Rows of one width and dtype, written at any position, read back as one tensor.
+
+    They are kept where the tensor is made of them without another copy, as long as there is memory; then they go to a nameless file.
+    """
+
+    def __init__(self, width: int, dtype: np.dtype[Any], directory: Path, memory: Memory) -> None:
+        self.num_rows = 0
+        self._directory = directory
+        self._memory = memory
+        self._rows: NDArray[Any] = np.empty((0, width), dtype)
+        self._file: IO[bytes] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all rows."""
+        return int(self.num_rows * self._rows.itemsize * self._rows.shape[1])
 
     def write(self, first_row: int, rows: NDArray[Any]) -> None:
         """Put rows, shape (n, width) or (width,), at a position."""
-        start = first_row * self.width * self.dtype.itemsize
-        self._num_bytes = max(self._num_bytes, start + rows.size * self.dtype.itemsize)
-        if self._num_bytes > SPOOL_BYTES and not self._on_disk:
-            self._file.rollover()
-            self._on_disk = True
-        self._file.seek(start)
-        self._file.write(np.ascontiguousarray(rows, dtype=self.dtype).data)
+        rows = rows.reshape(-1, self._rows.shape[1])
+        self.num_rows = max(self.num_rows, first_row + len(rows))
+        if self._file is None and self.num_rows > len(self._rows):
+            self._grow()
+        if self._file is None:
+            self._rows[first_row : first_row + len(rows)] = rows
+        else:
+            self._file.seek(first_row * self._rows.itemsize * self._rows.shape[1])
+            self._file.write(np.ascontiguousarray(rows, dtype=self._rows.dtype).data)
+
+    def _grow(self) -> None:
+        """Make room for `num_rows` in memory, or move to a file if there is not enough of it."""
+        wanted = max(self.num_rows, len(self._rows) * 5 // 4, 16)
+        more = (wanted - len(self._rows)) * self._rows.itemsize * self._rows.shape[1]
+        if more <= self._memory.left:
+            self._memory.left -= more
+            self._rows.resize((wanted, self._rows.shape[1]), refcheck=False)
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=str(self._directory))  # noqa: SIM115 - closed by close()
+        self._file.write(self._rows.data)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self._memory.left += self._rows.nbytes
+        self._rows = self._rows[:0].copy()
 
     def tensor(self) -> Tensor:
         """All rows, shape (n, width). Valid until `close`."""
-        kind = torch_dtype(self.dtype)
-        if not self._num_bytes:
-            return torch.empty(0, self.width, dtype=kind)
+        if self._file is None or not self.num_rows:
+            return torch.from_numpy(self._rows[: self.num_rows])
         self._file.flush()
-        if self._on_disk:
-            data: bytearray | mmap.mmap = mmap.mmap(self._file.fileno(), self._num_bytes, access=mmap.ACCESS_COPY)
-        else:
-            self._file.seek(0)
-            data = bytearray(self._file.read())
-        return torch.frombuffer(data, dtype=kind).view(-1, self.width)
+        data = mmap.mmap(self._file.fileno(), self.num_bytes, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(data, dtype=torch_dtype(self._rows.dtype)).view(-1, self._rows.shape[1])
 
     def close(self) -> None:
         """Give the rows up."""
-        self._file.close()
+        self._give_back()
+        if self._file is not None:
+            self._file.close()
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
@@ -104,45 +142,96 @@ def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
     return {"float32": torch.float32, "float16": torch.float16}[dtype.name]
 
 
+def narrow(rows: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Rows in the dtype to save; what is too large for it becomes infinite. torch converts many times faster than numpy."""
+    return rows if rows.dtype == dtype else np.asarray(torch.from_numpy(rows).to(torch_dtype(dtype)).numpy())
+
+
+class _Held(threading.local):
+    """Files of this thread that are written beside their names and wait for others: (beside, path)."""
+
+    files: list[tuple[Path, Path]] | None = None
+
+
+_held = _Held()
+
+
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file to; on success it is synced and takes the name, on failure it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A path beside `path` to write a file to; on success it is synced and takes the name, on failure it is removed.
+
+    Within `together` that comes when all are written.
+    """
+    if not os.path.isdir(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield beside
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    finally:
+        if _held.files is None:
+            sync(beside)
+            os.replace(beside, path)
+            sync(path.parent)
+        else:
+            _held.files.append((beside, path))
+    except BaseException:
         beside.unlink(missing_ok=True)
+        raise
+
+
+def together(works: Sequence[Callable[[], T]]) -> list[T | Exception]:
+    """Do pieces of work that write files `atomically`. All are written before the first is synced, and a folder is synced once.
+
+    Returns
+    -------
+    list
+        What each came to, or the exception that ended it, which took its files along.
+    """
+    values: list[T | Exception] = []
+    files: list[list[tuple[Path, Path]]] = []
+    for work in works:
+        _held.files = []
+        values.append(attempt(work))
+        files.append(_held.files)
+    _held.files = None
+    synced: dict[Path, Exception | None] = {}
+
+    def settle(step: Callable[[Path, Path], object]) -> None:
+        for number, pairs in enumerate(files):
+            for beside, path in pairs:
+                error = attempt(partial(step, beside, path)) if not isinstance(values[number], Exception) else None
+                if isinstance(error, Exception):
+                    values[number] = error
+
+    def sync_folder(_: Path, path: Path) -> None:
+        if path.parent not in synced:
+            synced[path.parent] = attempt(partial(sync, path.parent))
+        error = synced[path.parent]
+        if error is not None:
+            raise error
+
+    settle(lambda beside, _: sync(beside))
+    settle(os.replace)
+    settle(sync_folder)
+    for value, pairs in zip(values, files, strict=True):
+        if isinstance(value, Exception):
+            for beside, _ in pairs:
+                beside.unlink(missing_ok=True)
+    return values
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save(content: dict[str, Any], path: Path) -> None:
     """`torch.save`, atomically. Through an open file, since the name of a path would become part of the archive's bytes."""
-    with atomically(path) as beside, open(beside, "wb") as file:
+    with atomically(path) as beside, open(beside, "wb", buffering=SMALL_BYTES) as file:
         torch_save(content, file)
-
-
-def torch_save(content: dict[str, Any], file: IO[bytes]) -> None:
-    """`torch.save`, whose archive writer covers the cause of a failed write with a complaint about its own state.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written to.
-    """
-    try:
-        torch.save(content, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
 
 
 def write_piece(embeddings: Embeddings, path: Path) -> Path:
@@ -156,6 +245,7 @@ def join(paths: Sequence[Path], directory: Path) -> Iterator[Embeddings]:
     """The pieces of a file as one, in the order given. Numbers are copied through spools, so memory does not grow with them."""
     whole: Embeddings | None = None
     spools: list[Spool] = []
+    memory = Memory()
     kinds = ("mean", "bos", "per_tok")
     rows: dict[tuple[str, int], tuple[Spool, int]] = {}
     try:
@@ -168,7 +258,7 @@ def join(paths: Sequence[Path], directory: Path) -> Iterator[Embeddings]:
             for kind in kinds:
                 for layer, tensor in getattr(piece, kind).items():
                     if (kind, layer) not in rows:
-                        spools.append(Spool(tensor.shape[1], tensor[:0].numpy().dtype, directory))
+                        spools.append(Spool(tensor.shape[1], tensor[:0].numpy().dtype, directory, memory))
                         rows[kind, layer] = (spools[-1], 0)
                     spool, first = rows[kind, layer]
                     for chunk in torch.split(tensor, 1 << 12):
@@ -191,8 +281,10 @@ def fingerprint(output_dir: Path, path: Path) -> WrittenFile | None:
         text = json.dumps([asdict(one) for one in parts if one is not None])
         return WrittenFile(str(path), sum(one.num_bytes for one in parts if one is not None), hashlib.sha256(text.encode()).hexdigest())
     try:
-        with open(full, "rb") as file:
-            return WrittenFile(str(path), os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        with open(full, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            found = hashlib.sha256(file.read(size)) if size <= SMALL_BYTES else hashlib.file_digest(file, "sha256")
+            return WrittenFile(str(path), size, found.hexdigest())
     except FileNotFoundError:
         return None
 

@@ -31,11 +31,14 @@ def leave(x_TD: Tensor) -> Tensor:
 
 
 @triton.jit
-def _norm(x, weight, bias, out, width, eps, BLOCK: tl.constexpr):
+def _norm(x, added, weight, bias, out, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     values = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32) * UNSCALE
+    if ADDS:
+        values += tl.load(added + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(x + row * width + columns, (values * RESCALE).to(tl.float16), mask=inside)
     mean = tl.sum(values, 0) / width
     centred = tl.where(inside, values - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
@@ -44,37 +47,17 @@ def _norm(x, weight, bias, out, width, eps, BLOCK: tl.constexpr):
     tl.store(out + row * width + columns, (centred * rstd * gain + shift).to(out.dtype.element_ty), mask=inside)
 
 
-def norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm of the residual stream as it is kept, in fp32, rounded once to `dtype`; shape (T, D)."""
+def norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, dtype: torch.dtype, added_TD: Tensor | None = None) -> Tensor:
+    """LayerNorm of the residual stream as it is kept, in fp32, rounded once to `dtype`; shape (T, D).
+
+    With `added_TD`, the stream has it added first, in place.
+    """
     num_rows, width = x_TD.shape
     out_TD = torch.empty_like(x_TD, dtype=dtype)
     block = triton.next_power_of_2(width)
-    _norm[(num_rows,)](x_TD, weight_D, bias_D, out_TD, width, eps, BLOCK=block, num_warps=max(1, min(16, block // 512)))
-    return out_TD
-
-
-@triton.jit
-def _add_norm(x, added, weight, bias, out, width, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    values = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32) * UNSCALE
-    values += tl.load(added + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(x + row * width + columns, (values * RESCALE).to(tl.float16), mask=inside)
-    mean = tl.sum(values, 0) / width
-    centred = tl.where(inside, values - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
-    gain = tl.load(weight + columns, mask=inside, other=0.0)
-    shift = tl.load(bias + columns, mask=inside, other=0.0)
-    tl.store(out + row * width + columns, (centred * rstd * gain + shift).to(out.dtype.element_ty), mask=inside)
-
-
-def add_norm(x_TD: Tensor, added_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """Add to the residual stream as it is kept, in place, and give its LayerNorm in the dtype of what was added; shape (T, D)."""
-    num_rows, width = x_TD.shape
-    out_TD = torch.empty_like(added_TD)
-    block = triton.next_power_of_2(width)
-    _add_norm[(num_rows,)](x_TD, added_TD, weight_D, bias_D, out_TD, width, eps, BLOCK=block, num_warps=max(1, min(16, block // 512)))
+    warps = max(1, min(16, block // 512))
+    added = x_TD if added_TD is None else added_TD
+    _norm[(num_rows,)](x_TD, added, weight_D, bias_D, out_TD, width, eps, ADDS=added_TD is not None, BLOCK=block, num_warps=warps)
     return out_TD
 
 

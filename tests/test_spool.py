@@ -1,0 +1,64 @@
+"""What waits to be written, and how it comes to its name."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from dist_esm.pickling import torch_save
+from dist_esm.spool import Memory, Spool, atomically, narrow, together
+
+
+def test_archives_have_the_bytes_that_torch_writes():
+    rows = torch.arange(60, dtype=torch.float32).view(10, 6)
+    content = {
+        "ids": ["a"] * 10,
+        "data": list(rows.unbind(0)),
+        33: rows,
+        "parts": list(rows.split([3, 7])),
+        "half": rows.half(),
+        "none": [rows[:0], torch.empty(0, 6)],
+    }
+    wanted, found = io.BytesIO(), io.BytesIO()
+    torch.save(content, wanted)
+    torch_save(content, found)
+    assert found.getvalue() == wanted.getvalue()
+
+
+@pytest.mark.parametrize("num_bytes", [1 << 20, 1000, 0])
+def test_rows_come_back_in_their_places_from_memory_and_from_disk(tmp_path, num_bytes):
+    rows = np.random.default_rng(0).standard_normal((300, 6), dtype=np.float32)
+    memory = Memory(num_bytes)
+    spool = Spool(6, rows.dtype, tmp_path / "scratch", memory)
+    for first in np.random.default_rng(1).permutation(60) * 5:
+        spool.write(int(first), rows[first : first + 5])
+        assert memory.left >= 0
+    assert np.array_equal(spool.tensor().numpy(), rows)
+    assert spool.num_bytes == rows.nbytes
+    spool.close()
+    assert memory.left == num_bytes
+
+
+def test_half_precision_is_rounded_as_numpy_does():
+    rows = np.random.default_rng(0).standard_normal(100_000).astype(np.float32) * np.logspace(-9, 4, 100_000, dtype=np.float32)
+    assert np.array_equal(narrow(rows, np.dtype("float16")), rows.astype(np.float16))
+
+
+def test_of_files_written_together_one_that_fails_takes_no_other_along(tmp_path):
+    def write(name: str, error: Exception | None):
+        with atomically(tmp_path / name / "file") as beside:
+            beside.write_text(name)
+        with atomically(tmp_path / name / "second") as beside:
+            beside.write_text(name)
+            if error is not None:
+                raise error
+        assert not (tmp_path / name / "file").exists()
+        return name
+
+    error = OSError("full")
+    assert together([partial(write, "a", None), partial(write, "b", error), partial(write, "c", None)]) == ["a", error, "c"]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == ["a/file", "a/second", "c/file", "c/second"]
