@@ -260,10 +260,12 @@ class Collector:
         self._write_if_complete(waiting.unit, state, waiting.piece)
 
     def _spool(self, waiting: Waiting, vectors: Vectors) -> None:
+        settings, count = self.settings, self._units[waiting.unit].unit.count
         for (kind, layer), rows in vectors.items():
             spool = waiting.piece.spools.get((kind, layer))
             if spool is None:
-                spool = waiting.piece.spools[kind, layer] = Spool(rows.shape[-1], self.settings.dtype, self.settings.scratch, self._memory)
+                expected = count.residues if kind is Include.per_tok else count.sequences
+                spool = waiting.piece.spools[kind, layer] = Spool(rows.shape[-1], settings.dtype, settings.scratch, self._memory, expected)
             spool.write(waiting.row if kind is Include.per_tok else waiting.index, rows)
 
     def _on_end(self, key: int, digest: str) -> None:

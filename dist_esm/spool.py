@@ -79,10 +79,12 @@ class Spool:
     """Rows of one width and dtype, written at any position, read back as one tensor.
 
     They are kept where the tensor is made of them without another copy, as long as there is memory; then they go to a nameless file.
+    `expected` is how many there may be.
     """
 
-    def __init__(self, width: int, dtype: np.dtype[Any], directory: Path, memory: Memory) -> None:
+    def __init__(self, width: int, dtype: np.dtype[Any], directory: Path, memory: Memory, expected: int = 0) -> None:
         self.num_rows = 0
+        self._expected = expected
         self._directory = directory
         self._memory = memory
         self._rows: NDArray[Any] = np.empty((0, width), dtype)
@@ -107,11 +109,17 @@ class Spool:
 
     def _grow(self) -> None:
         """Make room for `num_rows` in memory, or move to a file if there is not enough of it."""
+        row_bytes = self._rows.itemsize * self._rows.shape[1]
         wanted = max(self.num_rows, len(self._rows) * 5 // 4, 16)
-        more = (wanted - len(self._rows)) * self._rows.itemsize * self._rows.shape[1]
+        if wanted < self._expected and self._expected * row_bytes <= self._memory.left // 2:
+            wanted = self._expected
+        more = (wanted - len(self._rows)) * row_bytes
         if more <= self._memory.left:
             self._memory.left -= more
-            self._rows.resize((wanted, self._rows.shape[1]), refcheck=False)
+            if len(self._rows):
+                self._rows.resize((wanted, self._rows.shape[1]), refcheck=False)
+            else:  # in huge pages, that are taken when they are written to
+                self._rows = np.empty((wanted, self._rows.shape[1]), self._rows.dtype)
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=str(self._directory))  # noqa: SIM115 - closed by close()
@@ -144,7 +152,14 @@ def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
 
 def narrow(rows: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Rows in the dtype to save; what is too large for it becomes infinite. torch converts many times faster than numpy."""
-    return rows if rows.dtype == dtype else np.asarray(torch.from_numpy(rows).to(torch_dtype(dtype)).numpy())
+    if rows.dtype == dtype:
+        return rows
+    found = np.empty(rows.shape, dtype)
+    # In steps that torch does not share among threads, which would wait for each other.
+    step = max(1, 16384 // rows.shape[-1]) if rows.ndim > 1 else len(rows)
+    for first in range(0, len(rows), step):
+        torch.from_numpy(found[first : first + step]).copy_(torch.from_numpy(rows[first : first + step]))
+    return found
 
 
 class _Held(threading.local):

@@ -29,11 +29,12 @@ def test_archives_have_the_bytes_that_torch_writes():
     assert found.getvalue() == wanted.getvalue()
 
 
-@pytest.mark.parametrize("num_bytes", [1 << 20, 1000, 0])
-def test_rows_come_back_in_their_places_from_memory_and_from_disk(tmp_path, num_bytes):
+@pytest.mark.parametrize("expected", [0, 100, 300])
+@pytest.mark.parametrize("num_bytes", [1 << 20, 7000, 1000, 0])
+def test_rows_come_back_in_their_places_from_memory_and_from_disk(tmp_path, num_bytes, expected):
     rows = np.random.default_rng(0).standard_normal((300, 6), dtype=np.float32)
     memory = Memory(num_bytes)
-    spool = Spool(6, rows.dtype, tmp_path / "scratch", memory)
+    spool = Spool(6, rows.dtype, tmp_path / "scratch", memory, expected)
     for first in np.random.default_rng(1).permutation(60) * 5:
         spool.write(int(first), rows[first : first + 5])
         assert memory.left >= 0
@@ -45,6 +46,7 @@ def test_rows_come_back_in_their_places_from_memory_and_from_disk(tmp_path, num_
 
 def test_half_precision_is_rounded_as_numpy_does():
     rows = np.random.default_rng(0).standard_normal(100_000).astype(np.float32) * np.logspace(-9, 4, 100_000, dtype=np.float32)
+    assert np.array_equal(narrow(rows.reshape(-1, 50), np.dtype("float16")), rows.astype(np.float16).reshape(-1, 50))
     assert np.array_equal(narrow(rows, np.dtype("float16")), rows.astype(np.float16))
 
 
