@@ -31,6 +31,10 @@ from dist_esm.records import WorkerStatus
 log = logging.getLogger("dist_esm")
 T = TypeVar("T")
 
+CONNECT_SECONDS = 120.0
+"""torchrun's store is there before its ranks are: one that does not answer for so long is gone."""
+STORE_TIMEOUT = timedelta(minutes=30)
+"""torch's own, for what waits in the store once a rank has joined."""
 POLL_SECONDS = 0.1
 NAME_MISSING_SECONDS = 60.0
 HASTE_SECONDS = 3.0
@@ -69,11 +73,22 @@ class World:
     @classmethod
     @contextmanager
     def connect(cls) -> Iterator[World]:
-        """Join the ranks that torchrun started, or be a world of one. CUDA is not touched."""
+        """Join the ranks that torchrun started, or be a world of one. CUDA is not touched.
+
+        Raises
+        ------
+        SystemExit
+            With one line, if torchrun's store does not answer within `CONNECT_SECONDS`.
+        """
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             yield cls(None, 0, 1, 0, 1)
             return
-        store, rank, world_size = next(iter(rendezvous("env://")))
+        try:
+            store, rank, world_size = next(iter(rendezvous("env://", timeout=timedelta(seconds=CONNECT_SECONDS))))
+        except DistError:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise SystemExit(f"dist_esm: error: torchrun's store at {where} does not answer: was torchrun killed? Start it again") from None
+        store.set_timeout(STORE_TIMEOUT)
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         world = cls(PrefixStore("dist_esm", store), rank, world_size, local_rank, local_world_size)

@@ -342,8 +342,9 @@ def fair_esm_run(bench: Bench, model: nn.Module) -> Run:
 
 
 def peer_fair_esm(bench: Bench) -> None:
-    """fair-esm in fp32 and in bf16."""
-    for dtype in (torch.float32, torch.bfloat16):
+    """fair-esm in fp32, and in bf16 where the device has it."""
+    has_bf16 = bench.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for dtype in (torch.float32, torch.bfloat16)[: 1 + has_bf16]:
         bench.timed(fair_esm_run(bench, fair_esm(bench, dtype)), dtype, "fair-esm")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,21 @@ def test_a_world_of_one_needs_no_process_group(monkeypatch):
         assert world.exchange("y") == ["y"]
         world.set_status(WorkerStatus.COMPLETED)
         assert world.is_complete()
+
+
+def test_a_rank_whose_launcher_is_gone_does_not_wait_for_it_for_long(monkeypatch):
+    """As a rank finds it that starts when torchrun has just been killed: nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("dist_esm.world.CONNECT_SECONDS", 1.0)
+    began = time.monotonic()
+    with pytest.raises(SystemExit, match=f"torchrun's store at 127.0.0.1:{port} does not answer"), World.connect():
+        pass
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.distributed
