@@ -171,7 +171,7 @@ def finish(engine: Engine, pack: Pack, submitted: Submitted | Exception, result:
     """
     answers = submitted if isinstance(submitted, Exception) else attempt(submitted.result)
     if isinstance(answers, Exception):
-        return in_halves(engine, pack, answers, engine.toks_per_batch, result)
+        return in_halves(engine, pack, answers, engine.num_rows(pack), result)
     if are_finite(answers):
         return list(answers)
     return [widen(engine, segment, answer, result) for segment, answer in zip(pack.segments, answers, strict=True)]

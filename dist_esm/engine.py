@@ -4,8 +4,8 @@ Same protein, same bits, by construction:
 
 - on a CPU each segment is a forward of its own, on one thread; several run side by side. Nothing that a number depends on
   (shapes, threads, neighbours) differs between one protein's company and another's. It is also the fastest way measured.
-- on a GPU a pack always has `toks_per_batch` rows, so each matrix product runs with the same shape and kernel every time, and
-  attention and pooling see one protein at a time.
+- on a GPU a pack always has `toks_per_batch` rows, so each matrix product runs with the same shape and kernel every time, unless
+  those at hand give a row the same bits among any number of others; attention and pooling see one protein at a time.
 
 Packs are submitted ahead of their answers, so that the device has its next one before it has finished this one.
 """
@@ -29,9 +29,10 @@ from dist_esm.pool import GpuPool, pool
 from dist_esm.records import Answer, Pack, Segment
 from dist_esm.weights import load_model
 
-DEFAULT_TOKS_PER_BATCH = {"cpu": 8192, "cuda": 25344}
-"""Tokens of a pack. On a GPU: rows of matrix products that are tiles of 128 and of 192 rows, a whole number for each of an H100's
-132 multiprocessors, so that no product ends in a wave of tiles that leaves most of them idle. Measured in LOG.md."""
+WAVE = 25344
+"""Rows of matrix products that are tiles of 128 and of 192 rows, a whole number for each of an H100's 132 multiprocessors, so that no
+product ends in a wave of tiles that leaves most of them idle."""
+FEWEST_ROWS = 384
 PADDING = 128
 """Rows of a stretch of padding: few enough that attention within it costs nothing beside the products of its rows."""
 PADDING_TOKEN = 1
@@ -42,6 +43,13 @@ AHEAD = 2
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_toks_per_batch(device_type: str, embed_dim: int) -> int:
+    """Tokens of a pack. On a GPU the products of narrow models are short, so a pack has more of them to stay ahead of; measured in LOG.md."""
+    if device_type == "cpu":
+        return 8192
+    return WAVE * (1 if embed_dim > 1280 else 2 if embed_dim > 640 else 4)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -88,7 +96,7 @@ class Engine:
         self.layers = list(layers)
         self.wants_rows = wants_rows
         self.is_gpu = model.device.type == "cuda"
-        self.toks_per_batch = toks_per_batch or DEFAULT_TOKS_PER_BATCH[model.device.type]
+        self.toks_per_batch = toks_per_batch or default_toks_per_batch(model.device.type, model.arch.embed_dim)
         self.num_threads = num_threads or num_cores()
         self.idle_seconds = 0.0
         """GPU only: time between one pack's end on the device and the next one's beginning."""
@@ -111,7 +119,7 @@ class Engine:
         pack
             Its segments.
         num_rows
-            GPU only: rows of the matrix products, for packs that did not fit; None: `toks_per_batch`.
+            GPU only: rows of the matrix products, for packs that did not fit; None: those of `num_rows`.
 
         Raises
         ------
@@ -119,10 +127,17 @@ class Engine:
             Whatever the forward raises, here or in the result; `is_out_of_memory` tells whether a smaller pack may do.
         """
         if self._threads is None:
-            return self._on_gpu(pack.segments, self.toks_per_batch if num_rows is None else num_rows)
+            return self._on_gpu(pack.segments, self.num_rows(pack) if num_rows is None else num_rows)
         longest_first = sorted(range(len(pack.segments)), key=lambda i: -len(pack.segments[i].tokens))
         futures = {i: self._threads.submit(self._on_cpu, [pack.segments[i]], 0) for i in longest_first}
         return Computing([futures[i] for i in range(len(pack.segments))])
+
+    def num_rows(self, pack: Pack) -> int:
+        """GPU only: rows of the matrix products of a pack. Always the same, or, where bits do not depend on it, halved while it fits."""
+        rows = self.toks_per_batch
+        while self.model.kernels.linear.any_rows and rows >= 2 * FEWEST_ROWS and rows // 2 >= pack.num_tokens:
+            rows //= 2
+        return rows
 
     def run(self, pack: Pack, num_rows: int | None = None) -> list[Answer]:
         """Answer the segments of a pack, in their order; see `submit`."""
@@ -131,7 +146,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compile the kernels, or load them, before the first pack."""
         if self.is_gpu:
-            self.run(Pack((Segment(0, 0, np.array([0, 20, 2], dtype=np.uint8), (0, 1)),)))
+            self.run(Pack((Segment(0, 0, np.array([0, 20, 2], dtype=np.uint8), (0, 1)),)), self.toks_per_batch)
             self._last = None
 
     def recompute(self, segment: Segment) -> Answer:

@@ -6,19 +6,14 @@ once here and logged by the caller. The implementations themselves: `attention` 
 
 from __future__ import annotations
 
-import os
-import threading
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 
-from dist_esm.attempt import attempt
-from dist_esm.attention import FLASH4_CACHE, AttentionFunction, load_flash4, sdpa, varlen
+from dist_esm.attention import AttentionFunction, load_flash4, sdpa, varlen
 from dist_esm.config import Attention, DeviceKind, Dtype, LinearKind
 from dist_esm.linear import LinearOps, TorchLinear
+from dist_esm.preload import is_installed, preload
 
 
 @dataclass(frozen=True)
@@ -81,21 +76,6 @@ def unmet(
     if package is not None and not is_installed(package):
         return f"the package {name} (pip install 'dist_esm[hopper]')"
     return None
-
-
-def preload() -> None:
-    """Import the packages of the Hopper kernels in a thread of their own: that takes seconds, in which CUDA starts and weights are read."""
-    os.environ.setdefault(FLASH4_CACHE, "1")
-    names = [name for name in ("flash_attn.cute.interface", "quack.epilogue.frontend") if is_installed(name.rpartition(".")[0])]
-    threading.Thread(target=lambda: [attempt(partial(import_module, name)) for name in names], name="preload", daemon=True).start()
-
-
-def is_installed(package: str) -> bool:
-    """Whether a package, or a part of one, can be imported."""
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def load_attention(name: str) -> AttentionFunction:

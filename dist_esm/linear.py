@@ -29,6 +29,8 @@ class LinearOps(Protocol):
     name: str
     interleaves: bool
     """Queries and keys hold the two numbers that are rotated against each other side by side, not half a head apart."""
+    any_rows: bool
+    """A row's bits do not depend on the number of rows: a pack that is not full may have fewer."""
     bias_dtype: torch.dtype | None
     """Of the products' biases; None: that of their weights."""
 
@@ -67,6 +69,7 @@ class TorchLinear:
 
     name = "torch"
     interleaves = False
+    any_rows = False
     bias_dtype: torch.dtype | None = None
 
     def rotary(self, positions_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:

@@ -128,6 +128,7 @@ class QuackLinear(TritonPasses):
 
     name = "quack"
     interleaves = True
+    any_rows = True
     bias_dtype: torch.dtype | None = torch.float32
 
     def rotary(self, positions_T: Tensor, inv_freq: Tensor) -> Tensor:

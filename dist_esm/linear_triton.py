@@ -35,6 +35,7 @@ class TritonLinear(TritonPasses):
 
     name = "triton"
     interleaves = False
+    any_rows = False
     bias_dtype: torch.dtype | None = None
 
     def rotary(self, positions_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:

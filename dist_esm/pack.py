@@ -49,9 +49,14 @@ class Packer:
             yield self._close(0)
 
     def flush(self) -> Iterator[Pack]:
-        """Let all open packs go, the oldest first."""
-        while self._open:
-            yield self._close(0)
+        """Let all that is held go, in as few packs as first-fit makes of it with the longest segments first."""
+        segments = sorted((segment for pack in self._open for segment in pack), key=lambda segment: -len(segment.tokens))
+        again = Packer(self.capacity, len(segments))
+        self._open, self._room = [], []
+        for segment in segments:
+            yield from again.add(segment)
+        while again._open:
+            yield again._close(0)
 
     def _close(self, index: int) -> Pack:
         del self._room[index]

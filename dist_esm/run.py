@@ -19,7 +19,7 @@ import torch
 from dist_esm.attempt import attempt
 from dist_esm.config import Config, Format, to_dict
 from dist_esm.embed import RankResult, embed_units
-from dist_esm.engine import DEFAULT_TOKS_PER_BATCH, Engine, make_engine, num_cores
+from dist_esm.engine import Engine, default_toks_per_batch, make_engine, num_cores
 from dist_esm.journal import Entry, Journal, check_settings, clean, entry_of, lock, new_launch, start_over, write_settings
 from dist_esm.journal import read as read_journal
 from dist_esm.kernels import Kernels, choose_device, choose_dtype, choose_kernels
@@ -137,7 +137,7 @@ def prepare(config: Config, world: World) -> Setup:
     values = to_dict(config)
     settings = {key: values[key] for key in ("format", "include", "window_overlap", "residues", "max_proteins_per_output")}
     # On a GPU the rows of a pack choose the matrix kernels, so they are part of what the bits depend on.
-    shape = {"toks_per_batch": config.toks_per_batch or DEFAULT_TOKS_PER_BATCH["cuda"]} if device.type == "cuda" else {}
+    shape = {"toks_per_batch": config.toks_per_batch or default_toks_per_batch("cuda", config.model.embed_dim)} if device.type == "cuda" else {}
     settings = {**provenance, **settings, **shape, "device": device.type, "attention": kernels.attention, "linear": kernels.linear.name}
     del settings["dist_esm"]
     return Setup(device, dtype, kernels, provenance, settings)

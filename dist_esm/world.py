@@ -31,7 +31,7 @@ from dist_esm.records import WorkerStatus
 log = logging.getLogger("dist_esm")
 T = TypeVar("T")
 
-CONNECT_SECONDS = 120.0
+CONNECT_SECONDS = 20.0
 """torchrun's store is there before its ranks are: one that does not answer for so long is gone."""
 STORE_TIMEOUT = timedelta(minutes=30)
 """torch's own, for what waits in the store once a rank has joined."""
@@ -83,8 +83,10 @@ class World:
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             yield cls(None, 0, 1, 0, 1)
             return
+        is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        timeout = timedelta(seconds=CONNECT_SECONDS) if is_there else STORE_TIMEOUT  # without torchrun, rank 0 opens it when it comes
         try:
-            store, rank, world_size = next(iter(rendezvous("env://", timeout=timedelta(seconds=CONNECT_SECONDS))))
+            store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
         except DistError:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise SystemExit(f"dist_esm: error: torchrun's store at {where} does not answer: was torchrun killed? Start it again") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import os
 import random
 import re
@@ -725,7 +726,9 @@ def test_packs_hold_every_segment_once_and_no_more_than_fits(sizes, capacity, ma
     packs = []
     for ticket, size in enumerate(sizes):
         packs += packer.add(Segment(ticket, 0, np.empty(size, np.uint8), (0, size - 2)))
-    packs += packer.flush()
+    last = list(packer.flush())
+    assert all(one.num_tokens + other.num_tokens > capacity for one, other in itertools.combinations(last, 2))
+    packs += last
     tickets = [segment.protein for pack in packs for segment in pack.segments]
     assert sorted(tickets) == list(range(len(sizes)))
     assert all(pack.num_tokens <= capacity or len(pack.segments) == 1 for pack in packs)
