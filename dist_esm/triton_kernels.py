@@ -62,14 +62,14 @@ def norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, dtype: torc
 
 
 @triton.jit
-def _rotate(qkv, cos, sin, stride, num_heads, HALF: tl.constexpr, HEADS: tl.constexpr):
+def _rotate(qkv, cos, sin, stride, num_heads, HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    offsets = tl.arange(0, HALF)[None, :]
-    turn_cos = tl.load(cos + row * HALF + offsets)
-    turn_sin = tl.load(sin + row * HALF + offsets)
+    offsets = tl.arange(0, BLOCK)[None, :]
+    inside = (heads < num_heads) & (offsets < HALF)
+    turn_cos = tl.load(cos + row * HALF + offsets, mask=offsets < HALF, other=0.0)
+    turn_sin = tl.load(sin + row * HALF + offsets, mask=offsets < HALF, other=0.0)
     first_half = qkv + row * stride + heads * 2 * HALF + offsets
-    inside = heads < num_heads
     first = tl.load(first_half, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(first_half + HALF, mask=inside, other=0.0).to(tl.float32)
     tl.store(first_half, (first * turn_cos - second * turn_sin).to(qkv.dtype.element_ty), mask=inside)
@@ -90,7 +90,9 @@ def rotate_(qkv_TC: Tensor, cos_TH: Tensor, sin_TH: Tensor, num_heads: int) -> N
     """
     num_rows, half = cos_TH.shape
     heads = 16
-    _rotate[(num_rows, triton.cdiv(num_heads, heads))](qkv_TC, cos_TH, sin_TH, qkv_TC.stride(0), num_heads, HALF=half, HEADS=heads, num_warps=4)
+    grid = (num_rows, triton.cdiv(num_heads, heads))
+    block = triton.next_power_of_2(half)
+    _rotate[grid](qkv_TC, cos_TH, sin_TH, qkv_TC.stride(0), num_heads, HALF=half, BLOCK=block, HEADS=heads, num_warps=4)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import A3B_SHAPED, A8M, fair_esm_model, random_state, relative_error
+from conftest import A3B_SHAPED, A8M, A35M, fair_esm_model, random_state, relative_error
 from dist_esm import weights
 from dist_esm.attention import sdpa
 from dist_esm.config import Attention, LinearKind
@@ -76,7 +76,7 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("arch", [A3B_SHAPED, A650M_SHAPED, A8M], ids=["3B-shaped", "650M-shaped", "8M"])
+@pytest.mark.parametrize("arch", [A3B_SHAPED, A650M_SHAPED, A35M, A8M], ids=["3B-shaped", "650M-shaped", "35M", "8M"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("attention", "linear"), [("auto", "auto"), ("varlen", "triton"), ("varlen", "torch")])
 def test_on_a_gpu_every_implementation_has_the_same_bits_in_any_company_and_fair_esms_numbers(arch, dtype, attention, linear):
