@@ -79,7 +79,7 @@ class Spool:
     """Rows of one width and dtype, written at any position, read back as one tensor.
 
     They are kept where the tensor is made of them without another copy, as long as there is memory; then they go to a nameless file.
-    `expected` is how many there may be.
+    `expected` is how many there may be: room for them is reserved at once, which takes no memory before they are written.
     """
 
     def __init__(self, width: int, dtype: np.dtype[Any], directory: Path, memory: Memory, expected: int = 0) -> None:
@@ -87,47 +87,51 @@ class Spool:
         self._expected = expected
         self._directory = directory
         self._memory = memory
+        self._taken = 0
         self._rows: NDArray[Any] = np.empty((0, width), dtype)
         self._file: IO[bytes] | None = None
 
     @property
+    def _row_bytes(self) -> int:
+        return int(self._rows.itemsize * self._rows.shape[1])
+
+    @property
     def num_bytes(self) -> int:
         """Size of all rows."""
-        return int(self.num_rows * self._rows.itemsize * self._rows.shape[1])
+        return self.num_rows * self._row_bytes
 
     def write(self, first_row: int, rows: NDArray[Any]) -> None:
         """Put rows, shape (n, width) or (width,), at a position."""
         rows = rows.reshape(-1, self._rows.shape[1])
         self.num_rows = max(self.num_rows, first_row + len(rows))
-        if self._file is None and self.num_rows > len(self._rows):
-            self._grow()
+        if self._file is None and self.num_bytes > self._taken:
+            self._take()
         if self._file is None:
             self._rows[first_row : first_row + len(rows)] = rows
         else:
-            self._file.seek(first_row * self._rows.itemsize * self._rows.shape[1])
+            self._file.seek(first_row * self._row_bytes)
             self._file.write(np.ascontiguousarray(rows, dtype=self._rows.dtype).data)
 
-    def _grow(self) -> None:
-        """Make room for `num_rows` in memory, or move to a file if there is not enough of it."""
-        row_bytes = self._rows.itemsize * self._rows.shape[1]
-        wanted = max(self.num_rows, len(self._rows) * 5 // 4, 16)
-        if wanted < self._expected and self._expected * row_bytes <= self._memory.left // 2:
-            wanted = self._expected
-        more = (wanted - len(self._rows)) * row_bytes
-        if more <= self._memory.left:
-            self._memory.left -= more
-            if len(self._rows):
-                self._rows.resize((wanted, self._rows.shape[1]), refcheck=False)
-            else:  # in huge pages, that are taken when they are written to
-                self._rows = np.empty((wanted, self._rows.shape[1]), self._rows.dtype)
+    def _take(self) -> None:
+        """Take memory for `num_rows`, or move to a file if there is not enough of it."""
+        more = self.num_bytes - self._taken
+        if more > self._memory.left:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=str(self._directory))  # noqa: SIM115 - closed by close()
+            self._file.write(self._rows[: self._taken // self._row_bytes].data)
+            self._give_back()
             return
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=str(self._directory))  # noqa: SIM115 - closed by close()
-        self._file.write(self._rows.data)
-        self._give_back()
+        self._memory.left -= more
+        self._taken += more
+        if self.num_rows > len(self._rows):
+            most = (self._taken + self._memory.left) // self._row_bytes
+            rows = np.empty((max(min(self._expected, most), self.num_rows, len(self._rows) * 5 // 4), self._rows.shape[1]), self._rows.dtype)
+            rows[: len(self._rows)] = self._rows
+            self._rows = rows
 
     def _give_back(self) -> None:
-        self._memory.left += self._rows.nbytes
+        self._memory.left += self._taken
+        self._taken = 0
         self._rows = self._rows[:0].copy()
 
     def tensor(self) -> Tensor:
@@ -160,6 +164,12 @@ def narrow(rows: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     for first in range(0, len(rows), step):
         torch.from_numpy(found[first : first + step]).copy_(torch.from_numpy(rows[first : first + step]))
     return found
+
+
+def are_finite(rows: NDArray[Any]) -> bool:
+    """Whether all are finite numbers. Their sum is seldom finite otherwise, and costs a small part of looking at each."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(rows.sum(dtype=np.float32)) or np.isfinite(rows).all())
 
 
 class _Held(threading.local):
