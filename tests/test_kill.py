@@ -79,7 +79,7 @@ def kill_and_resume(job, output_dir: Path, seed: int, num_kills: int) -> dict[st
             start_new_session=True,
         )
         how = HOW[number % len(HOW)]
-        wait = chance.uniform(2, 20)  # from before the ranks have found each other to after the last output
+        wait = chance.uniform(1, 11)  # from before the ranks have found each other to about the last output
         time.sleep(wait)
         hits[how] += launcher.poll() is None
         kill(how, launcher, output_dir, chance)
