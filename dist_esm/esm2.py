@@ -5,8 +5,8 @@ does not: the LM head, the contact head, and the layers after the last one wante
 factor (1 - 0.15 * 0.8 on the embeddings, since no token is masked), rotary positions that start at 0 in each protein with
 the checkpoint's own ``inv_freq``, erf GELU, pre-norm blocks, and the final LayerNorm on the last layer alone.
 
-Precision: matrix products run in ``dtype``; the residual stream, LayerNorm and the rotation run in fp32, so that bf16 costs
-one rounding at each matrix product's border and none in the sum over layers.
+Precision: matrix products run in ``dtype``; LayerNorm, the rotation and the additions to the residual stream run in fp32. How the stream is
+kept between them is told in `linear`.
 
 Shape suffixes: T tokens of a pack, N heads, H head width, D model width.
 
