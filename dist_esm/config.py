@@ -44,8 +44,7 @@ class Attention(Enum):
     """Implementations of attention, see `attention`."""
 
     auto = "auto"
-    flash4 = "flash4"
-    varlen = "varlen"
+    triton = "triton"
     sdpa = "sdpa"
 
 

@@ -21,11 +21,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from dist_esm.attention import Seqlens, longest
+from dist_esm.attention import Seqlens, tiles
 from dist_esm.config import Config, Include
 from dist_esm.esm2 import ESM2
 from dist_esm.kernels import PLAIN, Kernels
-from dist_esm.pool import GpuPool, pool
+from dist_esm.pool import GpuPool, kept_rows, pool
 from dist_esm.records import Answer, Pack, Segment
 from dist_esm.weights import load_model
 
@@ -182,17 +182,15 @@ class Engine:
     def _on_gpu(self, segments: Sequence[Segment], num_rows: int) -> Submitted:
         """The same without waiting for anything: one copy to the device, the forward, and the answers' copies back."""
         tokens, positions, bounds = lay_out(segments, num_rows)
-        starts = np.array([bounds[i] + 1 + segment.keep[0] for i, segment in enumerate(segments)])
-        stops = np.array([bounds[i] + 1 + segment.keep[1] for i, segment in enumerate(segments)])
-        parts = [np.asarray(part, dtype=np.int32) for part in (bounds, starts, stops, tokens, positions)]
+        spans, tiles_C3 = kept_rows(bounds, [segment.keep for segment in segments]), tiles(bounds)
+        starts, stops = zip(*spans, strict=True)
+        parts = [np.asarray(part, dtype=np.int32) for part in (tiles_C3.ravel(), bounds[: len(spans)], starts, stops, tokens, positions)]
         began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         began.record()
         on_device = torch.from_numpy(np.concatenate(parts)).pin_memory().to(self.model.device, non_blocking=True)
-        cu_seqlens, starts_B, stops_B, tokens_T, positions_T = torch.split(on_device, [len(part) for part in parts])
-        seqlens = Seqlens(bounds, cu_seqlens, longest(bounds))
-        hidden = self.model(tokens_T, positions_T, seqlens, self.layers)
-        keeps, segment_sum = [segment.keep for segment in segments], self.model.kernels.linear.segment_sum
-        pooled = GpuPool(hidden, seqlens, starts_B, stops_B, segment_sum, keeps, self.wants_rows, self._copies)
+        tiles_C, bos_B, starts_B, stops_B, tokens_T, positions_T = torch.split(on_device, [len(part) for part in parts])
+        hidden = self.model(tokens_T, positions_T, Seqlens(bounds, tiles_C.view(tiles_C3.shape)), self.layers)
+        pooled = GpuPool(hidden, bos_B, starts_B, stops_B, spans, self.model.kernels.linear.segment_sum, self.wants_rows, self._copies)
         submitted = OnDevice(self, pooled, began, self._last)
         self._last = pooled.ended
         return submitted

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_esm.attention import AttentionFunction, load_flash4, sdpa, varlen
+from dist_esm.attention import AttentionFunction, load_triton, sdpa
 from dist_esm.config import Attention, DeviceKind, Dtype, LinearKind
 from dist_esm.linear import LinearOps, TorchLinear
-from dist_esm.preload import is_installed, preload
+from dist_esm.preload import is_installed, preload, wait_for_preload
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ PLAIN = Kernels("sdpa", sdpa, TorchLinear())
 HOPPER = (9, 0)
 AMPERE = (8, 0)
 LEAST_HEAD = 64
-"""Heads narrower than this (8M, 35M, 150M) do not fit the tiles of the Hopper kernels."""
+"""Heads narrower than this (8M, 35M, 150M) do not fit the tiles of ``quack``."""
 
 
 def choose_kernels(attention: Attention, linear: LinearKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
@@ -46,46 +46,52 @@ def choose_kernels(attention: Attention, linear: LinearKind, device: torch.devic
     ValueError
         If one that is wanted by name cannot run on this device with this dtype and model, or lacks its package.
     """
-    able = {
-        "flash4": unmet(device, dtype, HOPPER, head_dim, "flash_attn.cute", "flash-attn-4"),
-        "varlen": unmet(device, dtype, AMPERE),
-        "quack": unmet(device, dtype, HOPPER, head_dim, "quack", "quack-kernels"),
-        "triton": unmet(device, dtype, AMPERE, package="triton", name="triton"),
-    }
-    for key, wanted in (("attention", attention), ("linear", linear)):
-        reason = able.get(wanted.name)
-        if reason is not None:
-            raise ValueError(f"{key}={wanted.name} needs {reason}: use {key}=auto")
-    attends = [name for name in ("flash4", "varlen", "sdpa") if attention.name == name or (attention is Attention.auto and able.get(name) is None)]
-    linears = [name for name in ("quack", "triton", "torch") if linear.name == name or (linear is LinearKind.auto and able.get(name) is None)]
-    return Kernels(attends[0], load_attention(attends[0]), load_linear(linears[0]))
+    no_triton, no_quack = unmet_by_triton(device, dtype), unmet_by_quack(device, dtype, head_dim)
+    attention_name = choose("attention", attention.name, {"triton": no_triton, "sdpa": None})
+    linear_name = choose("linear", linear.name, {"quack": no_quack, "triton": no_triton, "torch": None})
+    return Kernels(attention_name, load_triton() if attention_name == "triton" else sdpa, load_linear(linear_name))
 
 
-def unmet(
-    device: torch.device, dtype: torch.dtype, capability: tuple[int, int], head_dim: int = LEAST_HEAD, package: str | None = None, name: str | None = None
-) -> str | None:
-    """What a kernel needs and does not find, in words; None if it can run."""
-    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if found is None or found < capability or (capability == HOPPER and found[0] != HOPPER[0]):
-        which = "a Hopper GPU (compute capability 9.0)" if capability == HOPPER else "a CUDA GPU of compute capability 8.0 or newer"
-        return f"{which}, this is {device.type}" + (f" with {found[0]}.{found[1]}" if found else "")
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"dtype=bf16 or fp16, this is {str(dtype).removeprefix('torch.')}"
+def choose(key: str, wanted: str, unmet: dict[str, str | None]) -> str:
+    """The implementation that is wanted, or for `auto` the first that can run; `unmet` says of each what it lacks, fastest first."""
+    if wanted == "auto":
+        return next(name for name, reason in unmet.items() if reason is None)
+    if unmet[wanted] is not None:
+        raise ValueError(f"{key}={wanted} needs {unmet[wanted]}: use {key}=auto")
+    return wanted
+
+
+def unmet_by_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What Triton's kernels need and do not find, in words; None if they can run."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < AMPERE:
+        return f"a CUDA GPU of compute capability 8.0 or newer, this is {in_words(device)}"
+    return unmet_dtype(dtype) or (None if is_installed("triton") else "the package triton")
+
+
+def unmet_by_quack(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The same of the CuTe products."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
+        return f"a Hopper GPU (compute capability 9.0), this is {in_words(device)}"
     if head_dim < LEAST_HEAD:
         return f"attention heads of {LEAST_HEAD} or wider, this model's have {head_dim}"
-    if package is not None and not is_installed(package):
-        return f"the package {name} (pip install 'dist_esm[hopper]')"
-    return None
+    missing = None if is_installed("quack") else "the package quack-kernels (pip install 'dist_esm[hopper]')"
+    return unmet_dtype(dtype) or missing
 
 
-def load_attention(name: str) -> AttentionFunction:
-    """An implementation of attention by its name."""
-    return load_flash4() if name == "flash4" else {"varlen": varlen, "sdpa": sdpa}[name]
+def unmet_dtype(dtype: torch.dtype) -> str | None:
+    """What either lacks if products are in a dtype."""
+    return None if dtype in (torch.bfloat16, torch.float16) else f"dtype=bf16 or fp16, this is {str(dtype).removeprefix('torch.')}"
+
+
+def in_words(device: torch.device) -> str:
+    """A device and what it can do."""
+    return "cuda with {}.{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else device.type
 
 
 def load_linear(name: str) -> LinearOps:
     """An implementation of the rest of a block by its name; each is imported only where it is used."""
     if name == "quack":
+        wait_for_preload()
         from dist_esm.linear_quack import QuackLinear
 
         return QuackLinear()

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_esm.attention import Seqlens
 from dist_esm.config import Include
 from dist_esm.records import Answer
 
@@ -41,7 +40,7 @@ def pool(hidden: dict[int, Tensor], bounds: Sequence[int], keeps: Sequence[tuple
     list of B answers, on the host
     """
     sums, bos, rows = {}, {}, {}
-    spans = [(start + 1 + first, start + 1 + stop) for start, (first, stop) in zip(bounds, keeps, strict=False)]
+    spans = kept_rows(bounds, keeps)
     for layer, x_TD in hidden.items():
         sums[layer] = torch.stack([x_TD[first:stop].sum(0) for first, stop in spans]).cpu().numpy()
         bos[layer] = x_TD[list(bounds[: len(keeps)])].cpu().numpy()
@@ -56,17 +55,24 @@ def pool(hidden: dict[int, Tensor], bounds: Sequence[int], keeps: Sequence[tuple
     ]
 
 
+def kept_rows(bounds: Sequence[int], keeps: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """First and one past the last row of the kept residues of each segment; `bounds` and `keeps` as of `pool`."""
+    return [(start + 1 + first, start + 1 + stop) for start, (first, stop) in zip(bounds, keeps, strict=False)]
+
+
 class GpuPool:
     """The same on a GPU, without waiting: reduced there in fp32; only what is wanted is copied, beside the next pack, into pinned memory.
 
     Parameters
     ----------
-    hidden, keeps, wants_rows
+    hidden, wants_rows
         As of `pool`.
-    seqlens
-        Where the segments are.
+    bos_B : int32 Tensor, shape (B,)
+        Row of each segment's BOS, on the device.
     starts_B, stops_B : int32 Tensor, shape (B,)
         First and one past the last row of the kept residues of each segment, on the device.
+    spans
+        The same on the host.
     segment_sum
         Sums rows from `starts_B` up to `stops_B`.
     copies
@@ -76,18 +82,18 @@ class GpuPool:
     def __init__(
         self,
         hidden: dict[int, Tensor],
-        seqlens: Seqlens,
+        bos_B: Tensor,
         starts_B: Tensor,
         stops_B: Tensor,
+        spans: Sequence[tuple[int, int]],
         segment_sum: Callable[[Tensor, Tensor, Tensor], Tensor],
-        keeps: Sequence[tuple[int, int]],
         wants_rows: bool,
         copies: torch.cuda.Stream,
     ) -> None:
-        self.spans = [(start + 1 + first, start + 1 + stop) for start, (first, stop) in zip(seqlens.bounds, keeps, strict=False)]
+        self.spans = spans
         sums = {layer: segment_sum(x_TD, starts_B, stops_B) for layer, x_TD in hidden.items()}
-        bos = {layer: x_TD[seqlens.cu_seqlens[: len(keeps)]] for layer, x_TD in hidden.items()}
-        rows = {layer: x_TD[: seqlens.bounds[len(keeps)]] for layer, x_TD in hidden.items()} if wants_rows else {}
+        bos = {layer: x_TD[bos_B] for layer, x_TD in hidden.items()}
+        rows = {layer: x_TD[: spans[-1][1]] for layer, x_TD in hidden.items()} if wants_rows else {}
         self.ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self.ended.record()
         copies.wait_event(self.ended)

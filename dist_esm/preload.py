@@ -1,12 +1,11 @@
-"""The packages of the Hopper kernels, imported early and without what they do not need here.
+"""quack-kernels, imported early and without what it does not need here.
 
-Their import is most of the time from launch to the first pack, and most of it is torch's compiler: quack-kernels marks functions for it
-where they are defined, none of which runs here. So while they are imported, such marks leave functions as they are.
+Its import is most of the time from launch to the first pack, and most of it is torch's compiler: it marks functions for it where they are
+defined, none of which runs here. So while it is imported, such marks leave functions as they are.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,26 +20,35 @@ from unittest import mock
 import torch
 
 from dist_esm.attempt import attempt
-from dist_esm.attention import FLASH4_CACHE
 
 COMPILER = "torch._dynamo"
-PACKAGES = ("quack.epilogue.frontend", "flash_attn.cute.interface")
+PACKAGE = "quack"
+_is_over = threading.Event()
+"""Not set while the package is imported: a second thread that imports it at the same time finds modules that are not complete yet."""
+_is_over.set()
 
 
 def preload() -> None:
-    """Import the packages in a thread of their own, beside the start of CUDA and the reading of weights.
+    """Import quack-kernels, if it is there, in a thread of its own, beside the start of CUDA and the reading of weights.
 
     What fails there is tried again where it is needed, and raises there.
     """
-    os.environ.setdefault(FLASH4_CACHE, "1")
-    threading.Thread(target=_import_packages, name="preload", daemon=True).start()
+    if is_installed(PACKAGE):
+        _is_over.clear()
+        threading.Thread(target=_import_package, name="preload", daemon=True).start()
 
 
-def _import_packages() -> None:
-    with without_compiler():
-        for name in PACKAGES:
-            if is_installed(name.rpartition(".")[0]):
-                attempt(partial(import_module, name))
+def _import_package() -> None:
+    try:
+        with without_compiler():
+            attempt(partial(import_module, f"{PACKAGE}.epilogue.frontend"))
+    finally:
+        _is_over.set()
+
+
+def wait_for_preload() -> None:
+    """Return when no import that `preload` began is under way."""
+    _is_over.wait()
 
 
 @contextmanager

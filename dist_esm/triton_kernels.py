@@ -1,4 +1,4 @@
-"""Element-wise passes between matrix products, one Triton kernel each: every tensor is read once and written once.
+"""Attention, and the element-wise passes between matrix products, one Triton kernel each.
 
 A row, a head or a protein is reduced by one program in an order that depends on its own length alone, so its bits depend neither on
 its neighbours nor on where it lies in the pack.
@@ -18,6 +18,7 @@ SCALE = 2.0**-6
 """The residual stream is kept in fp16 times this: it reaches 4 million, with 11 significant bits. A power of two rounds nothing."""
 UNSCALE = tl.constexpr(1 / SCALE)
 RESCALE = tl.constexpr(SCALE)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def enter(x_TD: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ def gelu_(x: Tensor) -> Tensor:
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["starts", "stops"])
 def _segment_sum(x, starts, stops, out, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     segment = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -132,3 +133,70 @@ def segment_sum(x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
     grid = (len(starts_B), triton.cdiv(x_TD.shape[1], columns))
     _segment_sum[grid](x_TD, starts_B, stops_B, out_BD, x_TD.shape[1], ROWS=16, COLUMNS=columns, num_warps=4)
     return out_BD
+
+
+@triton.jit(do_not_specialize_on_alignment=["tiles"])
+def _attend(q, k, v, out, tiles, q_stride, k_stride, v_stride, num_heads, HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    head, tile = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
+    first_query, start, stop = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    columns, rows = tl.arange(0, BLOCK), tl.arange(0, TILE)
+    in_head = columns < HEAD
+    in_tile = (first_query + rows < stop)[:, None] & in_head[None, :]
+    q_rows = q + first_query.to(tl.int64) * q_stride + head * HEAD + rows[:, None] * q_stride + columns[None, :]
+    queries = tl.load(q_rows, mask=in_tile, other=0.0)
+    keys_at = k + start.to(tl.int64) * k_stride + head * HEAD + rows[None, :] * k_stride + columns[:, None]
+    values_at = v + start.to(tl.int64) * v_stride + head * HEAD + rows[:, None] * v_stride + columns[None, :]
+    most = tl.full((TILE,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    sums = tl.zeros((TILE, BLOCK), tl.float32)
+    length = stop - start
+    whole = length // TILE * TILE
+    for _ in range(0, whole, TILE):
+        keys = tl.load(keys_at, mask=in_head[:, None], other=0.0)
+        values = tl.load(values_at, mask=in_head[None, :], other=0.0)
+        most, total, sums = _attend_to(queries, keys, values, TILE, most, total, sums, MASKS=False)
+        keys_at += TILE * k_stride
+        values_at += TILE * v_stride
+    if whole < length:
+        left = length - whole
+        keys = tl.load(keys_at, mask=(rows < left)[None, :] & in_head[:, None], other=0.0)
+        values = tl.load(values_at, mask=(rows < left)[:, None] & in_head[None, :], other=0.0)
+        most, total, sums = _attend_to(queries, keys, values, left, most, total, sums, MASKS=True)
+    out_rows = out + (first_query + rows).to(tl.int64)[:, None] * num_heads * HEAD + head * HEAD + columns[None, :]
+    tl.store(out_rows, (sums / total[:, None]).to(out.dtype.element_ty), mask=in_tile)
+
+
+@triton.jit
+def _attend_to(queries, keys, values, left, most, total, sums, MASKS: tl.constexpr):
+    scores = tl.dot(queries, keys) * LOG2_E
+    if MASKS:
+        scores = tl.where((tl.arange(0, keys.shape[1]) < left)[None, :], scores, float("-inf"))
+    new_most = tl.maximum(most, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_most[:, None])
+    shrinks = tl.exp2(most - new_most)
+    sums = tl.dot(weights.to(values.dtype), values, sums * shrinks[:, None])
+    return new_most, total * shrinks + tl.sum(weights, 1), sums
+
+
+def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, tiles_C3: Tensor, tile: int) -> Tensor:
+    """Attention within each protein, shape (T, N, H): scores and their softmax in fp32, its weights rounded to the dtype of the values.
+
+    A query's softmax goes through the keys of its protein in order, `tile` at a time, rescaled whenever a larger score comes.
+    Source: Dao 2023, arXiv:2307.08691, algorithm 1.
+
+    Parameters
+    ----------
+    q_TNH, k_TNH, v_TNH
+        bf16 or fp16; rows of heads laid end to end, whose own distance may be larger. Queries are scaled already.
+    tiles_C3
+        See `Seqlens`; every row belongs to one tile.
+    tile
+        Rows of a tile.
+    """
+    _, num_heads, head = q_TNH.shape
+    out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+    strides = q_TNH.stride(0), k_TNH.stride(0), v_TNH.stride(0)
+    block = max(16, triton.next_power_of_2(head))
+    grid = (len(tiles_C3) * num_heads,)
+    _attend[grid](q_TNH, k_TNH, v_TNH, out_TNH, tiles_C3, *strides, num_heads, HEAD=head, BLOCK=block, TILE=tile, num_warps=4, num_stages=3)
+    return out_TNH

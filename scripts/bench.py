@@ -495,7 +495,7 @@ def read(path: Path, number: int) -> list[Protein]:
 def environment() -> dict[str, Any]:
     """What the numbers were taken on."""
     found: dict[str, Any] = {"python": sys.version.split()[0], "cuda": torch.version.cuda, "cores": len(os.sched_getaffinity(0))}
-    for name in ("dist_esm", "torch", "triton", "fair-esm", "transformers", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "esm-efficient"):
+    for name in ("dist_esm", "torch", "triton", "fair-esm", "transformers", "quack-kernels", "nvidia-cutlass-dsl", "esm-efficient"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     if torch.cuda.is_available():

@@ -24,8 +24,7 @@ A650M_SHAPED = Architecture(2, 1280, 20)
 @pytest.mark.parametrize(
     ("attention", "linear", "message"),
     [
-        ("flash4", "auto", "attention=flash4 needs a Hopper GPU (compute capability 9.0), this is cpu: use attention=auto"),
-        ("varlen", "auto", "attention=varlen needs a CUDA GPU of compute capability 8.0 or newer, this is cpu: use attention=auto"),
+        ("triton", "auto", "attention=triton needs a CUDA GPU of compute capability 8.0 or newer, this is cpu: use attention=auto"),
         ("auto", "quack", "linear=quack needs a Hopper GPU (compute capability 9.0), this is cpu: use linear=auto"),
         ("auto", "triton", "linear=triton needs a CUDA GPU of compute capability 8.0 or newer, this is cpu: use linear=auto"),
     ],
@@ -78,7 +77,7 @@ def same(one, other) -> bool:
 @pytest.mark.gpu
 @pytest.mark.parametrize("arch", [A3B_SHAPED, A650M_SHAPED, A35M, A8M], ids=["3B-shaped", "650M-shaped", "35M", "8M"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("attention", "linear"), [("auto", "auto"), ("varlen", "triton"), ("varlen", "torch")])
+@pytest.mark.parametrize(("attention", "linear"), [("auto", "auto"), ("triton", "triton"), ("triton", "torch"), ("sdpa", "triton")])
 def test_on_a_gpu_every_implementation_has_the_same_bits_in_any_company_and_fair_esms_numbers(arch, dtype, attention, linear):
     device = torch.device("cuda", 0)
     kernels = choose_kernels(Attention[attention], LinearKind[linear], device, dtype, arch.head_dim)
