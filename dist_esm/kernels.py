@@ -13,7 +13,7 @@ import torch
 from dist_esm.attention import AttentionFunction, load_triton, sdpa
 from dist_esm.config import Attention, DeviceKind, Dtype, LinearKind
 from dist_esm.linear import LinearOps, TorchLinear
-from dist_esm.preload import is_installed, preload, wait_for_preload
+from dist_esm.preload import is_installed, preload
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,6 @@ def in_words(device: torch.device) -> str:
 def load_linear(name: str) -> LinearOps:
     """An implementation of the rest of a block by its name; each is imported only where it is used."""
     if name == "quack":
-        wait_for_preload()
         from dist_esm.linear_quack import QuackLinear
 
         return QuackLinear()
