@@ -93,7 +93,7 @@ class Collector:
         self._followers: dict[int, list[int]] = {}
         self._kept: dict[int, Vectors | Exception | None] = {}
         self._memory = Memory()
-        self._writers = Writers(settings.output_dir, self._on_written)
+        self._writers = Writers(settings.output_dir, settings.num_writers, self._on_written)
         self._room = threading.Semaphore(MAX_ANSWERED)
         self._inbox: queue.Queue[Message | None] = queue.Queue(maxsize=16)
         self._thread = threading.Thread(target=self._work, name="collector", daemon=True)
@@ -155,7 +155,7 @@ class Collector:
                 crash = attempt(partial(self._handle, handle, args))
                 self.crash = crash if isinstance(crash, Exception) else None
         while self.crash is None and self._writers.is_busy:
-            crash = attempt(lambda: self._take(self._writers.finished(until_idle=True)))
+            crash = attempt(lambda: self._take(self._writers.finished(lambda: False)))
             self.crash = crash if isinstance(crash, Exception) else None
         self._writers.close()
 
@@ -218,6 +218,9 @@ class Collector:
         return state.pieces[part]
 
     def _on_answers(self, segments: Sequence[Segment], answers: Sequence[Answer | Exception]) -> None:
+        # While outputs are being written their rows are about to leave memory; only what finds no room then has to wait on disk.
+        num_bytes = sum(stop - first for first, stop in (segment.keep for segment in segments)) * self.settings.residue_bytes
+        self._take(self._writers.finished(lambda: self._memory.left >= num_bytes))
         for segment, answer in zip(segments, answers, strict=True):
             waiting = self._waiting.get(segment.protein)
             if waiting is None:
@@ -301,7 +304,7 @@ class Collector:
     def _write_if_complete(self, key: int, state: UnitState, piece: Piece) -> None:
         if piece.is_closed and piece.num_answered == len(piece.rows) and not piece.is_being_written:
             piece.is_being_written = True
-            self._take(self._writers.finished(until_room=True))
+            self._take(self._writers.finished(lambda: self._writers.has_room))
             self._writers.submit(Job(key, piece, partial(write_piece_of, self.settings, self.files[state.unit.file], state.unit, piece)))
 
     def _take(self, finished: Iterable[tuple[int, Piece, WrittenFile | Exception]]) -> None:

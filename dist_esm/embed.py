@@ -21,7 +21,7 @@ from dist_esm.collect import Collector
 from dist_esm.config import Config
 from dist_esm.engine import AHEAD, Engine, Submitted, is_out_of_memory
 from dist_esm.feed import Reader
-from dist_esm.outputs import OutputSettings
+from dist_esm.outputs import MAX_WRITERS, MIN_WRITERS, OutputSettings
 from dist_esm.records import Answer, Failure, FastaFile, Pack, Segment, Unit, UnitFailure, UnitOutcome, UnitResult
 from dist_esm.stop import Failures, Stop
 
@@ -118,6 +118,7 @@ def embed_units(
         dtype=np.dtype(config.save_dtype.name),
         max_proteins_per_output=config.max_proteins_per_output,
         provenance=provenance or {},
+        num_writers=max(MIN_WRITERS, min(MAX_WRITERS, engine.num_threads // 2)),
     )
     collector = Collector(files, settings, rank, on_results, on_failure)
     reader = Reader(units, files, config, engine.toks_per_batch, collector, failures, stop)

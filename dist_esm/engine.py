@@ -78,7 +78,7 @@ class Engine:
     toks_per_batch
         Tokens of a pack; None: the default for the device.
     num_threads
-        CPU only: segments that run side by side; None: the cores of this process.
+        Cores that are this rank's: on a CPU as many segments run side by side; None: the cores of this process.
     load_wider
         Loads the same model in a wider dtype, for what is not finite in this one; called at most once.
     """

@@ -1,6 +1,6 @@
 """Outputs in the making: a piece gathers its rows, and a few threads write pieces that are complete.
 
-Writing, syncing and hashing run beside the collector and the device. No more than `NUM_WRITERS` pieces are written at once, and only
+Writing, syncing and hashing run beside the collector and the device. No more pieces than there are writers are written at once, and only
 small ones wait: when the disk is slower than the device, the collector waits here, its inbox fills, and the device is held up; memory
 does not grow. What syncing costs does not depend on size, so small pieces are synced many at a time.
 """
@@ -27,7 +27,8 @@ from dist_esm.records import FastaFile, Row, Unit, WrittenFile
 from dist_esm.spool import Embeddings, Spool, together, torch_dtype, write_piece, written_file
 from dist_esm.writers import write_output
 
-NUM_WRITERS = 3
+MIN_WRITERS, MAX_WRITERS = 3, 8
+"""One writes and hashes about 0.5 GB/s; a rank gets one for every two of its cores, within these bounds."""
 MAX_PENDING = 64
 PENDING_BYTES = 64 << 20
 """Pieces that are written or wait for it, beyond one for each writer."""
@@ -52,6 +53,7 @@ class OutputSettings:
     """Records of one numbered part."""
     provenance: dict[str, Any]
     """Goes into every output."""
+    num_writers: int = MIN_WRITERS
 
     @property
     def main_layer(self) -> int:
@@ -62,6 +64,11 @@ class OutputSettings:
     def scratch(self) -> Path:
         """Where spools and pieces wait."""
         return self.output_dir / ".dist_esm"
+
+    @property
+    def residue_bytes(self) -> int:
+        """What the representations of one residue take."""
+        return self.width * self.dtype.itemsize * sum(kind is Include.per_tok for kind, _ in self.wanted)
 
     @cached_property
     def wanted(self) -> list[tuple[Include, int]]:
@@ -146,11 +153,13 @@ class Writers:
     ----------
     output_dir
         What paths are relative to.
+    num_writers
+        Threads.
     on_written
         Called in a writer's thread when `finished` has something new.
     """
 
-    def __init__(self, output_dir: Path, on_written: Callable[[], None]) -> None:
+    def __init__(self, output_dir: Path, num_writers: int, on_written: Callable[[], None]) -> None:
         self.output_dir = output_dir
         self.on_written = on_written
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
@@ -158,7 +167,7 @@ class Writers:
         self._put_off: deque[Job] = deque()
         self._num_pending = 0
         self._pending_bytes = 0
-        self._threads = [Thread(target=self._work, name="writer", daemon=True) for _ in range(NUM_WRITERS)]
+        self._threads = [Thread(target=self._work, name="writer", daemon=True) for _ in range(num_writers)]
         for thread in self._threads:
             thread.start()
 
@@ -170,7 +179,7 @@ class Writers:
     @property
     def has_room(self) -> bool:
         """Whether another piece may be submitted."""
-        return self._num_pending < NUM_WRITERS or (self._num_pending < MAX_PENDING and self._pending_bytes < PENDING_BYTES)
+        return self._num_pending < len(self._threads) or (self._num_pending < MAX_PENDING and self._pending_bytes < PENDING_BYTES)
 
     def submit(self, job: Job) -> None:
         """Write a piece."""
@@ -178,12 +187,12 @@ class Writers:
         self._pending_bytes += job.piece.num_bytes
         self._jobs.put(job)
 
-    def finished(self, until_room: bool = False, until_idle: bool = False) -> Iterator[tuple[int, Piece, WrittenFile | Exception]]:
-        """Pieces that are written, or the error in their place; waits until there is room for another, or until all are."""
+    def finished(self, until: Callable[[], bool] = lambda: True) -> Iterator[tuple[int, Piece, WrittenFile | Exception]]:
+        """Pieces that are written, or the error in their place; waits for more until something holds or nothing is being written."""
         while True:
             if self._put_off and not self._num_pending:
                 self.submit(self._put_off.popleft())
-            must_wait = self._num_pending > 0 and (until_idle or (until_room and not self.has_room))
+            must_wait = self._num_pending > 0 and not until()
             if self._done.empty() and not must_wait:
                 return
             job, written = self._done.get()

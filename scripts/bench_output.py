@@ -33,6 +33,7 @@ import torch
 
 from dist_esm.config import Config, Format, Include, ModelConfig, SaveDtype
 from dist_esm.embed import embed_units
+from dist_esm.engine import num_cores
 from dist_esm.journal import Journal, new_launch, write_settings
 from dist_esm.plan import find_files
 from dist_esm.records import Answer, Pack
@@ -49,6 +50,7 @@ class PacedDevice:
     """Answers packs at so many residues a second; None: at once."""
 
     toks_per_batch = 16384
+    num_threads = num_cores()
 
     def __init__(self, pace: float | None) -> None:
         self.pace = pace

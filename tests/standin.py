@@ -77,6 +77,7 @@ class StandIn:
         self.layers = list(layers)
         self.wants_rows = wants_rows
         self.toks_per_batch = toks_per_batch
+        self.num_threads = 2
         self.poison = {fair_esm_tokens(residues).astype(np.uint8).tobytes() for residues in poison}
         self.num_segments = 0
         self.num_tokens = 0
