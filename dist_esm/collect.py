@@ -20,13 +20,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from dist_esm.attempt import attempt
 from dist_esm.config import Include
 from dist_esm.notes import note
 from dist_esm.outputs import Job, OutputSettings, Piece, Writers, write_piece_of
 from dist_esm.pool import Vectors, combine
 from dist_esm.records import Announcement, Answer, Failure, FastaFile, RecordOutcome, Row, Segment, Tally, Unit, UnitFailure, UnitResult, WrittenFile
-from dist_esm.spool import Memory, Spool, are_finite, narrow, remove
+from dist_esm.spool import Memory, Spool, are_finite, remove
 
 Message = tuple[Callable[..., None], tuple[Any, ...]]
 MAX_ANSWERED = 3
@@ -248,7 +250,8 @@ class Collector:
         state = self._units.get(waiting.unit) if waiting else None
         if waiting is None or state is None:
             return
-        vectors = {key: narrow(rows, self.settings.dtype) for key, rows in vectors.items()}
+        with np.errstate(over="ignore"):  # what is too large for the dtype becomes infinite
+            vectors = {key: rows.astype(self.settings.dtype, copy=False) for key, rows in vectors.items()}
         if not all(are_finite(rows) for rows in vectors.values()):
             name = waiting.piece.rows[waiting.index].id
             self._on_fail(waiting.unit, FloatingPointError(f"the embedding of {name} is not finite: use a wider dtype or save_dtype, for example float32"))

@@ -81,6 +81,8 @@ class Engine:
         Cores that are this rank's: on a CPU as many segments run side by side; None: the cores of this process.
     load_wider
         Loads the same model in a wider dtype, for what is not finite in this one; called at most once.
+    rows_dtype
+        Of per-residue representations, which are rounded to it before they leave the device.
     """
 
     def __init__(
@@ -91,10 +93,12 @@ class Engine:
         toks_per_batch: int | None = None,
         num_threads: int | None = None,
         load_wider: Callable[[], ESM2] | None = None,
+        rows_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model
         self.layers = list(layers)
         self.wants_rows = wants_rows
+        self.rows_dtype = rows_dtype
         self.is_gpu = model.device.type == "cuda"
         self.toks_per_batch = toks_per_batch or default_toks_per_batch(model.device.type, model.arch.embed_dim)
         self.num_threads = num_threads or num_cores()
@@ -154,7 +158,7 @@ class Engine:
         if self._wider is None:
             if self._load_wider is None:
                 raise FloatingPointError("the embedding is not finite, and no wider dtype is at hand")
-            self._wider = Engine(self._load_wider(), self.layers, self.wants_rows, num_threads=1)
+            self._wider = Engine(self._load_wider(), self.layers, self.wants_rows, num_threads=1, rows_dtype=self.rows_dtype)
         self._wider.wants_rows = self.wants_rows
         (answer,) = self._wider.run(Pack((segment,)), num_rows=0)
         return answer
@@ -171,12 +175,16 @@ class Engine:
         if self._wider is not None:
             self._wider.close()
 
+    @property
+    def _rows_dtype(self) -> torch.dtype | None:
+        return self.rows_dtype if self.wants_rows else None
+
     @torch.inference_mode()
     def _on_cpu(self, segments: Sequence[Segment], num_rows: int) -> list[Answer]:
         """Embed segments in one forward over at least `num_rows` rows; rows without a protein cost time and nothing else."""
         tokens, positions, bounds = lay_out(segments, num_rows)
         hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(positions), Seqlens.of(bounds, self.model.device), self.layers)
-        return pool(hidden, bounds, [segment.keep for segment in segments], self.wants_rows)
+        return pool(hidden, bounds, [segment.keep for segment in segments], self._rows_dtype)
 
     @torch.inference_mode()
     def _on_gpu(self, segments: Sequence[Segment], num_rows: int) -> Submitted:
@@ -190,7 +198,7 @@ class Engine:
         on_device = torch.from_numpy(np.concatenate(parts)).pin_memory().to(self.model.device, non_blocking=True)
         tiles_C, bos_B, starts_B, stops_B, tokens_T, positions_T = torch.split(on_device, [len(part) for part in parts])
         hidden = self.model(tokens_T, positions_T, Seqlens(bounds, tiles_C.view(tiles_C3.shape)), self.layers)
-        pooled = GpuPool(hidden, bos_B, starts_B, stops_B, spans, self.model.kernels.linear.segment_sum, self.wants_rows, self._copies)
+        pooled = GpuPool(hidden, bos_B, starts_B, stops_B, spans, self.model.kernels.linear.segment_sum, self._rows_dtype, self._copies)
         submitted = OnDevice(self, pooled, began, self._last)
         self._last = pooled.ended
         return submitted
@@ -206,6 +214,7 @@ def make_engine(config: Config, device: torch.device, dtype: torch.dtype, kernel
         config.toks_per_batch,
         num_threads,
         load_wider=lambda: load_model(config.model, device, wider, PLAIN),
+        rows_dtype=getattr(torch, config.save_dtype.name),
     )
 
 

@@ -21,7 +21,7 @@ Vectors = dict[tuple[Include, int], NDArray[Any]]
 """A protein's finished representations by kind and layer: mean and bos (D,), per_tok (L, D)."""
 
 
-def pool(hidden: dict[int, Tensor], bounds: Sequence[int], keeps: Sequence[tuple[int, int]], wants_rows: bool) -> list[Answer]:
+def pool(hidden: dict[int, Tensor], bounds: Sequence[int], keeps: Sequence[tuple[int, int]], rows_dtype: torch.dtype | None) -> list[Answer]:
     """Reduce the hidden states of a pack.
 
     Parameters
@@ -32,8 +32,8 @@ def pool(hidden: dict[int, Tensor], bounds: Sequence[int], keeps: Sequence[tuple
         Token offsets of the B segments, and of what comes after them.
     keeps
         For each segment the first and one past the last residue to answer.
-    wants_rows
-        Whether to return the residues' own representations too.
+    rows_dtype
+        Of the residues' own representations; None: they are not wanted.
 
     Returns
     -------
@@ -44,12 +44,12 @@ def pool(hidden: dict[int, Tensor], bounds: Sequence[int], keeps: Sequence[tuple
     for layer, x_TD in hidden.items():
         sums[layer] = torch.stack([x_TD[first:stop].sum(0) for first, stop in spans]).cpu().numpy()
         bos[layer] = x_TD[list(bounds[: len(keeps)])].cpu().numpy()
-        rows[layer] = [x_TD[first:stop].cpu().numpy() for first, stop in spans] if wants_rows else []
+        rows[layer] = [x_TD[first:stop].to(rows_dtype).cpu().numpy() for first, stop in spans] if rows_dtype else []
     return [
         Answer(
             {layer: sums[layer][i] for layer in hidden},
             {layer: bos[layer][i] for layer in hidden},
-            {layer: rows[layer][i] for layer in hidden} if wants_rows else {},
+            {layer: rows[layer][i] for layer in hidden} if rows_dtype else {},
         )
         for i in range(len(keeps))
     ]
@@ -65,7 +65,7 @@ class GpuPool:
 
     Parameters
     ----------
-    hidden, wants_rows
+    hidden, rows_dtype
         As of `pool`.
     bos_B : int32 Tensor, shape (B,)
         Row of each segment's BOS, on the device.
@@ -87,13 +87,13 @@ class GpuPool:
         stops_B: Tensor,
         spans: Sequence[tuple[int, int]],
         segment_sum: Callable[[Tensor, Tensor, Tensor], Tensor],
-        wants_rows: bool,
+        rows_dtype: torch.dtype | None,
         copies: torch.cuda.Stream,
     ) -> None:
         self.spans = spans
         sums = {layer: segment_sum(x_TD, starts_B, stops_B) for layer, x_TD in hidden.items()}
         bos = {layer: x_TD[bos_B] for layer, x_TD in hidden.items()}
-        rows = {layer: x_TD[: spans[-1][1]] for layer, x_TD in hidden.items()} if wants_rows else {}
+        rows = {layer: x_TD[: spans[-1][1]].to(rows_dtype) for layer, x_TD in hidden.items()} if rows_dtype else {}
         self.ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self.ended.record()
         copies.wait_event(self.ended)

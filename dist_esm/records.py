@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -202,14 +202,14 @@ class Pack:
 
 @dataclass(frozen=True)
 class Answer:
-    """The wanted representations of one segment, on the host, fp32."""
+    """The wanted representations of one segment, on the host."""
 
     sums: dict[int, NDArray[np.float32]]
     """Layer to the sum over the kept residues, shape (D,)."""
     bos: dict[int, NDArray[np.float32]]
     """Layer to the representation of BOS, shape (D,)."""
-    rows: dict[int, NDArray[np.float32]]
-    """Layer to the kept residues' own representations, shape (kept, D); empty unless wanted."""
+    rows: dict[int, NDArray[Any]]
+    """Layer to the kept residues' own representations, shape (kept, D), in the dtype to save; empty unless wanted."""
 
 
 @dataclass(frozen=True)

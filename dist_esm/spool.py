@@ -154,18 +154,6 @@ def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
     return {"float32": torch.float32, "float16": torch.float16}[dtype.name]
 
 
-def narrow(rows: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Rows in the dtype to save; what is too large for it becomes infinite. torch converts many times faster than numpy."""
-    if rows.dtype == dtype:
-        return rows
-    found = np.empty(rows.shape, dtype)
-    # In steps that torch does not share among threads, which would wait for each other.
-    step = max(1, 16384 // rows.shape[-1]) if rows.ndim > 1 else len(rows)
-    for first in range(0, len(rows), step):
-        torch.from_numpy(found[first : first + step]).copy_(torch.from_numpy(rows[first : first + step]))
-    return found
-
-
 def are_finite(rows: NDArray[Any]) -> bool:
     """Whether all are finite numbers. Their sum is seldom finite otherwise, and costs a small part of looking at each."""
     with np.errstate(over="ignore", invalid="ignore"):

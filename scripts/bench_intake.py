@@ -245,7 +245,7 @@ def child_memory(path: str, output_dir: str, width: int, expected: int) -> dict[
         """Answers at once, and each segment with numbers of its own."""
 
         toks_per_batch = 16384
-        num_threads = num_cores()
+        num_threads = 2
         num_segments = 0
 
         def run(self, pack: Pack) -> list[Answer]:

@@ -94,6 +94,19 @@ def test_mean_bos_and_rows_are_fair_esms(pair):
             assert relative_error(torch.from_numpy(answer.bos[layer]), expected[layer][0]) <= 1e-5
 
 
+def test_residues_come_in_the_dtype_to_save_and_sums_in_fp32(pair):
+    model, _ = pair
+    last = model.arch.num_layers
+    pack = Pack(tuple(segment(sequence, i) for i, sequence in enumerate(SEQUENCES)))
+    wide, half = (Engine(model, [last], wants_rows=True, num_threads=1, rows_dtype=dtype) for dtype in (torch.float32, torch.float16))
+    for one, other in zip(wide.run(pack), half.run(pack), strict=True):
+        assert other.rows[last].dtype == np.float16
+        np.testing.assert_array_equal(other.rows[last], one.rows[last].astype(np.float16))
+        np.testing.assert_array_equal(other.sums[last], one.sums[last])
+    wide.close()
+    half.close()
+
+
 def test_a_lower_layer_stops_the_forward_early_with_the_same_numbers(pair):
     model, _ = pair
     full = ours(model, SEQUENCES[1:2])[0]

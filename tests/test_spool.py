@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dist_esm.pickling import torch_save
-from dist_esm.spool import Memory, Spool, atomically, narrow, together
+from dist_esm.spool import Memory, Spool, atomically, together
 
 
 def test_archives_have_the_bytes_that_torch_writes():
@@ -42,12 +42,6 @@ def test_rows_come_back_in_their_places_from_memory_and_from_disk(tmp_path, num_
     assert spool.num_bytes == rows.nbytes
     spool.close()
     assert memory.left == num_bytes
-
-
-def test_half_precision_is_rounded_as_numpy_does():
-    rows = np.random.default_rng(0).standard_normal(100_000).astype(np.float32) * np.logspace(-9, 4, 100_000, dtype=np.float32)
-    assert np.array_equal(narrow(rows.reshape(-1, 50), np.dtype("float16")), rows.astype(np.float16).reshape(-1, 50))
-    assert np.array_equal(narrow(rows, np.dtype("float16")), rows.astype(np.float16))
 
 
 def test_of_files_written_together_one_that_fails_takes_no_other_along(tmp_path):
