@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -83,11 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start(config: Config | None, problem: str | None) -> int:
     """Join the other ranks and run, or refuse with all problems of all ranks, said once."""
+    gc.disable()  # imports make a million objects and no garbage
     from dist_esm.run import run
     from dist_esm.selfcheck import selfcheck
     from dist_esm.verify import verify
     from dist_esm.world import RefusedError, World, setup_logging
 
+    gc.enable()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may be any bytes
