@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from dist_esm.spool import Embeddings
+from dist_esm.spool import Embeddings, sync
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,3 @@ def refuse_to_replace(path: Path, marks: Sequence[str]) -> None:
     found = {entry.name: entry.is_dir() for entry in os.scandir(path)} if path.is_dir() and not path.is_symlink() else None
     if found is None or any(found.values()) or (found and not set(marks) <= set(found)):
         raise FileExistsError(f"{path} is there already and is no folder of embeddings alone: move it away, or name another output_dir")
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.formats import About, Names, escape, folder_atomically
+from dist_esm.pickling import torch_save
 from dist_esm.records import Row
-from dist_esm.spool import Embeddings, save, torch_save
+from dist_esm.spool import Embeddings, save
 
 MAP = "ids.tsv"
 MAP_COLUMNS = ("file", "id", "index", "length", "header")

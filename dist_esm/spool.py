@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.attempt import attempt
-from dist_esm.pickling import torch_save as torch_save
+from dist_esm.pickling import torch_save
 from dist_esm.records import Row, WrittenFile
 
-SPOOL_BYTES = 1 << 30
+SPOOL_BYTES = 3 << 29
 """Rows that are kept in memory, of all outputs in the making together; what is more waits on disk."""
 SMALL_BYTES = 1 << 20
 
@@ -178,17 +178,19 @@ def atomically(path: Path) -> Iterator[Path]:
     if not os.path.isdir(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    is_held = False
     try:
         yield beside
-        if _held.files is None:
-            sync(beside)
-            os.replace(beside, path)
-            sync(path.parent)
-        else:
+        if _held.files is not None:
             _held.files.append((beside, path))
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+            is_held = True
+            return
+        sync(beside)
+        os.replace(beside, path)
+        sync(path.parent)
+    finally:
+        if not is_held:
+            beside.unlink(missing_ok=True)
 
 
 def together(works: Sequence[Callable[[], T]]) -> list[T | Exception]:
