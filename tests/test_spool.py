@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dist_esm.pickling import torch_save
-from dist_esm.spool import Memory, Spool, atomically, together
+from dist_esm.spool import Memory, Spool, are_finite, atomically, together
 
 
 def test_archives_have_the_bytes_that_torch_writes():
@@ -42,6 +42,21 @@ def test_rows_come_back_in_their_places_from_memory_and_from_disk(tmp_path, num_
     assert spool.num_bytes == rows.nbytes
     spool.close()
     assert memory.left == num_bytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_one_number_that_is_not_finite_is_found_among_many(dtype):
+    rows = np.random.default_rng(0).standard_normal((50, 40)).astype(dtype)
+    rows[0, :2] = np.finfo(dtype).max, np.finfo(dtype).min
+    rows[1] = np.finfo(dtype).max  # their sum is beyond fp32, and yet each is finite
+    assert are_finite(rows)
+    assert are_finite(rows[:0])
+    assert are_finite(rows[:, 3])
+    for number in (np.inf, -np.inf, np.nan, -np.nan):
+        rows[7, 3] = number
+        assert not are_finite(rows)
+        assert not are_finite(rows[:, 3])
+        assert are_finite(rows[:, 4])
 
 
 def test_of_files_written_together_one_that_fails_takes_no_other_along(tmp_path):
