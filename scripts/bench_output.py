@@ -52,9 +52,10 @@ class PacedDevice:
     toks_per_batch = 16384
     num_threads = num_cores()
 
-    def __init__(self, pace: float | None) -> None:
+    def __init__(self, pace: float | None, dtype: SaveDtype) -> None:
         self.pace = pace
-        self.rows = np.random.default_rng(0).standard_normal((2048, WIDTH), dtype=np.float32)
+        self.numbers = np.random.default_rng(0).standard_normal((2048, WIDTH), dtype=np.float32)
+        self.rows = self.numbers.astype(dtype.name)
         self.free_at = 0.0
 
     is_gpu = False
@@ -71,7 +72,7 @@ class PacedDevice:
         answers = []
         for segment in pack.segments:
             first, last = segment.keep
-            answers.append(Answer({LAYER: self.rows[0]}, {LAYER: self.rows[1]}, {LAYER: self.rows[: last - first]}))
+            answers.append(Answer({LAYER: self.numbers[0]}, {LAYER: self.numbers[1]}, {LAYER: self.rows[: last - first]}))
         return answers
 
     def free_memory(self) -> None:
@@ -135,7 +136,7 @@ def run(inputs: Path, out: Path, pace: float | None, kind: Format, dtype: SaveDt
     journal = Journal(out, new_launch(), 0)
     plan = agree_on_plan(config, files, world)
     units = [plan.units[index] for index in plan.bins[0]]
-    device: Any = PacedDevice(pace)
+    device: Any = PacedDevice(pace, dtype)
     result = embed_units(units, files, config, device, 0, Stop(), {}, journal_writer(journal, files, plan))
     journal.close()
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
