@@ -15,6 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,7 +95,8 @@ class Collector:
         self._waiting: dict[int, Waiting] = {}
         self._followers: dict[int, list[int]] = {}
         self._kept: dict[int, Vectors | Exception | None] = {}
-        self._memory = Memory()
+        self._copiers = ThreadPoolExecutor(max(1, settings.num_writers // 2), "copier")
+        self._memory = Memory(copiers=self._copiers)
         self._writers = Writers(settings.output_dir, settings.num_writers, self._on_written)
         self._room = threading.Semaphore(MAX_ANSWERED)
         self._inbox: queue.Queue[Message | None] = queue.Queue(maxsize=16)
@@ -160,6 +162,7 @@ class Collector:
             crash = attempt(lambda: self._take(self._writers.finished(lambda: False)))
             self.crash = crash if isinstance(crash, Exception) else None
         self._writers.close()
+        self._copiers.shutdown()
 
     def _on_written(self) -> None:
         """Called by a writer. A full inbox needs no message: pieces that are written are taken before every one."""

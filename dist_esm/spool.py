@@ -13,6 +13,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,6 +32,8 @@ from dist_esm.records import Row, WrittenFile
 SPOOL_BYTES = 3 << 29
 """Rows that are kept in memory, of all outputs in the making together; what is more waits on disk."""
 SMALL_BYTES = 1 << 20
+LARGE_ROWS = 1 << 17
+"""Bytes of rows that are worth another thread."""
 
 T = TypeVar("T")
 
@@ -70,15 +73,17 @@ class Embeddings:
 
 @dataclass
 class Memory:
-    """What the spools that share it may keep in memory, in bytes."""
+    """What the spools that share it may keep in memory, in bytes, and threads that copy what is large, if there are any."""
 
     left: int = SPOOL_BYTES
+    copiers: Executor | None = None
 
 
 class Spool:
     """Rows of one width and dtype, written at any position, read back as one tensor.
 
     They are kept where the tensor is made of them without another copy, as long as there is memory; then they go to a nameless file.
+    Rows that are given to `write` must stay as they are until `tensor`.
     `expected` is how many there may be: room for them is reserved at once, which takes no memory before they are written.
     """
 
@@ -90,6 +95,7 @@ class Spool:
         self._taken = 0
         self._rows: NDArray[Any] = np.empty((0, width), dtype)
         self._file: IO[bytes] | None = None
+        self._copies: list[Future[None]] = []
 
     @property
     def _row_bytes(self) -> int:
@@ -107,7 +113,11 @@ class Spool:
         if self._file is None and self.num_bytes > self._taken:
             self._take()
         if self._file is None:
-            self._rows[first_row : first_row + len(rows)] = rows
+            place = self._rows[first_row : first_row + len(rows)]
+            if self._memory.copiers is not None and place.nbytes >= LARGE_ROWS:
+                self._copies.append(self._memory.copiers.submit(np.copyto, place, rows))
+            else:
+                place[:] = rows
         else:
             self._file.seek(first_row * self._row_bytes)
             self._file.write(np.ascontiguousarray(rows, dtype=self._rows.dtype).data)
@@ -116,6 +126,7 @@ class Spool:
         """Take memory for `num_rows`, or move to a file if there is not enough of it."""
         more = self.num_bytes - self._taken
         if more > self._memory.left:
+            self._finish_copies()
             self._directory.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=str(self._directory))  # noqa: SIM115 - closed by close()
             self._file.write(self._rows[: self._taken // self._row_bytes].data)
@@ -126,8 +137,14 @@ class Spool:
         if self.num_rows > len(self._rows):
             most = (self._taken + self._memory.left) // self._row_bytes
             rows = np.empty((max(min(self._expected, most), self.num_rows, len(self._rows) * 5 // 4), self._rows.shape[1]), self._rows.dtype)
+            self._finish_copies()
             rows[: len(self._rows)] = self._rows
             self._rows = rows
+
+    def _finish_copies(self) -> None:
+        for copy in self._copies:
+            copy.result()
+        self._copies.clear()
 
     def _give_back(self) -> None:
         self._memory.left += self._taken
@@ -136,6 +153,7 @@ class Spool:
 
     def tensor(self) -> Tensor:
         """All rows, shape (n, width). Valid until `close`."""
+        self._finish_copies()
         if self._file is None or not self.num_rows:
             return torch.from_numpy(self._rows[: self.num_rows])
         self._file.flush()
@@ -144,6 +162,7 @@ class Spool:
 
     def close(self) -> None:
         """Give the rows up."""
+        self._finish_copies()
         self._give_back()
         if self._file is not None:
             self._file.close()
