@@ -162,7 +162,6 @@ class Spool:
 
     def close(self) -> None:
         """Give the rows up."""
-        self._finish_copies()
         self._give_back()
         if self._file is not None:
             self._file.close()

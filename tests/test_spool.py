@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import time
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -29,14 +31,26 @@ def test_archives_have_the_bytes_that_torch_writes():
     assert found.getvalue() == wanted.getvalue()
 
 
+class Late(Executor):
+    """Threads that get to their work a while after they were given it."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(2)
+
+    def submit(self, work, /, *args):
+        return self.pool.submit(lambda: (time.sleep(0.002), work(*args)))
+
+
 @pytest.mark.parametrize("expected", [0, 100, 300])
 @pytest.mark.parametrize("num_bytes", [1 << 20, 7000, 1000, 0])
-def test_rows_come_back_in_their_places_from_memory_and_from_disk(tmp_path, num_bytes, expected):
+@pytest.mark.parametrize("copiers", [None, Late()], ids=["", "copied late"])
+def test_rows_come_back_in_their_places_from_memory_and_from_disk(tmp_path, monkeypatch, num_bytes, expected, copiers):
+    monkeypatch.setattr("dist_esm.spool.LARGE_ROWS", 0)
     rows = np.random.default_rng(0).standard_normal((300, 6), dtype=np.float32)
-    memory = Memory(num_bytes)
+    memory = Memory(num_bytes, copiers)
     spool = Spool(6, rows.dtype, tmp_path / "scratch", memory, expected)
-    for first in np.random.default_rng(1).permutation(60) * 5:
-        spool.write(int(first), rows[first : first + 5])
+    for number in [*range(20), *np.random.default_rng(1).permutation(np.arange(20, 60))]:
+        spool.write(5 * int(number), rows[5 * number : 5 * number + 5])
         assert memory.left >= 0
     assert np.array_equal(spool.tensor().numpy(), rows)
     assert spool.num_bytes == rows.nbytes
