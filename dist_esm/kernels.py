@@ -7,13 +7,13 @@ once here and logged by the caller. The implementations themselves: `attention` 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
 from dist_esm.attention import AttentionFunction, load_triton, sdpa
 from dist_esm.config import Attention, DeviceKind, Dtype, LinearKind
 from dist_esm.linear import LinearOps, TorchLinear
-from dist_esm.preload import is_installed, preload
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ def unmet_by_quack(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return unmet_dtype(dtype) or missing
 
 
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return find_spec(package) is not None
+
+
 def unmet_dtype(dtype: torch.dtype) -> str | None:
     """What either lacks if products are in a dtype."""
     return None if dtype in (torch.bfloat16, torch.float16) else f"dtype=bf16 or fp16, this is {str(dtype).removeprefix('torch.')}"
@@ -121,7 +126,6 @@ def choose_device(wanted: DeviceKind, local_rank: int, local_world_size: int, ho
             f"{local_world_size} ranks were started on {host}, which has {num_gpus} visible GPU(s): "
             f"start torchrun with --nproc_per_node={num_gpus}, or use device=cpu"
         )
-    preload()
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

@@ -3,20 +3,23 @@
 A product is accumulated in fp32 registers; bias, GELU, rotation or residual are applied there (`quack_epilogues`), in fp32, before the one rounding on
 the way out. Products are not split along their inner dimension, so a row's bits depend neither on its place nor on the number of rows.
 
-Compiled kernels are kept on disk (``QUACK_CACHE_DIR``).
+Compiled kernels are kept (`aot`): the package is imported only to compile one that is not there.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dist_esm import aot
 from dist_esm.linear import angles
 from dist_esm.linear_triton import TritonPasses
-from dist_esm.preload import wait_for_preload
 
 
 class Tile(NamedTuple):
@@ -55,31 +58,54 @@ class QuackLinear(TritonPasses):
         """See `LinearOps`."""
         num_rows, width = h_TD.shape
         qkv_TC = h_TD.new_empty(num_rows, 3 * width)
-        launch("rotation", epilogues().with_rotation(width), h_TD, linear.weight, qkv_TC, bias=linear.bias.unsqueeze(0), turn=rotary)
+        launch("rotation", a=h_TD, weight=linear.weight, bias=linear.bias.unsqueeze(0), turn=rotary, out=qkv_TC)
         q_TNH, k_TNH, v_TNH = qkv_TC.view(num_rows, 3, num_heads, -1).unbind(1)
         return q_TNH, k_TNH, v_TNH
 
     def gelu(self, h_TD: Tensor, linear: nn.Linear) -> Tensor:
         """See `LinearOps`."""
         out_TF = h_TD.new_empty(len(h_TD), len(linear.weight))
-        launch("gelu", epilogues().with_gelu, h_TD, linear.weight, out_TF, bias=linear.bias.unsqueeze(0))
+        launch("gelu", a=h_TD, weight=linear.weight, bias=linear.bias.unsqueeze(0), out=out_TF)
         return out_TF
 
     def residual(self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
         """See `LinearOps`."""
-        launch("residual", epilogues().with_residual, h_TD, linear.weight, x_TD, x_TD, bias=linear.bias.unsqueeze(0))
+        launch("residual", a=h_TD, weight=linear.weight, bias=linear.bias.unsqueeze(0), out=x_TD)
         return x_TD, x_TD if norm is None else self.norm(x_TD, norm, h_TD.dtype)
 
 
+_kernels: dict[tuple[object, ...], aot.Kernel] = {}
+
+
+def launch(kind: str, **tensors: Tensor) -> None:
+    """out = epilogue(a @ weight.T, the other tensors)."""
+    shape = tensors["weight"].shape if kind == "rotation" else ()
+    key = (kind, tensors["a"].dtype, tensors["out"].dtype, shape, tensors["a"].device)
+    kernel = _kernels.get(key)
+    if kernel is None:
+        kernel = _kernels[key] = load(kind, tensors)
+    kernel(tensors)
+
+
+def load(kind: str, tensors: dict[str, Tensor]) -> aot.Kernel:
+    """The kernel of a kind for tensors of these dtypes; a rotation's is for one width of the model and of its heads."""
+    dtypes = [str(tensors[name].dtype).removeprefix("torch.") for name in ("a", "out")]
+    widths = [str(tensors["a"].shape[1]), str(tensors["turn"].shape[1] // 2)] if kind == "rotation" else []
+
+    def compiler() -> aot.Compiled:
+        from dist_esm.quack_epilogues import compiled
+
+        return compiled(kind, tensors, TILES[kind])
+
+    return aot.load("-".join(["quack", kind, *dtypes, *widths]), fingerprint(tensors["a"].device), compiler)
+
+
 @cache
-def epilogues() -> Any:
-    """`quack_epilogues`, imported when the first product is wanted: until then weights are read beside the import that `preload` began."""
-    wait_for_preload()
-    from dist_esm import quack_epilogues
-
-    return quack_epilogues
-
-
-def launch(kind: str, epilogue: Any, a: Tensor, weight: Tensor, out: Tensor, addend: Tensor | None = None, **operands: Tensor) -> None:
-    """out = epilogue(a @ weight.T, operands)."""
-    epilogue.gemm(a, weight, out, addend, epi_args=operands, **TILES[kind]._asdict())
+def fingerprint(device: torch.device) -> str:
+    """What compiled kernels depend on but for what they compute: the code here, the packages and where they are, the GPU."""
+    about = torch.cuda.get_device_properties(device)
+    packages = [version(name) for name in ("quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")]
+    runtime = find_spec("tvm_ffi")
+    sources = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("linear_quack.py", "quack_epilogues.py", "aot.py")]
+    where = runtime.origin if runtime is not None else None
+    return aot.fingerprint(sources, packages, where, about.name, about.major, about.minor, about.multi_processor_count)

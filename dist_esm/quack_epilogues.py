@@ -1,6 +1,6 @@
 """What `linear_quack` applies to a product while it is still in fp32 registers: bias, and GELU, rotation or residual.
 
-These functions are traced by CuTe's compiler. Importing them takes seconds.
+These functions are traced by CuTe's compiler. Importing them takes seconds, and is only done to compile.
 """
 
 # mypy: ignore-errors
@@ -9,15 +9,23 @@ These functions are traced by CuTe's compiler. Importing them takes seconds.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import cutlass.cute as cute
+import quack.cache
 from cutlass import Int32, const_expr
+from cutlass.cute.runtime import find_runtime_libraries
 from quack import copy_utils
 from quack.epilogue.frontend import gemm_epilogue, pack, unpack
 from quack.epilogue.ops import RowVecLoad
 from quack.epilogue.rotary import RotaryCosSinTMALoad
+from quack.gemm_runtime.host import run_gemm_epi_plan
+from torch import Tensor
 
+from dist_esm import aot
 from dist_esm.triton_kernels import SCALE
+
+quack.cache.CACHE_ENABLED = False  # what its cache answers cannot be exported
 
 
 def gelu(x):
@@ -95,3 +103,29 @@ def with_rotation(width):
         return {"D": pack(x * cos - y * sin, x * sin + y * cos)}
 
     return turned
+
+
+def compiled(kind: str, tensors: dict[str, Tensor], tile: Any) -> aot.Compiled:
+    """Compile a product: kernel, and how to keep it.
+
+    Parameters
+    ----------
+    kind
+        "rotation", "gelu" or "residual".
+    tensors
+        a (T, K), weight (C, K), bias (1, C), out (T, C), and turn (T, 2 H) for a rotation. Their dtypes count, and of a rotation the widths.
+    tile
+        How the product is cut.
+    """
+    a, weight, out = (tensors[name] for name in ("a", "weight", "out"))
+    operands = {name: tensor for name, tensor in tensors.items() if name not in ("a", "weight", "out")}
+    epilogue = {"rotation": lambda: with_rotation(a.shape[1]), "gelu": lambda: with_gelu, "residual": lambda: with_residual}[kind]()
+    addend = out if kind == "residual" else None
+    plan = epilogue.gemm(a, weight, out, addend, epi_args=operands, **tile._asdict(), _launch=False)
+    calls = []
+    run_gemm_epi_plan(plan._replace(compiled_fn=lambda *arguments: calls.append(arguments)), a, weight, out, addend, operands)
+
+    def export(path):
+        plan.compiled_fn.export_to_c(object_file_path=str(path), function_name=aot.SYMBOL)
+
+    return aot.Compiled(aot.Kernel(plan.compiled_fn, aot.form_of(calls[0], tensors)), export, find_runtime_libraries(enable_tvm_ffi=True))

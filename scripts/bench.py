@@ -50,7 +50,6 @@ from dist_esm.esm2 import TOKEN_DROPOUT_FACTOR
 from dist_esm.fair_esm import ALPHABET
 from dist_esm.kernels import choose_device, choose_dtype, choose_kernels
 from dist_esm.pack import Packer
-from dist_esm.preload import wait_for_preload
 from dist_esm.records import Pack, Segment
 from dist_esm.weights import architecture, fair_esm_tensors
 
@@ -139,7 +138,6 @@ class Bench:
         self.dtype = choose_dtype(self.config.dtype, self.device)
         self.layer = self.config.model.num_layers
         self.kernels = choose_kernels(self.config.attention, self.config.linear, self.device, self.dtype, architecture(self.config.model).head_dim)
-        wait_for_preload()  # nothing may be timed beside an import
 
     def add(self, name: str, dtype: torch.dtype, rates: Sequence[float], means: dict[str, np.ndarray] | None = None, note: str = "") -> None:
         """A row from the rates of its runs."""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -100,3 +105,39 @@ def test_on_a_gpu_every_implementation_has_the_same_bits_in_any_company_and_fair
             assert same(one, third)
             expected = theirs(oracle, sequence)[last][1 : len(sequence) + 1].sum(0)
             assert torch.cosine_similarity(torch.from_numpy(one.sums[last]), expected, dim=0) >= least, (hard, len(sequence))
+
+
+LAUNCH = """
+import hashlib, logging, sys
+sys.path.insert(0, sys.argv[1])
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+from test_kernels import *
+
+device = torch.device("cuda", 0)
+kernels = choose_kernels(Attention.auto, LinearKind.quack, device, torch.bfloat16, A650M_SHAPED.head_dim)
+with torch.device("meta"):
+    model = ESM2(A650M_SHAPED, kernels)
+weights.fill(model, random_state(A650M_SHAPED, seed=1).__getitem__, device, torch.bfloat16)
+(answer,) = Engine(model.eval(), [2], wants_rows=True, toks_per_batch=1152).run(Pack((segment(SEQUENCES[-1], 0),)))
+print(hashlib.sha256(answer.rows[2].tobytes()).hexdigest(), "quack" in sys.modules)
+"""
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_second_launch_does_not_import_the_compiler_and_has_the_same_bits(tmp_path):
+    choose_kernels(Attention.auto, LinearKind.quack, torch.device("cuda", 0), torch.bfloat16, 64)
+    (tmp_path / "a file").touch()
+
+    def launch(cache):
+        command = [sys.executable, "-W", "ignore", "-c", LAUNCH, str(Path(__file__).parent)]
+        done = subprocess.run(command, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / cache)}, stdout=subprocess.PIPE, text=True, check=True)
+        *messages, result = done.stdout.splitlines()
+        return messages, result.split()
+
+    messages, (bits, has_compiled) = launch("cache")
+    assert (messages, has_compiled) == ([], "True")
+    assert launch("cache") == ([], [bits, "False"])
+    messages, result = launch("a file")
+    assert result == [bits, "True"]
+    assert len(messages) == 3
+    assert all("cannot be kept, every launch compiles it anew" in message for message in messages)
