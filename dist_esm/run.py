@@ -57,6 +57,7 @@ def run(config: Config, world: World) -> int:
         plan = agree_on_plan(config, files, world, entries)
         units = [plan.units[index] for index in plan.bins[world.rank]]
         engine = together(world, lambda: load_engine(config, setup, world) if units else None)
+        loaded = time.monotonic()
         num_files, num_proteins = len({unit.file for unit in units}), sum(unit.count.sequences for unit in units)
         log.info("bin: %d units of %d files, %d proteins", len(units), num_files, num_proteins)
         stop, result = Stop(), RankResult()
@@ -80,8 +81,9 @@ def run(config: Config, world: World) -> int:
                 joined = join_cut_files(config, plan, ranks, journal, world)
         if not world.is_main:
             return 0
-        seconds = time.monotonic() - started
-        return conclude(config, setup, plan, ranks, joined, journal, stop.reason or (None if stop.at_once else world.stop_reason()), seconds)
+        now = time.monotonic()
+        reason = stop.reason or (None if stop.at_once else world.stop_reason())
+        return conclude(config, setup, plan, ranks, joined, journal, reason, now - started, now - loaded)
 
 
 def account(world: World, setup: Setup, status: WorkerStatus, result: RankResult, engine: Engine | None) -> RankSummary:
@@ -271,6 +273,7 @@ def conclude(
     journal: Journal,
     reason: str | None,
     seconds: float,
+    embedding_seconds: float,
 ) -> int:
     """Write the report, print the summary, and return the exit code."""
     if reason is not None:
@@ -278,7 +281,7 @@ def conclude(
         known = {(outcome.file, outcome.ordinal) for rank in ranks for outcome in rank.outcomes}
         found = results_of(read_journal(config.output_dir, journal.launch), plan)
         plan = replace(plan, done=(*plan.done, *(result for result in found if (result.file, result.ordinal) not in known)))
-    report = make_report(plan, ranks, joined, reason, seconds)
+    report = make_report(plan, ranks, joined, reason, seconds, embedding_seconds)
     fail_what_vanished(report, config.output_dir)
     report.config = to_dict(config)
     report.model = {"name": config.model.name, "weights": config.model.weights or str(locate(config.model)), **setup.provenance}

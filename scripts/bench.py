@@ -280,8 +280,9 @@ def end_to_end(bench: Bench) -> None:
                 result = subprocess.run(command, capture_output=True, text=True, check=False)
                 if result.returncode:
                     raise RuntimeError(result.stderr.strip().splitlines()[-1])
-                (rank,) = json.loads((out / "report.json").read_text())["ranks"]
-                rates.append(rank["tokens"] / rank["seconds"])
+                report = json.loads((out / "report.json").read_text())
+                (rank,) = report["ranks"]
+                rates.append(rank["tokens"] / report["embedding_seconds"])
                 idle = rank.get("device_idle", rank["waited_for_input"] + rank["waited_for_output"]) / rank["seconds"]
                 note = f"idle {idle:.1%}; launch to first pack {rank['first_pack_at'] - launched:.1f} s"
             bench.add(f"end to end, {num_files} file{'s' if num_files > 1 else ''}", bench.dtype, rates, note=note)

@@ -194,7 +194,7 @@ def embed_directory(inputs: Any, output_dir: Path, poison: Sequence[str] = (), a
     result = embed_units([plan.units[index] for index in plan.bins[0]], plan.files, config, engine, 0, stop)  # type: ignore[arg-type]
     summary = RankSummary(0, "host", "stand-in", "COMPLETED", result.seconds, result.num_tokens, result.num_split_packs, 0, result.waits, {}, result.outcomes)
     joined = join_cut_files(config, plan, [summary], journal, world)
-    return Embedded(make_report(plan, [summary], joined, stop.reason, 0.0), plan, engine, output_dir)
+    return Embedded(make_report(plan, [summary], joined, stop.reason, 0.0, 0.0), plan, engine, output_dir)
 
 
 def accounts_add_up(report: Report) -> bool:
