@@ -10,11 +10,13 @@ import argparse
 import difflib
 import gc
 import io
+import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -23,6 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dist_esm.config import Config, Job, check, to_dict
+from dist_esm.stop import on_signals
 
 HELP = """\
 usage: torchrun --nproc_per_node=N -m dist_esm input=PATH [key=value ...]
@@ -74,12 +77,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (argparse.ArgumentError, ValueError) as error:
         problem = " ".join(str(error).split())
     if problem is None and text is not None:
-        from dist_esm.world import is_main_rank
-
         if is_main_rank():
             print(text, end="")
         return 0
-    return start(config, problem)
+    try:
+        with on_signals(give_up):
+            return start(config, problem)
+    except KeyboardInterrupt as interrupt:
+        if is_main_rank():
+            print(f"dist_esm: {interrupt}: what is done is kept, run the same command again to go on from there", file=sys.stderr, flush=True)
+        return 1
+
+
+def is_main_rank() -> bool:
+    """Whether this process speaks for the run, as torchrun's environment has it, before any connection."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def give_up(reason: str) -> None:
+    """Leave whatever is under way."""
+    raise KeyboardInterrupt(reason)
 
 
 def start(config: Config | None, problem: str | None) -> int:
@@ -170,5 +187,14 @@ def leaf_keys(node: Any, prefix: str = "") -> Iterator[str]:
             yield from leaf_keys(value, f"{prefix}{key}.")
 
 
+def leave(code: int) -> NoReturn:
+    """End the process, without a segment that was abandoned: on a CPU it may take a minute more, and Python would wait for its thread."""
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

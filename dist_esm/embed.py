@@ -10,6 +10,7 @@ import gc
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -171,6 +172,8 @@ def finish(engine: Engine, pack: Pack, submitted: Submitted | Exception, result:
     An answer that is not finite is computed again in a wider dtype.
     """
     answers = submitted if isinstance(submitted, Exception) else attempt(submitted.result)
+    if isinstance(answers, CancelledError):
+        return [answers] * len(pack.segments)
     if isinstance(answers, Exception):
         return in_halves(engine, pack, answers, engine.num_rows(pack), result)
     if are_finite(answers):

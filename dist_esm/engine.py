@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +38,7 @@ PADDING = 128
 PADDING_TOKEN = 1
 AHEAD = 2
 """Packs that are submitted and not answered yet."""
+POLL_SECONDS = 0.2
 
 
 def num_cores() -> int:
@@ -106,6 +107,8 @@ class Engine:
         """GPU only: time between one pack's end on the device and the next one's beginning."""
         self.startup: dict[str, float] = {}
         """Seconds that loading took, by step."""
+        self.is_abandoned = False
+        """Whether `abandon` was called."""
         self._load_wider = load_wider
         self._wider: Engine | None = None
         self._last: torch.cuda.Event | None = None
@@ -134,7 +137,7 @@ class Engine:
             return self._on_gpu(pack.segments, self.num_rows(pack) if num_rows is None else num_rows)
         longest_first = sorted(range(len(pack.segments)), key=lambda i: -len(pack.segments[i].tokens))
         futures = {i: self._threads.submit(self._on_cpu, [pack.segments[i]], 0) for i in longest_first}
-        return Computing([futures[i] for i in range(len(pack.segments))])
+        return Computing(self, [futures[i] for i in range(len(pack.segments))])
 
     def num_rows(self, pack: Pack) -> int:
         """GPU only: rows of the matrix products of a pack. Always the same, or, where bits do not depend on it, halved while it fits."""
@@ -168,10 +171,14 @@ class Engine:
         if self.is_gpu:
             torch.cuda.empty_cache()
 
+    def abandon(self) -> None:
+        """On a CPU: begin no further segment, and answer none, from now on. Waits for nothing, so that a signal may call it."""
+        self.is_abandoned = True
+
     def close(self) -> None:
-        """Start nothing more; what is running ends with its segment."""
+        """Start nothing more. What is running ends with its segment; one that was abandoned is not waited for."""
         if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
+            self._threads.shutdown(wait=not self.is_abandoned, cancel_futures=True)
         if self._wider is not None:
             self._wider.close()
 
@@ -182,6 +189,8 @@ class Engine:
     @torch.inference_mode()
     def _on_cpu(self, segments: Sequence[Segment], num_rows: int) -> list[Answer]:
         """Embed segments in one forward over at least `num_rows` rows; rows without a protein cost time and nothing else."""
+        if self.is_abandoned:
+            raise CancelledError
         tokens, positions, bounds = lay_out(segments, num_rows)
         hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(positions), Seqlens.of(bounds, self.model.device), self.layers)
         return pool(hidden, bounds, [segment.keep for segment in segments], self._rows_dtype)
@@ -240,10 +249,20 @@ def lay_out(segments: Sequence[Segment], num_rows: int) -> tuple[np.ndarray, np.
 class Computing:
     """A pack on a CPU: one future for each segment."""
 
+    engine: Engine
     futures: Sequence[Future[list[Answer]]]
 
     def result(self) -> list[Answer]:
-        """See `Submitted`."""
+        """See `Submitted`.
+
+        Raises
+        ------
+        CancelledError
+            If the engine was abandoned; a large model takes minutes for a segment.
+        """
+        while wait(self.futures, timeout=POLL_SECONDS).not_done:
+            if self.engine.is_abandoned:
+                raise CancelledError
         return [future.result()[0] for future in self.futures]
 
 

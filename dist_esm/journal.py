@@ -25,6 +25,7 @@ from dist_esm.spool import atomically, fingerprint, remove
 
 LOCK_SECONDS = 5.0
 ROOM_SECONDS = 2.0
+REPORTS = ("report.json", "failed_files.txt", "verify.json")
 _LEFTOVER = re.compile(r"^\..+\.\d+\.tmp$")
 
 
@@ -155,22 +156,25 @@ def write_settings(output_dir: Path, settings: dict[str, Any]) -> None:
         beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
-def start_over(output_dir: Path) -> list[str]:
-    """Forget all that was done: remove the journal and the outputs it lists. Returns the outputs that were removed."""
-    removed = []
+def finished_outputs(output_dir: Path) -> list[str]:
+    """The outputs that the journal lists and that are there, relative to `output_dir`."""
+    listed = dict.fromkeys(one.path for entry in read(output_dir) for one in entry.written)
+    return [path for path in listed if (output_dir / path).exists()]
+
+
+def start_over(output_dir: Path) -> None:
+    """Forget all that was done: remove what speaks of it, the outputs that the journal lists, and the journal, in this order."""
+    for name in REPORTS:
+        (output_dir / name).unlink(missing_ok=True)
+    for path in finished_outputs(output_dir):
+        remove(output_dir / path)
     for entry in read(output_dir):
-        for one in entry.written:
-            path = output_dir / one.path
-            if path.exists():
-                remove(path)
-                removed.append(one.path)
         stem = output_dir / entry.output
         for pattern in (".records.tsv", ".part*.records.tsv"):
             for notes in stem.parent.glob(glob.escape(stem.name) + pattern):
                 notes.unlink()
-    for path in folder(output_dir).glob("*.jsonl"):
-        path.unlink()
-    return removed
+    for journal in folder(output_dir).glob("*.jsonl"):
+        journal.unlink()
 
 
 def clean(output_dir: Path, kept: Iterable[str]) -> None:

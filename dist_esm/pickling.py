@@ -74,9 +74,7 @@ class _Pickler:
                 whole_number(int(tensor.storage_offset())),
                 self._once(shape, lambda: plain(shape)),
                 self._once(stride, lambda: plain(stride)),
-                pickle.NEWFALSE,
-                self._once("hooks", lambda: name_of("collections", "OrderedDict")),
-                pickle.EMPTY_TUPLE + pickle.REDUCE + pickle.TUPLE + pickle.REDUCE,
+                pickle.NEWFALSE + pickle.NONE + pickle.TUPLE + pickle.REDUCE,
             )
         )
 

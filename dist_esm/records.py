@@ -98,6 +98,11 @@ class Unit:
     unreadable: str | None = None
     """Why the scan could not read it; reading it will fail with the same reason."""
 
+    @property
+    def is_piece(self) -> bool:
+        """Whether what is written of it is to be joined with others to the one output of its file."""
+        return not self.is_whole and self.first_part is None
+
 
 class Changes(NamedTuple):
     """Letters of one record that were put right or replaced."""

@@ -23,8 +23,8 @@ from dist_esm.engine import num_cores
 from dist_esm.esm2 import Architecture
 from dist_esm.fair_esm import fair_esm_hidden, fair_esm_model, fair_esm_tokens
 from dist_esm.pool import Vectors
+from dist_esm.prepare import describe
 from dist_esm.records import Segment
-from dist_esm.run import describe
 from dist_esm.sample import Sampled, segments_of
 from dist_esm.weights import architecture, fair_esm_tensors, tensor_shapes
 from dist_esm.world import World

@@ -91,7 +91,13 @@ def failures_by_file(outcomes: Sequence[UnitOutcome]) -> dict[int, Failure]:
 
 
 def make_report(
-    plan: Plan, ranks: Sequence[RankSummary], joined: Mapping[int, JoinedFile | Failure], reason: str | None, seconds: float, embedding_seconds: float
+    plan: Plan,
+    ranks: Sequence[RankSummary],
+    joined: Mapping[int, JoinedFile | Failure],
+    reason: str | None,
+    seconds: float,
+    embedding_seconds: float,
+    others: Sequence[UnitOutcome] = (),
 ) -> Report:
     """Combine what the ranks say.
 
@@ -109,8 +115,10 @@ def make_report(
         Wall time of the run.
     embedding_seconds
         Of it, without finding files, loading and planning.
+    others
+        Outcomes of ranks that can no longer speak for themselves.
     """
-    outcomes = [*plan.done, *(outcome for rank in ranks for outcome in rank.outcomes)]
+    outcomes = [*plan.done, *others, *(outcome for rank in ranks for outcome in rank.outcomes)]
     resumed = {(result.file, result.ordinal) for result in plan.done}
     failed = failures_by_file(outcomes) | {file: end for file, end in joined.items() if isinstance(end, Failure)}
     done: dict[int, list[Any]] = {}
@@ -125,7 +133,7 @@ def make_report(
         results = done.get(number, [])
         if number in failed:
             total.outcomes["failed"] += num_records
-        elif len(results) < len(units):
+        elif len(results) < len(units) or (units[0].is_piece and number not in joined):
             not_attempted.append(str(file.path))
             num_not_attempted += num_records
         else:
@@ -251,7 +259,7 @@ def summary(report: Report, output_dir: Path) -> str:
     if report.model.get("weights") == "random":
         lines.append("WEIGHTS ARE RANDOM: these embeddings mean nothing; they are for tests and benchmarks")
     if report.reason:
-        lines.append(f"stopped: {report.reason}")
+        lines += [f"stopped: {report.reason}", "what is embedded is kept: run the same command again to go on from there"]
     lines += [f"failed: {failure.path}: {failure.error_type}: {failure.error_message}" for failure in report.failed[:20]]
     if len(report.failed) > 20:
         lines.append(f"and {len(report.failed) - 20} more failures, all in failed_files.txt")

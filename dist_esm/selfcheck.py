@@ -26,10 +26,10 @@ from dist_esm.engine import Engine, is_out_of_memory
 from dist_esm.measure import Limits, RankCheck, arrays, bit_difference, compare, problems, table
 from dist_esm.pack import Packer
 from dist_esm.pool import combine
+from dist_esm.prepare import Setup, describe, find_inputs, load_engine, prepare
 from dist_esm.records import Answer, FastaFile, Pack, Segment
 from dist_esm.reference import Theirs, fair_esm_answers, free_device, free_memory, wanted
 from dist_esm.report import versions
-from dist_esm.run import Setup, describe, find_inputs, load_engine, prepare
 from dist_esm.sample import Sampled, choose, draw, segments_of
 from dist_esm.spool import atomically
 from dist_esm.survey import agree_on_plan

@@ -2,26 +2,65 @@
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from dist_esm.records import Failure, Unit
 
+REPEAT_SECONDS = 2.0
+"""Signals within so many seconds are one: a scheduler signals every process of a job, and torchrun passes its own on to the ranks."""
+
 
 class Stop:
-    """Why a rank should stop, if it should. Set from any thread; the first reason stays."""
+    """Why a rank should stop, if it should. Set from any thread, and by signals; the first reason stays."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self.at_once = False
         """Drop what is in flight, rather than finish what has been read."""
-        self._lock = threading.Lock()
+        self._calls: list[Callable[[], None]] = []
+        self._lock = threading.RLock()  # a signal may come while its own thread holds it
 
     def set(self, reason: str, at_once: bool = False) -> None:
         """Ask for a stop."""
         with self._lock:
             self.reason = self.reason or reason
             self.at_once = self.at_once or at_once
+        if at_once:
+            for call in self._calls:
+                call()
+
+    def when_at_once(self, call: Callable[[], None]) -> None:
+        """Call this, too, when what is in flight is to be dropped; perhaps within a signal, so it must wait for nothing."""
+        self._calls.append(call)
+
+
+@contextmanager
+def on_signals(act: Callable[[str], None]) -> Iterator[None]:
+    """While the block runs, the first SIGINT or SIGTERM calls ``act("interrupted by SIGTERM")`` in the main thread.
+
+    From then on, in the block and after it, another one that comes after `REPEAT_SECONDS` ends the process.
+    """
+    first: list[float] = []
+
+    def on_signal(number: int, _frame: object) -> None:
+        if not first:
+            first.append(time.monotonic())
+            act(f"interrupted by {signal.Signals(number).name}")
+        elif time.monotonic() - first[0] > REPEAT_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if not first:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 class Failures:

@@ -94,7 +94,7 @@ def check_together(
     for entry, same in (candidates[index] for index in found):
         done |= {(result.file, result.ordinal): result for result in as_results(entry, same)}
         if entry.is_joined:
-            joined[same[0].file] = JoinedFile(entry.written[0], entry.tally.duplicate_ids)
+            joined[same[0].file] = joined_file(entry)
         else:
             joined.pop(same[0].file, None)
     return list(done.values()), joined
@@ -116,14 +116,23 @@ def as_results(entry: Entry, units: Sequence[Unit]) -> list[UnitResult]:
     ]
 
 
-def results_of(entries: Sequence[Entry], plan: Plan) -> list[UnitResult]:
-    """The results that one launch's entries stand for, taken at their word."""
+def since(entries: Sequence[Entry], plan: Plan) -> tuple[list[UnitResult], dict[int, JoinedFile]]:
+    """What one launch's entries stand for, taken at their word: results of units, and outputs of files whose pieces were joined."""
     by_output = {str(file.output): number for number, file in enumerate(plan.files)}
-    found: list[UnitResult] = []
+    results: list[UnitResult] = []
+    joined: dict[int, JoinedFile] = {}
     for entry in entries:
-        if not entry.is_joined and entry.output in by_output:
-            found += as_results(entry, covered(entry, plan.units_of(by_output[entry.output])))
-    return found
+        same = covered(entry, plan.units_of(by_output[entry.output])) if entry.output in by_output else []
+        if same and entry.is_joined:
+            joined[same[0].file] = joined_file(entry)
+        else:
+            results += as_results(entry, same)
+    return results, joined
+
+
+def joined_file(entry: Entry) -> JoinedFile:
+    """The output that an entry of joined pieces stands for."""
+    return JoinedFile(entry.written[0], entry.tally.duplicate_ids)
 
 
 def covered(entry: Entry, units: Sequence[Unit]) -> list[Unit]:

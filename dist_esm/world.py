@@ -269,11 +269,6 @@ def together(world: World, work: Callable[[], T]) -> T:
     return cast(T, value)
 
 
-def is_main_rank() -> bool:
-    """Whether this process speaks for the run, as torchrun's environment has it, before any connection."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def setup_logging(rank: int) -> None:
     """INFO and above to stderr, each line with its rank."""
     handler = logging.StreamHandler(sys.stderr)

@@ -36,8 +36,9 @@ from dist_esm.embed import embed_units
 from dist_esm.engine import num_cores
 from dist_esm.journal import Journal, new_launch, write_settings
 from dist_esm.plan import find_files
+from dist_esm.prepare import make_output_dir
 from dist_esm.records import Answer, Pack
-from dist_esm.run import journal_writer, make_output_dir
+from dist_esm.run import journal_writer
 from dist_esm.stop import Stop
 from dist_esm.survey import agree_on_plan
 from dist_esm.world import World
@@ -137,7 +138,7 @@ def run(inputs: Path, out: Path, pace: float | None, kind: Format, dtype: SaveDt
     plan = agree_on_plan(config, files, world)
     units = [plan.units[index] for index in plan.bins[0]]
     device: Any = PacedDevice(pace, dtype)
-    result = embed_units(units, files, config, device, 0, Stop(), {}, journal_writer(journal, files, plan))
+    result = embed_units(units, files, config, device, 0, Stop(), {}, journal_writer(journal, plan))
     journal.close()
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert len(result.outcomes) == len(files)

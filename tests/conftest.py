@@ -102,6 +102,12 @@ def run_ranks(num_ranks: int | None, *overrides: object, timeout: float = 120, *
     return subprocess.run(command(num_ranks, *overrides), capture_output=True, text=True, timeout=timeout, env=environment(**extra), check=False)
 
 
+def run_meanwhile(place: str, shell: str, *overrides: object) -> subprocess.CompletedProcess[str]:
+    """Run the command without torchrun, and the shell command when it comes to a function."""
+    line = [sys.executable, str(Path(__file__).parent / "meanwhile.py"), place, shell, *map(str, overrides)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+
+
 def read_report(output_dir: Path) -> dict:
     return json.loads((output_dir / "report.json").read_text())
 

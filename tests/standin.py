@@ -20,10 +20,12 @@ from dist_esm.config import Config, ModelConfig
 from dist_esm.embed import embed_units
 from dist_esm.journal import Journal, new_launch, write_settings
 from dist_esm.plan import Plan, find_files
+from dist_esm.prepare import make_output_dir
 from dist_esm.records import Answer, Pack, Segment
 from dist_esm.report import RankSummary, Report, make_report
-from dist_esm.run import agree_on_plan, join_cut_files, make_output_dir
+from dist_esm.run import join_cut_files
 from dist_esm.stop import Stop
+from dist_esm.survey import agree_on_plan
 from dist_esm.world import World
 
 WIDTH = 6

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import PROTEINS, command, environment, read_report, run_ranks
+from conftest import PROTEINS, command, environment, read_report, run_meanwhile, run_ranks
 from standin import embed_directory, expected
 from test_run import MODEL, sequences
 
@@ -53,6 +53,19 @@ def test_a_full_disk_fails_the_files_that_do_not_fit_and_resumes_when_there_is_r
     report = read_report(small_disk / "out")
     assert {entry["output"] for entry in report["files"]} == {"big_ESM.pt", *(f"small{i}_ESM.pt" for i in range(3))}
     assert {entry["output"] for entry in report["files"] if entry["resumed"]} == set(done)
+
+
+def test_a_disk_without_room_for_the_report_is_one_clear_line(small_disk, checkpoint_8m):
+    """The disk is filled when all outputs are in place."""
+    settings = [f"input={PROTEINS}", f"output_dir={small_disk / 'out'}", MODEL, f"model.weights={checkpoint_8m}"]
+    result = run_meanwhile("dist_esm.run:conclude", f"head -c 2M /dev/zero > {small_disk}/others", *settings)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert f"stopped: the report cannot be written to {small_disk / 'out'} (No space left on device)" in result.stdout
+    (small_disk / "others").unlink()
+    again = run_ranks(None, *settings)
+    assert again.returncode == 0
+    assert "4 of 4 files embedded (4 by earlier launches)" in again.stdout
 
 
 def test_a_read_only_output_directory_is_refused_before_any_work(small_disk):

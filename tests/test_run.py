@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
-import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +15,7 @@ import torch
 from Bio import SeqIO
 from esm.data import Alphabet
 
-from conftest import A8M, PROTEINS, command, environment, fair_esm_model, random_state, read_report, relative_error, run_ranks
+from conftest import A8M, PROTEINS, environment, fair_esm_model, random_state, read_report, relative_error, run_ranks
 from dist_esm.scan import raw_blocks, whole
 
 MODEL = "model=esm2_t6_8M_UR50D"
@@ -182,64 +177,6 @@ def test_a_protein_that_does_not_fit_fails_its_file_alone(alone, tmp_path, check
         for layer, proteins in theirs.items():
             for one, other in zip(mine[layer], proteins, strict=True):
                 assert torch.equal(one, other)
-
-
-def interrupt(settings: list[str], output_dir: Path, number: signal.Signals, enough: int) -> dict:
-    """Start two ranks, send a signal when so many outputs are there, and give the report that the run leaves."""
-    process = subprocess.Popen(command(2, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
-    try:
-        deadline = time.monotonic() + 90
-        while len(list(output_dir.glob("*.pt"))) < enough and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches every process
-        else:
-            process.send_signal(number)
-        began = time.monotonic()
-        process.communicate(timeout=60)
-        assert time.monotonic() - began < 15
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return read_report(output_dir)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_an_interrupted_run_keeps_what_is_done_and_reports_itself_aborted(number, tmp_path, checkpoint_8m):
-    (tmp_path / "in").mkdir()
-    protein = "ACDEFGHIKLMNPQRSTVWY" * 50
-    for i in range(40):
-        (tmp_path / "in" / f"{i:02}.fasta").write_text("".join(f">{j}\n{protein[j + i :]}\n" for j in range(10)))
-    settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=2000"]
-    report = interrupt(settings, tmp_path / "out", number, enough=2)
-    assert report["status"] == "aborted"
-    assert f"interrupted by {number.name}" in report["reason"]
-    done = {entry["output"] for entry in report["files"]}
-    assert done == {path.name for path in (tmp_path / "out").glob("*.pt")}
-    assert len(done) >= 2
-    assert len(done) + len(report["not_attempted"]) == 40
-    for name in done:
-        assert len(torch.load(tmp_path / "out" / name, weights_only=True)["data"]) == 10
-    assert json.loads((tmp_path / "out" / ".dist_esm" / "config.json").read_text())["toks_per_batch"] == 2000
-
-
-@pytest.mark.distributed
-def test_a_rank_that_waits_for_the_others_still_reports_when_the_run_is_interrupted(tmp_path, checkpoint_8m):
-    """Rank 0 has one file of many copies and is done at once; rank 1 has all the others."""
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "many.fasta").write_text(">a\nMKTAYI\n" * 100)
-    protein = "ACDEFGHIKLMNPQRSTVWY" * 50
-    for i in range(30):
-        (tmp_path / "in" / f"slow{i:02}.fasta").write_text("".join(f">{j}\n{protein[j + i :]}\n" for j in range(3)))
-    settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=1000"]
-    report = interrupt(settings, tmp_path / "out", signal.SIGTERM, enough=4)
-    assert report["status"] == "aborted"
-    assert [rank["status"] for rank in report["ranks"]] == ["COMPLETED", "FAILED"]
-    done = {entry["output"] for entry in report["files"]}
-    assert "many_ESM.pt" in done
-    assert done == {path.name for path in (tmp_path / "out").glob("*.pt")}
-    assert len(done) + len(report["not_attempted"]) == 31
 
 
 @pytest.mark.distributed

@@ -23,9 +23,9 @@ from dist_esm.esm2 import Architecture
 from dist_esm.kernels import PLAIN
 from dist_esm.measure import Limits, compare, problems, table
 from dist_esm.plan import cut_files, find_files, make_units
+from dist_esm.prepare import Setup
 from dist_esm.records import Count, Pack
 from dist_esm.reference import fair_esm_answers, has_fair_esm_tokens, needed_bytes, refuse_what_does_not_fit
-from dist_esm.run import Setup
 from dist_esm.sample import Sampled, Sampler, choose, draw, segments_of
 from dist_esm.selfcheck import check_bits, full_packs, judge, named
 from dist_esm.weights import load_model
