@@ -210,6 +210,11 @@ class Config:
         """`repr_layers` without negatives, in the order given."""
         return [layer + self.model.num_layers + 1 if layer < 0 else layer for layer in self.repr_layers]
 
+    def wanted(self) -> list[tuple[Include, int]]:
+        """Kinds and layers in an output: those included, and the mean of the last layer requested, which is always there."""
+        layers = self.resolved_layers()
+        return list(dict.fromkeys([*((kind, layer) for kind in self.include for layer in layers), (Include.mean, layers[-1])]))
+
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain values, as it can be written on the command line."""

@@ -11,7 +11,7 @@ import errno
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -44,7 +44,10 @@ class OutputSettings:
     output_dir: Path
     format: Format
     include: Sequence[Include]
-    layers: Sequence[int]
+    main_layer: int
+    """The last layer requested, whose mean is always written."""
+    wanted: Sequence[tuple[Include, int]]
+    """Kinds and layers to write."""
     width: int
     """D."""
     dtype: np.dtype[Any]
@@ -56,11 +59,6 @@ class OutputSettings:
     num_writers: int = MIN_WRITERS
 
     @property
-    def main_layer(self) -> int:
-        """The last layer requested, whose mean is always written."""
-        return self.layers[-1]
-
-    @property
     def scratch(self) -> Path:
         """Where spools and pieces wait."""
         return self.output_dir / ".dist_esm"
@@ -69,12 +67,6 @@ class OutputSettings:
     def residue_bytes(self) -> int:
         """What the representations of one residue take."""
         return self.width * self.dtype.itemsize * sum(kind is Include.per_tok for kind, _ in self.wanted)
-
-    @cached_property
-    def wanted(self) -> list[tuple[Include, int]]:
-        """Kinds and layers to write: those included, and the mean of the main layer."""
-        kinds = {(kind, layer): None for kind in self.include for layer in self.layers}
-        return list({**kinds, (Include.mean, self.main_layer): None})
 
 
 @dataclass

@@ -15,7 +15,7 @@ import re
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
@@ -128,6 +128,34 @@ def digest(piece: Slice) -> str:
     for _ in raw_blocks(piece, found.update):
         pass
     return found.hexdigest()
+
+
+class Digests:
+    """sha256 of ranges of a text that goes by once, in blocks; of each what `digest` says of such a slice.
+
+    Parameters
+    ----------
+    ranges
+        (start, stop) in bytes of the decompressed text, in order, without overlaps; None: to the end.
+    """
+
+    def __init__(self, ranges: Sequence[tuple[int, int | None]]) -> None:
+        self._ranges = list(ranges)
+        self._found = [hashlib.sha256() for _ in ranges]
+        self._position = 0
+
+    def update(self, block: bytes) -> None:
+        """The next block."""
+        first, after = self._position, self._position + len(block)
+        for (start, stop), found in zip(self._ranges, self._found, strict=True):
+            stop = after if stop is None else stop
+            if start < after and stop > first:
+                found.update(block[max(0, start - first) : stop - first])
+        self._position = after
+
+    def hexdigests(self) -> list[str]:
+        """Of the text so far."""
+        return [found.hexdigest() for found in self._found]
 
 
 def lines(piece: Slice, tee: Tee | None = None) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,15 @@ import numpy as np
 import torch
 
 from dist_esm.attempt import attempt
-from dist_esm.config import Config, from_dict
+from dist_esm.config import Config, Include, from_dict
 from dist_esm.fasta import read_proteins
 from dist_esm.feed import shape
+from dist_esm.journal import Entry
 from dist_esm.journal import read as read_journal
 from dist_esm.plan import assign, find_files
 from dist_esm.reader import EmbeddingSet, load
-from dist_esm.records import Count, FastaFile, Slice, Unit, WrittenFile
-from dist_esm.scan import whole
+from dist_esm.records import Count, FastaFile, Unit
+from dist_esm.scan import Digests, Tee, whole
 from dist_esm.spool import atomically, fingerprint
 from dist_esm.world import World, together
 
@@ -56,26 +57,24 @@ def verify(config: Config, world: World) -> int:
         On every rank, if there is nothing to check.
     """
     files = together(world, lambda: find_files(config.input_list()))
-    report = together(world, lambda: read_report(config.output_dir))
+    report, settings = together(world, lambda: read_report(config))
     world.start_process_group(torch.device("cpu"))
-    settings = from_dict({**report["config"], "input": config.input, "output_dir": str(config.output_dir)})
-    outputs = {entry["path"]: entry["outputs"] for entry in report["files"]}
+    done = {entry["path"]: entry for entry in report["files"]}
     reasons = {failure["path"]: f"failed: {failure['error_type']}: {failure['error_message']}" for failure in report["failed"]}
     reasons |= dict.fromkeys(report["not_attempted"], "not attempted: the run was stopped before it")
-    written = {one.path: one for entry in read_journal(config.output_dir) for one in entry.written}
+    journal = {one.path: entry for entry in read_journal(config.output_dir) for one in entry.written}
     findings: list[Finding] = []
     num_proteins = 0
     mine = assign([file.num_bytes for file in files], [str(file.path) for file in files], world.world_size)[world.rank]
     for number in mine:
-        file = files[number]
-        path = str(file.path)
-        if path not in outputs:
+        path = str(files[number].path)
+        if path not in done:
             findings.append(Finding(path, reasons.get(path, "not in report.json: it was not part of the run")))
             continue
-        found = attempt(lambda file=file: list(check_file(file, outputs[str(file.path)], written, settings)))  # type: ignore[misc]
+        found = attempt(lambda number=number, path=path: list(check_file(files[number], done[path]["outputs"], journal, settings)))  # type: ignore[misc]
         problems = [f"{type(found).__name__}: {found}"] if isinstance(found, Exception) else found
         findings += [Finding(path, problem) for problem in problems]
-        num_proteins += report_entry(report, path)["sequences"]
+        num_proteins += done[path]["sequences"]
     told = world.all_gather((findings, len(mine), num_proteins))
     if not world.is_main:
         return 0
@@ -90,35 +89,47 @@ def verify(config: Config, world: World) -> int:
     return 2 if everything else 0
 
 
-def read_report(output_dir: Path) -> dict[str, Any]:
-    """The report of a finished run.
+def read_report(config: Config) -> tuple[dict[str, Any], Config]:
+    """The report of a finished run, and the settings that it was made under.
 
     Raises
     ------
     ValueError
-        If there is none.
+        If there is none, or it cannot be understood.
     """
-    path = output_dir / "report.json"
+    path = config.output_dir / "report.json"
     if not path.is_file():
-        raise ValueError(f"output_dir={output_dir} has no report.json: there is no finished run to verify")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    assert isinstance(content, dict)
-    return content
+        raise ValueError(f"output_dir={config.output_dir} has no report.json: there is no finished run to verify")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        settings = from_dict({**content["config"], "input": config.input, "output_dir": str(config.output_dir)})
+    except (ValueError, KeyError, TypeError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{path} is no report of this version ({type(error).__name__}: {problem}): run again, which does again only what is missing") from None
+    return content, settings
 
 
-def report_entry(report: dict[str, Any], path: str) -> dict[str, Any]:
-    """The report's entry of a file that is done."""
-    return next(entry for entry in report["files"] if entry["path"] == path)
-
-
-def check_file(file: FastaFile, outputs: list[str], written: dict[str, WrittenFile], settings: Config) -> Iterator[str]:
+def check_file(file: FastaFile, outputs: Sequence[str], journal: Mapping[str, Entry], settings: Config) -> Iterator[str]:
     """What is missing or wrong about the outputs of one file.
+
+    Parameters
+    ----------
+    file
+        The input.
+    outputs
+        Its outputs, relative to `output_dir`.
+    journal
+        The last entry that speaks of each output.
+    settings
+        What it was embedded under.
 
     Raises
     ------
     Exception
         Whatever reading the input or an output raises: that is a finding, too.
     """
+    entries = list({id(journal[output]): journal[output] for output in outputs if output in journal}.values())
+    written = {one.path: one for entry in entries for one in entry.written}
     for output in outputs:
         found = fingerprint(settings.output_dir, Path(output))
         if found is None:
@@ -129,7 +140,11 @@ def check_file(file: FastaFile, outputs: list[str], written: dict[str, WrittenFi
         elif found != written[output]:
             yield f"{output} has {found.num_bytes} bytes with another checksum than the {written[output].num_bytes} that were written"
             return
-    ids, lengths = expected_records(file, settings)
+    texts = sorted((slice_, digest) for entry in entries for slice_, digest in zip(entry.slices, entry.digests, strict=True))
+    seen = Digests([slice_ for slice_, _ in texts])
+    ids, lengths = expected_records(file, settings, seen.update)
+    if seen.hexdigests() != [digest for _, digest in texts]:
+        yield "its text is not what was embedded: it was changed since; run again, which embeds it anew"
     sets = [load(settings.output_dir / output) for output in outputs]
     found_ids = [one for part in sets for one in part.ids]
     found_lengths = [one for part in sets for one in part.lengths]
@@ -144,12 +159,11 @@ def check_file(file: FastaFile, outputs: list[str], written: dict[str, WrittenFi
         yield from check_numbers(part, output, settings)
 
 
-def expected_records(file: FastaFile, settings: Config) -> tuple[list[str], list[int]]:
-    """Ids and embedded residues of the records of a file that get an embedding, in order."""
-    piece: Slice = whole(file.path)
-    unit = Unit(0, 0, piece, Count(), Count(), is_whole=True)
+def expected_records(file: FastaFile, settings: Config, tee: Tee) -> tuple[list[str], list[int]]:
+    """Ids and embedded residues of the records of a file that get an embedding, in order; its text goes to `tee`."""
+    unit = Unit(0, 0, whole(file.path), Count(), Count(), is_whole=True)
     ids, lengths = [], []
-    for protein in read_proteins(unit, settings.residues):
+    for protein in read_proteins(unit, settings.residues, tee):
         shaped, _, spans = shape(protein, settings)
         if spans:
             ids.append(shaped.id)
@@ -167,18 +181,18 @@ def difference(found: list[str], expected: list[str]) -> str:
 
 def check_numbers(part: EmbeddingSet, output: str, settings: Config) -> Iterator[str]:
     """Shapes and finite values of every representation in one output."""
-    width, names = settings.model.embed_dim, {kind.name for kind in settings.include}
-    kinds = [kind for kind in ("mean", "bos") if kind in names]
-    for layer in settings.resolved_layers():
-        for kind in kinds:
-            values = attempt(partial(part.vectors_of, kind, layer))
+    width = settings.model.embed_dim
+    for kind, layer in settings.wanted():
+        if kind is not Include.per_tok:
+            values = attempt(partial(part.vectors_of, kind.name, layer))
             if isinstance(values, Exception):
-                yield f"{output}: {kind} of layer {layer} cannot be read: {values}"
+                yield f"{output}: {kind.name} of layer {layer} cannot be read: {values}"
             elif values.shape != (len(part), width):
-                yield f"{output}: {kind} of layer {layer} has shape {values.shape}, ({len(part)}, {width}) is expected"
+                yield f"{output}: {kind.name} of layer {layer} has shape {values.shape}, ({len(part)}, {width}) is expected"
             elif not np.isfinite(values).all():
-                yield f"{output}: {kind} of layer {layer} has values that are not finite"
-        for place in range(len(part)) if "per_tok" in names else ():
+                yield f"{output}: {kind.name} of layer {layer} has values that are not finite"
+            continue
+        for place in range(len(part)):
             rows = part.residues(place, layer)
             if rows.shape != (part.lengths[place], width) or not np.isfinite(rows).all():
                 yield f"{output}: the residues of protein {place + 1} ({part.ids[place]}) in layer {layer} have another shape or are not finite"

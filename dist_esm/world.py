@@ -39,6 +39,7 @@ POLL_SECONDS = 0.1
 NAME_MISSING_SECONDS = 60.0
 HASTE_SECONDS = 3.0
 LEAVE_SECONDS = 5.0
+ENDED = (WorkerStatus.COMPLETED, WorkerStatus.FAILED)
 LOST = "torchrun's store is gone: torchrun was killed"
 
 
@@ -158,9 +159,11 @@ class World:
 
     def set_status(self, status: WorkerStatus) -> None:
         """Publish what this rank is doing."""
-        self._status = status
+        was_ended, self._status = self._status in ENDED, status
         if self._store is not None:
             self._store.set(f"status/{self.rank}", status.name)
+            if status in ENDED and not was_ended:
+                self._store.add("ended", 1)
 
     def get_worker_status(self) -> dict[int, WorkerStatus]:
         """What every rank is doing, by rank."""
@@ -173,8 +176,10 @@ class World:
         return found
 
     def is_complete(self) -> bool:
-        """Whether every rank has come to its end, in success or failure."""
-        return all(status in (WorkerStatus.COMPLETED, WorkerStatus.FAILED) for status in self.get_worker_status().values())
+        """Whether every rank has come to its end, in success or failure. One question to the store, whatever the number of ranks."""
+        if self._store is None:
+            return self._status in ENDED
+        return bool(self._store.add("ended", 0) == self.world_size)
 
     def wait_until_complete(self, unless: Callable[[], bool] = lambda: False) -> None:
         """Wait for the ranks that still work, or until `unless` is true."""

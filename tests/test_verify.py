@@ -12,10 +12,13 @@ import torch
 from conftest import PROTEINS, run_ranks
 from dist_esm import journal
 from dist_esm.config import Include
-from dist_esm.records import WrittenFile
+from dist_esm.journal import Entry
+from dist_esm.records import Tally, WrittenFile
+from dist_esm.scan import digest, whole
 from dist_esm.spool import fingerprint
 from dist_esm.verify import check_file
 from standin import embed_directory, make_config
+from test_intake import block_gzip
 from test_run import MODEL
 
 
@@ -51,6 +54,35 @@ def test_a_finished_directory_is_well_until_something_is_wrong(tmp_path, checkpo
     assert findings["large.fasta"] == "large_ESM.pt is missing"
     assert "with another checksum than" in findings["medium.faa"]
     assert findings["tiny.fas"] == "2 proteins, 3 are expected"
+    (tmp_path / "in" / "late.fasta").unlink()
+    (out / "report.json").write_text("{}")
+    refused = verify(tmp_path / "in", out)
+    assert refused.returncode == 1
+    assert "report.json is no report of this version (KeyError: 'config'): run again" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("unit_share", [1.0, 0.01], ids=["whole", "cut"])
+@pytest.mark.parametrize("suffix", ["fasta", "fasta.gz"])
+def test_an_input_that_was_changed_since_is_found_though_ids_and_lengths_are_the_same(tmp_path, checkpoint_8m, suffix, unit_share):
+    """In numbered parts, and as pieces that were joined."""
+    records = [f">r{i}\n{'MKTAYIAKQR' * 20}\n" for i in range(700)]
+    path = tmp_path / f"a.{suffix}"
+    write(path, "".join(records))
+    out = tmp_path / "out"
+    parts = 300 if unit_share == 1 else 100_000
+    settings = [MODEL, f"model.weights={checkpoint_8m}", f"unit_share={unit_share}", f"max_proteins_per_output={parts}", "include=[bos]"]
+    assert run_ranks(None, f"input={path}", f"output_dir={out}", *settings).returncode == 0
+    assert verify(path, out).stdout == "ok: 1 files, 700 proteins checked, 0 findings\n"
+    records[650] = records[650].replace("MKTAY", "MKTAW", 1)
+    write(path, "".join(records))
+    wrong = verify(path, out)
+    assert wrong.returncode == 2
+    assert wrong.stdout.startswith(f"{path}: its text is not what was embedded: it was changed since")
+
+
+def write(path: Path, text: str) -> None:
+    path.write_bytes(block_gzip(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
@@ -93,10 +125,11 @@ def test_an_output_that_was_wrong_when_it_was_written_is_found(tmp_path, fault):
     path = tmp_path / "out" / "a_ESM.pt"
 
     def findings() -> list[str]:
-        written = {"a_ESM.pt": fingerprint(tmp_path / "out", Path("a_ESM.pt"))}
-        assert isinstance(written["a_ESM.pt"], WrittenFile)
+        written = fingerprint(tmp_path / "out", Path("a_ESM.pt"))
+        assert isinstance(written, WrittenFile)
+        entry = Entry("a_ESM", [(0, None)], [digest(whole(tmp_path / "in" / "a.fasta"))], [written], Tally(), 0, 1.0)
         config = make_config(str(tmp_path / "in"), tmp_path / "out", include=[Include.mean, Include.per_tok])
-        return list(check_file(run.plan.files[0], ["a_ESM.pt"], written, config))
+        return list(check_file(run.plan.files[0], ["a_ESM.pt"], {"a_ESM.pt": entry}, config))
 
     assert findings() == []
     content = torch.load(path, weights_only=True)
