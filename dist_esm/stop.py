@@ -63,6 +63,17 @@ def on_signals(act: Callable[[str], None]) -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """While the block runs, SIGINT and SIGTERM end the process: its main thread is not in Python, and could not act on them."""
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class Failures:
     """Units that failed on this rank. So many files in a row, in the order of the bin, and the run is stopped.
 

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -23,10 +24,11 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import DistError, DistNetworkError, DistStoreError, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from dist_esm.records import WorkerStatus
+from dist_esm.stop import ended_by_signals
 
 log = logging.getLogger("dist_esm")
 T = TypeVar("T")
@@ -69,6 +71,7 @@ class World:
         self.host = socket.gethostname()
         self._store = store
         self._meetings = 0
+        self._is_in_haste = False
         self._status = WorkerStatus.IDLE
 
     @classmethod
@@ -79,7 +82,7 @@ class World:
         Raises
         ------
         SystemExit
-            With one line, if torchrun's store does not answer within `CONNECT_SECONDS`.
+            With one line, if torchrun's store does not answer within `CONNECT_SECONDS`, or is lost later on.
         """
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             yield cls(None, 0, 1, 0, 1)
@@ -92,12 +95,15 @@ class World:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise SystemExit(f"dist_esm: error: torchrun's store at {where} does not answer: was torchrun killed? Start it again") from None
         store.set_timeout(STORE_TIMEOUT)
+        store = own_part(store, rank, world_size)
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        world = cls(PrefixStore("dist_esm", store), rank, world_size, local_rank, local_world_size)
+        world = cls(store, rank, world_size, local_rank, local_world_size)
         world.set_status(WorkerStatus.IDLE)
         try:
             yield world
+        except (DistNetworkError, DistStoreError):
+            raise SystemExit(f"dist_esm: error: {LOST}; start it again, it goes on from what is done") from None
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -111,14 +117,15 @@ class World:
     def start_process_group(self, device: torch.device, timeout: timedelta | None = None) -> None:
         """Start the process group: NCCL on a GPU, gloo on a CPU; `timeout` is that of its collectives, by default the backend's."""
         if self._store is not None:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                store=PrefixStore("process_group", self._store),
-                rank=self.rank,
-                world_size=self.world_size,
-                device_id=device if device.type == "cuda" else None,
-                timeout=timeout,
-            )
+            with ended_by_signals():
+                dist.init_process_group(
+                    "nccl" if device.type == "cuda" else "gloo",
+                    store=PrefixStore("process_group", self._store),
+                    rank=self.rank,
+                    world_size=self.world_size,
+                    device_id=device if device.type == "cuda" else None,
+                    timeout=timeout,
+                )
 
     def exchange(self, value: str) -> list[str]:
         """Give every rank the values of all ranks, in order of rank, through the store. All ranks call it, the same number of times."""
@@ -130,9 +137,9 @@ class World:
         self._store.set(f"{name}/{self.rank}", value)
         if self.is_main:
             keys = [f"{name}/{rank}" for rank in range(self.world_size)]
-            self._wait_for(lambda: store.check(keys), lambda: [rank for rank, key in enumerate(keys) if not store.check([key])])
+            wait_for(lambda: store.check(keys), lambda: [rank for rank, key in enumerate(keys) if not store.check([key])])
             self._store.set(name, json.dumps([self._store.get(key).decode() for key in keys]))
-        self._wait_for(lambda: store.check([name]), lambda: [0])
+        wait_for(lambda: store.check([name]), lambda: [0])
         return list(json.loads(self._store.get(name)))
 
     def agree(self, problem: str | None) -> None:
@@ -154,7 +161,8 @@ class World:
         if self._store is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with ended_by_signals():
+            dist.all_gather_object(values, value)
         return values
 
     def set_status(self, status: WorkerStatus) -> None:
@@ -184,7 +192,7 @@ class World:
     def wait_until_complete(self, unless: Callable[[], bool] = lambda: False) -> None:
         """Wait for the ranks that still work, or until `unless` is true."""
         if self._store is not None:
-            self._wait_for(lambda: unless() or self.is_complete(), self._working)
+            wait_for(lambda: unless() or self.is_complete(), self._working)
 
     def _working(self) -> list[int]:
         return [rank for rank, status in self.get_worker_status().items() if status is WorkerStatus.PROCESSING]
@@ -200,6 +208,7 @@ class World:
 
     def collect_in_haste(self, value: Any) -> list[Any]:
         """On rank 0, what the ranks that can still answer within `HASTE_SECONDS` have to say; for runs that are being ended."""
+        self._is_in_haste = True
         if self._store is None:
             return [value]
         try:
@@ -242,15 +251,6 @@ class World:
             done.set()
             thread.join()
 
-    def _wait_for(self, is_there: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
-        pause, since = 0.005, time.monotonic()
-        while not is_there():
-            time.sleep(pause)
-            pause = min(POLL_SECONDS, pause * 1.5)
-            if time.monotonic() - since > NAME_MISSING_SECONDS:
-                since = time.monotonic()
-                log.info("waiting for ranks %s", missing())
-
     def _leave(self) -> None:
         """Rank 0 goes last, so that its exit code ends no other rank half way."""
         assert self._store is not None
@@ -258,8 +258,47 @@ class World:
             self._store.set(f"left/{self.rank}", "")
             keys = [f"left/{rank}" for rank in range(self.world_size)]
             deadline = time.monotonic() + LEAVE_SECONDS
-            while self.is_main and not self._store.check(keys) and time.monotonic() < deadline:
+            while self.is_main and not self._is_in_haste and not self._store.check(keys) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
+
+
+def own_part(store: Store, rank: int, world_size: int) -> Store:
+    """The part of torchrun's store that belongs to these ranks alone: it outlives ranks that torchrun restarts, with all that they left in it.
+
+    Rank 0 names the part and the others answer with names of their own, so that none takes what it finds for an answer to itself.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        keys = [f"dist_esm/{own}/{other}" for other in range(1, world_size)]
+        store.set("dist_esm/part", own)
+        wait_for(lambda: store.check(keys), lambda: [number for number, key in enumerate(keys, start=1) if not store.check([key])])
+        store.set(f"dist_esm/{own}/all", json.dumps([store.get(key).decode() for key in keys]))
+        return PrefixStore(f"dist_esm/{own}", store)
+    part = ""
+
+    def is_current() -> bool:
+        nonlocal part
+        if not store.check(["dist_esm/part"]):
+            return False
+        found = store.get("dist_esm/part").decode()
+        if found != part:
+            part = found
+            store.set(f"dist_esm/{part}/{rank}", own)
+        return bool(store.check([f"dist_esm/{part}/all"]) and json.loads(store.get(f"dist_esm/{part}/all"))[rank - 1] == own)
+
+    wait_for(is_current, lambda: [0])
+    return PrefixStore(f"dist_esm/{part}", store)
+
+
+def wait_for(is_there: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
+    """Wait without a time limit; the ranks that are missing are named every minute."""
+    pause, since = 0.005, time.monotonic()
+    while not is_there():
+        time.sleep(pause)
+        pause = min(POLL_SECONDS, pause * 1.5)
+        if time.monotonic() - since > NAME_MISSING_SECONDS:
+            since = time.monotonic()
+            log.info("waiting for ranks %s", missing())
 
 
 def together(world: World, work: Callable[[], T]) -> T:

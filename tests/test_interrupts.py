@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,14 @@ from test_run import MODEL, digests
 
 SECONDS = 15
 """Within which an interrupted run must have ended, on a machine that may be busy."""
+
+
+def make_files(folder: Path, number: int) -> None:
+    """So many files of ten proteins."""
+    folder.mkdir()
+    protein = "ACDEFGHIKLMNPQRSTVWY" * 50
+    for i in range(number):
+        (folder / f"{i:02}.fasta").write_text("".join(f">{j}\n{protein[j + i :]}\n" for j in range(10)))
 
 
 def interrupt(settings: list[str], output_dir: Path, number: signal.Signals, enough: int, rank: int | None = None) -> dict:
@@ -53,10 +62,7 @@ def rank_process(output_dir: Path, rank: int) -> int:
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_an_interrupted_run_keeps_what_is_done_and_reports_itself_aborted(number, tmp_path, checkpoint_8m):
-    (tmp_path / "in").mkdir()
-    protein = "ACDEFGHIKLMNPQRSTVWY" * 50
-    for i in range(40):
-        (tmp_path / "in" / f"{i:02}.fasta").write_text("".join(f">{j}\n{protein[j + i :]}\n" for j in range(10)))
+    make_files(tmp_path / "in", 40)
     settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=2000"]
     report = interrupt(settings, tmp_path / "out", number, enough=2)
     assert report["status"] == "aborted"
@@ -91,16 +97,37 @@ def test_a_rank_that_waits_for_the_others_still_reports_when_the_run_is_interrup
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_interrupted_alone_ends_the_run(rank, tmp_path, checkpoint_8m):
-    (tmp_path / "in").mkdir()
-    protein = "ACDEFGHIKLMNPQRSTVWY" * 50
-    for i in range(40):
-        (tmp_path / "in" / f"{i:02}.fasta").write_text("".join(f">{j}\n{protein[j + i :]}\n" for j in range(10)))
+    make_files(tmp_path / "in", 40)
     settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=2000"]
     report = interrupt(settings, tmp_path / "out", signal.SIGTERM, enough=2, rank=rank)
     assert report["status"] == "aborted"
     assert report["files"]
     assert len(report["files"]) + len(report["not_attempted"]) == 40
     assert not any(entry["resumed"] for entry in report["files"])
+
+
+@pytest.mark.distributed
+def test_ranks_that_torchrun_starts_again_go_on_from_the_journal(tmp_path, checkpoint_8m):
+    """torchrun's store outlives them, with all that they left in it."""
+    make_files(tmp_path / "in", 24)
+    out = tmp_path / "out"
+    line = command(2, f"input={tmp_path / 'in'}", f"output_dir={out}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=2000")
+    line.insert(3, "--max-restarts=1")
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
+    try:
+        deadline = time.monotonic() + 90
+        while len(list(out.glob("*.pt"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(rank_process(out, 1), signal.SIGKILL)
+        said, errors = process.communicate(timeout=100)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, errors
+    assert re.search(r"complete: 24 of 24 files embedded \(\d+ by earlier launches\)", said)
+    report = read_report(out)
+    assert report["status"] == "complete"
+    assert [rank["status"] for rank in report["ranks"]] == ["COMPLETED"] * 2
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +162,7 @@ def test_a_run_that_is_interrupted_while_it_plans_leaves_the_report_of_what_is_d
 
 @pytest.mark.parametrize(
     ("place", "joined"),
-    [("dist_esm.run:load_engine", []), ("dist_esm.run:join_file", []), ("dist_esm.run:join_file", ["cut_1"])],
+    [("load_engine", []), ("join_file", []), ("join_file", ["cut_1"])],
     ids=["loads", "joins", "joins on"],
 )
 def test_a_run_that_is_interrupted_while_it_loads_or_joins_reports_what_is_done(place, joined, half_done):
