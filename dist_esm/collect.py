@@ -61,6 +61,11 @@ class Waiting:
     num_embedded: int
     answers: list[Answer | None]
 
+    @property
+    def name(self) -> str | None:
+        """The protein's id; None if its unit has failed and it is asked only for others."""
+        return self.piece.rows[self.index].id if self.index < len(self.piece.rows) else None
+
 
 class Collector:
     """Takes announcements and answers, writes outputs, and says what became of each unit.
@@ -204,7 +209,7 @@ class Collector:
         state.tally.deduplicated += 1
         answer = self._kept.get(record.like)
         if isinstance(answer, Exception):
-            self._on_fail(record.unit, answer)
+            self._on_fail(record.unit, answer, protein.id)
         elif answer is not None:
             self._settle(record.ticket, answer)
         else:
@@ -235,7 +240,7 @@ class Collector:
                     self._kept[segment.protein] = answer
                 for ticket in [segment.protein, *self._followers.pop(segment.protein, [])]:
                     if ticket in self._waiting:
-                        self._on_fail(self._waiting[ticket].unit, answer)
+                        self._on_fail(self._waiting[ticket].unit, answer, self._waiting[ticket].name)
                 self._waiting.pop(segment.protein, None)
                 continue
             waiting.answers[segment.part] = answer
@@ -255,9 +260,11 @@ class Collector:
             return
         with np.errstate(over="ignore"):  # what is too large for the dtype becomes infinite
             vectors = {key: rows.astype(self.settings.dtype, copy=False) for key, rows in vectors.items()}
-        if not all(are_finite(rows) for rows in vectors.values()):
-            name = waiting.piece.rows[waiting.index].id
-            self._on_fail(waiting.unit, FloatingPointError(f"the embedding of {name} is not finite: use a wider dtype or save_dtype, for example float32"))
+        # In fp32 residues are finite if their sums are, and those were looked at before they came here; looking at every number takes time.
+        looked_at = (rows for (kind, _), rows in vectors.items() if kind is not Include.per_tok or rows.dtype == np.float16)
+        if not all(map(are_finite, looked_at)):
+            problem = FloatingPointError(f"save_dtype={self.settings.dtype.name} cannot hold a number of its embedding: use save_dtype=float32")
+            self._on_fail(waiting.unit, problem, waiting.name)
             return
         error = attempt(lambda: self._spool(waiting, vectors))
         if isinstance(error, Exception):
@@ -285,11 +292,11 @@ class Collector:
         state.is_closed = state.pieces[-1].is_closed = True
         self._write_if_complete(key, state, state.pieces[-1])
 
-    def _on_fail(self, key: int, error: Exception) -> None:
+    def _on_fail(self, key: int, error: Exception, protein: str | None = None) -> None:
         state = self._discard(key)
         if state is not None:
             unit = state.unit
-            failure = Failure.of(self.files[unit.file].path, error, self.rank)
+            failure = Failure.of(self.files[unit.file].path, error, self.rank, protein)
             self.on_failure(UnitFailure(unit.file, unit.ordinal, failure, time.monotonic() - state.started))
 
     def _on_abandon(self, key: int) -> None:

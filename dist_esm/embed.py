@@ -206,7 +206,10 @@ def widen(engine: Engine, segment: Segment, answer: Answer, result: RankResult) 
     if are_finite([answer]):
         return answer
     result.num_recomputed += 1
-    return attempt(lambda: engine.recompute(segment))
+    wider = attempt(lambda: engine.recompute(segment))
+    if isinstance(wider, Exception) or are_finite([wider]):
+        return wider
+    return FloatingPointError("its embedding is not finite, in a wider dtype neither: the weights may be damaged")
 
 
 def are_finite(answers: Sequence[Answer]) -> bool:

@@ -227,10 +227,10 @@ class Failure:
     rank: int
 
     @classmethod
-    def of(cls, path: Path, error: Exception, rank: int) -> Failure:
-        """From what was raised, its message in one line."""
+    def of(cls, path: Path, error: Exception, rank: int, protein: str | None = None) -> Failure:
+        """From what was raised, its message in one line, behind the id of the protein if it is one's."""
         message = " ".join(str(error).split()) or repr(error)
-        return cls(str(path), type(error).__name__, message, rank)
+        return cls(str(path), type(error).__name__, f"{protein}: {message}" if protein else message, rank)
 
 
 @dataclass

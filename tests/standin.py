@@ -18,12 +18,14 @@ from esm.data import Alphabet
 
 from dist_esm.config import Config, ModelConfig
 from dist_esm.embed import embed_units
-from dist_esm.journal import Journal, new_launch, write_settings
+from dist_esm.journal import Entry, Journal, new_launch, write_settings
 from dist_esm.plan import Plan, find_files
 from dist_esm.prepare import make_output_dir
-from dist_esm.records import Answer, Pack, Segment
+from dist_esm.records import Answer, Pack, Segment, Tally
 from dist_esm.report import RankSummary, Report, make_report
 from dist_esm.run import join_cut_files
+from dist_esm.scan import digest, whole
+from dist_esm.spool import written_file
 from dist_esm.stop import Stop
 from dist_esm.survey import agree_on_plan
 from dist_esm.world import World
@@ -197,6 +199,12 @@ def embed_directory(inputs: Any, output_dir: Path, poison: Sequence[str] = (), a
     summary = RankSummary(0, "host", "stand-in", "COMPLETED", result.seconds, result.num_tokens, result.num_split_packs, 0, result.waits, {}, result.outcomes)
     joined = join_cut_files(config, plan, [summary], journal, world)
     return Embedded(make_report(plan, [summary], joined, stop.reason, 0.0, 0.0), plan, engine, output_dir)
+
+
+def journal_of(source: Path, output: Path) -> dict[str, Entry]:
+    """What a run that keeps a journal would have in it of an output just below `output_dir`, by the output's name."""
+    written = written_file(output.parent, output)
+    return {output.name: Entry(output.stem, [(0, None)], [digest(whole(source))], [written], Tally(), 0, 1.0)}
 
 
 def accounts_add_up(report: Report) -> bool:

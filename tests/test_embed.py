@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_esm import outputs
-from dist_esm.config import Include
+from dist_esm.config import Include, SaveDtype
 from dist_esm.embed import RankResult, embed_pack
 from dist_esm.records import Pack, Segment
 from dist_esm.stop import run_around
@@ -68,7 +68,7 @@ def test_a_protein_whose_forward_fails_fails_its_own_file_and_its_twins(tmp_path
     inputs = write(tmp_path / "in", a=">1\nMKTAY\n>2\nIAKQR\n", b=">3\nWWWWW\n>4\nMKTAY\n", c=">5\nGGGGG\n", d=">6\nWWWWW\n")
     run = embed_directory(inputs, tmp_path / "out", poison=["WWWWW"])
     assert sorted(Path(failure.path).name for failure in run.report.failed) == ["b.fasta", "d.fasta"]
-    assert {failure.error_message for failure in run.report.failed} == {"poisoned segment"}
+    assert {failure.error_message for failure in run.report.failed} == {"3: poisoned segment", "6: poisoned segment"}
     assert run.outputs() == ["a_ESM", "c_ESM"]
     for output, sequences in (("a_ESM", ["MKTAY", "IAKQR"]), ("c_ESM", ["GGGGG"])):
         for vector, residues in zip(run.load(output)["data"], sequences, strict=True):
@@ -97,8 +97,28 @@ def test_a_number_that_is_not_finite_is_never_written(tmp_path, monkeypatch):
     monkeypatch.setattr(StandIn, "run", with_nan)
     run = embed_directory(write(tmp_path / "in", a=">bad\nMKTAY\n", b=">good\nMKTAYI\n"), tmp_path / "out")
     assert [(Path(f.path).name, f.error_type) for f in run.report.failed] == [("a.fasta", "FloatingPointError")]
-    assert "the embedding of bad is not finite" in run.report.failed[0].error_message
+    assert run.report.failed[0].error_message.startswith("bad: its embedding is not finite")
     assert run.outputs() == ["b_ESM"]
+
+
+@pytest.mark.parametrize("kind", ["sums", "bos", "rows"])
+def test_a_number_that_float16_cannot_hold_fails_its_file(tmp_path, monkeypatch, kind):
+    run_pack = StandIn.run
+
+    def with_large(self, pack, num_rows=None):
+        answers = run_pack(self, pack)
+        for one, answer in zip(pack.segments, answers, strict=True):
+            if len(one.tokens) == 7:
+                getattr(answer, kind)[1][..., 2] = 1e6
+        return answers
+
+    monkeypatch.setattr(StandIn, "run", with_large)
+    inputs = write(tmp_path / "in", a=">bad\nMKTAY\n", b=">good\nMKTAYI\n")
+    settings = {"include": [Include.mean, Include.bos, Include.per_tok]}
+    run = embed_directory(inputs, tmp_path / "half", save_dtype=SaveDtype.float16, **settings)
+    assert run.failure("a.fasta") == "bad: save_dtype=float16 cannot hold a number of its embedding: use save_dtype=float32"
+    assert run.outputs() == ["b_ESM"]
+    assert embed_directory(inputs, tmp_path / "single", **settings).outputs() == ["a_ESM", "b_ESM"]
 
 
 def test_a_disk_that_is_full_fails_the_file_with_the_reason_and_leaves_nothing_half_written(tmp_path, monkeypatch):

@@ -35,10 +35,10 @@ from dist_esm.formats_torch import MAX_NAME, file_name
 from dist_esm.plan import find_files
 from dist_esm.records import Row
 from dist_esm.report import write_report
-from dist_esm.spool import Embeddings, written_file
+from dist_esm.spool import Embeddings
 from dist_esm.verify import check_file
 from dist_esm.writers import WRITERS, write_output
-from standin import WIDTH, bos_of, embed_directory, expected, fair_esm_tokens, make_config
+from standin import WIDTH, bos_of, embed_directory, expected, fair_esm_tokens, journal_of, make_config
 
 ALL = [Include.mean, Include.bos, Include.per_tok]
 EVERYTHING = {"include": ALL, "repr_layers": [0, 1]}
@@ -220,9 +220,8 @@ def test_fair_esm_takes_the_place_of_what_esm_extract_leaves(tmp_path, checkpoin
 def test_verify_finds_every_record_in_its_place(tmp_path, kind):
     """Ids are what verify looks for, whatever an output's names are made of."""
     path = embed(tmp_path, kind, **EVERYTHING)
-    written = {path.name: written_file(tmp_path / "out", path)}
     config = make_config(str(tmp_path / "in"), tmp_path / "out", format=kind, **EVERYTHING)
-    assert list(check_file(find_files(config.input_list())[0], [path.name], written, config)) == []
+    assert list(check_file(find_files(config.input_list())[0], [path.name], journal_of(tmp_path / "in" / "a.fasta", path), config)) == []
 
 
 def test_a_folder_is_replaced_whole_and_only_if_it_is_ours(tmp_path):

@@ -12,12 +12,8 @@ import torch
 from conftest import PROTEINS, run_ranks
 from dist_esm import journal
 from dist_esm.config import Include
-from dist_esm.journal import Entry
-from dist_esm.records import Tally, WrittenFile
-from dist_esm.scan import digest, whole
-from dist_esm.spool import fingerprint
 from dist_esm.verify import check_file
-from standin import embed_directory, make_config
+from standin import embed_directory, journal_of, make_config
 from test_intake import block_gzip
 from test_run import MODEL
 
@@ -125,11 +121,8 @@ def test_an_output_that_was_wrong_when_it_was_written_is_found(tmp_path, fault):
     path = tmp_path / "out" / "a_ESM.pt"
 
     def findings() -> list[str]:
-        written = fingerprint(tmp_path / "out", Path("a_ESM.pt"))
-        assert isinstance(written, WrittenFile)
-        entry = Entry("a_ESM", [(0, None)], [digest(whole(tmp_path / "in" / "a.fasta"))], [written], Tally(), 0, 1.0)
         config = make_config(str(tmp_path / "in"), tmp_path / "out", include=[Include.mean, Include.per_tok])
-        return list(check_file(run.plan.files[0], ["a_ESM.pt"], {"a_ESM.pt": entry}, config))
+        return list(check_file(run.plan.files[0], ["a_ESM.pt"], journal_of(tmp_path / "in" / "a.fasta", path), config))
 
     assert findings() == []
     content = torch.load(path, weights_only=True)
