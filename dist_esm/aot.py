@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from dist_esm.attempt import attempt
-from dist_esm.spool import atomically
+from dist_esm.disk import atomically
 
 log = logging.getLogger("dist_esm")
 

@@ -25,11 +25,12 @@ import numpy as np
 
 from dist_esm.attempt import attempt
 from dist_esm.config import Include
+from dist_esm.disk import remove
 from dist_esm.notes import note
 from dist_esm.outputs import Job, OutputSettings, Piece, Writers, write_piece_of
 from dist_esm.pool import Vectors, combine
 from dist_esm.records import Announcement, Answer, Failure, FastaFile, RecordOutcome, Row, Segment, Tally, Unit, UnitFailure, UnitResult, WrittenFile
-from dist_esm.spool import Memory, Spool, are_finite, remove
+from dist_esm.spool import Memory, Spool, are_finite
 
 Message = tuple[Callable[..., None], tuple[Any, ...]]
 MAX_ANSWERED = 3

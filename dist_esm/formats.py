@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from dist_esm.spool import Embeddings, sync
+from dist_esm.disk import sync
+from dist_esm.spool import Embeddings
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_esm.disk import atomically
 from dist_esm.formats import About, Names, escape
-from dist_esm.spool import Embeddings, atomically
+from dist_esm.spool import Embeddings
 
 if TYPE_CHECKING:
     import h5py

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_esm.disk import SummedFile, atomically
 from dist_esm.formats import About
 from dist_esm.records import Row
-from dist_esm.spool import Embeddings, atomically
+from dist_esm.spool import Embeddings
 
 GROUP_BYTES = 32 << 20
 """Numbers in a row group, about: it is what a reader of one row reads, and what the writer holds in memory."""
@@ -21,7 +22,7 @@ GROUP_ROWS = 1 << 16
 COUNTS = ("embedded", "upper_cased", "stops_removed", "gaps_removed", "replaced")
 
 
-def write_parquet(embeddings: Embeddings, path: Path) -> None:
+def write_parquet(embeddings: Embeddings, path: Path) -> str:
     """Write a row for each protein, in file order.
 
     Columns: ``id``, ``header``, ``source`` (path of the input relative to the common root), ``index`` (of the record in its input, from 0),
@@ -52,7 +53,7 @@ def write_parquet(embeddings: Embeddings, path: Path) -> None:
     codecs |= {name: "none" for name in pq_leaves(schema) if name not in codecs}
     with (
         atomically(path) as beside,
-        open(beside, "wb") as file,
+        SummedFile(beside) as file,
         pq.ParquetWriter(file, schema, compression=codecs, use_dictionary=["source", "outcome"], write_statistics=["id", "index", "length", *COUNTS]) as writer,
     ):
         for first, last, start, stop in row_groups(embeddings):
@@ -73,6 +74,7 @@ def write_parquet(embeddings: Embeddings, path: Path) -> None:
                 numbers = pa.FixedSizeListArray.from_arrays(pa.array(getattr(embeddings, kind)[layer][span].numpy().reshape(-1)), type=vector)
                 arrays.append(pa.ListArray.from_arrays(offsets, numbers) if kind == "per_tok" else numbers)
             writer.write_batch(pa.record_batch(arrays, schema=schema), row_group_size=len(rows))
+    return file.sha256()
 
 
 def pq_leaves(schema: Any) -> Iterator[str]:

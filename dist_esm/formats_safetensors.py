@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_esm.disk import SummedFile, atomically
 from dist_esm.formats import About
-from dist_esm.spool import Embeddings, atomically
+from dist_esm.spool import Embeddings
 
 MAX_HEADER = 100_000_000
 """What the library reads."""
@@ -21,7 +22,7 @@ CHUNK_ROWS = 1 << 12
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
 
 
-def write_safetensors(embeddings: Embeddings, path: Path) -> None:
+def write_safetensors(embeddings: Embeddings, path: Path) -> str:
     """Write ``mean.33`` and ``bos.33``, shape (N, D), and ``per_tok.33``, shape (sum of embedded residues, D), for each layer.
 
     Protein i's residues are the rows ``offsets[i]`` to ``offsets[i + 1]``. The mean of the last requested layer is always there. The
@@ -58,13 +59,14 @@ def write_safetensors(embeddings: Embeddings, path: Path) -> None:
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise ValueError(f"ids and headers of {len(embeddings.rows)} proteins are too much for one safetensors file: lower max_proteins_per_output")
-    with atomically(path) as beside, open(beside, "wb") as file:
+    with atomically(path) as beside, SummedFile(beside) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors.values():
             for chunk in torch.split(tensor, CHUNK_ROWS):
                 values = np.ascontiguousarray(chunk.numpy())
                 file.write(values.astype(values.dtype.newbyteorder("<"), copy=False).data)
+    return file.sha256()
 
 
 class OpenedSafetensors:

@@ -37,7 +37,7 @@ _UNSAFE = re.compile(
 )
 
 
-def write_pt(embeddings: Embeddings, path: Path) -> None:
+def write_pt(embeddings: Embeddings, path: Path) -> str:
     """Write VirNucPro's layout, with every representation beside it under fair-esm's names.
 
     ``proteins`` and ``data`` are lists in file order, ``data`` of the mean of the last requested layer, shape (D,); further
@@ -59,7 +59,7 @@ def write_pt(embeddings: Embeddings, path: Path) -> None:
         content["bos_representations"] = embeddings.bos
     if "per_tok" in embeddings.include:
         content["representations"] = {layer: list(torch.split(rows, embeddings.lengths)) for layer, rows in embeddings.per_tok.items()}
-    save(content, path)
+    return save(content, path)
 
 
 class OpenedPt:

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from dist_esm.disk import atomically, fingerprint, remove
 from dist_esm.records import Slice, Tally, WrittenFile
-from dist_esm.spool import atomically, fingerprint, remove
 
 LOCK_SECONDS = 5.0
 ROOM_SECONDS = 2.0

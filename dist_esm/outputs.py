@@ -23,8 +23,9 @@ from torch import Tensor
 
 from dist_esm.attempt import attempt
 from dist_esm.config import Format, Include
+from dist_esm.disk import Output, together, written_file
 from dist_esm.records import FastaFile, Row, Unit, WrittenFile
-from dist_esm.spool import Embeddings, Spool, together, torch_dtype, write_piece, written_file
+from dist_esm.spool import Embeddings, Spool, torch_dtype, write_piece
 from dist_esm.writers import write_output
 
 MIN_WRITERS, MAX_WRITERS = 3, 8
@@ -96,7 +97,7 @@ class Piece:
             spool.close()
 
 
-def write_piece_of(settings: OutputSettings, file: FastaFile, unit: Unit, piece: Piece) -> Path:
+def write_piece_of(settings: OutputSettings, file: FastaFile, unit: Unit, piece: Piece) -> Output:
     """Write a piece: a whole output, a numbered part of one, or what `join` will make one of."""
     tensors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}
     for kind, layer in settings.wanted:
@@ -132,7 +133,7 @@ class Job:
 
     key: int
     piece: Piece
-    write: Callable[[], Path]
+    write: Callable[[], Output]
     is_second_try: bool = False
 
 
@@ -205,8 +206,8 @@ class Writers:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             jobs = [job, *self._more(job.piece.num_bytes)]
-            for one, path in zip(jobs, together([one.write for one in jobs]), strict=True):
-                self._done.put((one, path if isinstance(path, Exception) else attempt(partial(written_file, self.output_dir, path))))
+            for one, output in zip(jobs, together([one.write for one in jobs]), strict=True):
+                self._done.put((one, output if isinstance(output, Exception) else attempt(partial(written_file, self.output_dir, output))))
             self.on_written()
 
     def _more(self, num_bytes: int) -> Iterator[Job]:

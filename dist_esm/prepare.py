@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from dist_esm.config import Config, Format, to_dict
+from dist_esm.disk import atomically
 from dist_esm.engine import Engine, default_toks_per_batch, make_engine, num_cores
 from dist_esm.kernels import Kernels, choose_device, choose_dtype, choose_kernels
 from dist_esm.plan import find_files, refuse_nested
 from dist_esm.records import FastaFile
-from dist_esm.spool import atomically
 from dist_esm.weights import RANDOM, architecture, fetch, weights_id
 from dist_esm.world import World, together
 

@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dist_esm.disk import atomically
 from dist_esm.plan import Plan
 from dist_esm.records import Failure, JoinedFile, RecordOutcome, Tally, UnitFailure, UnitOutcome
-from dist_esm.spool import atomically
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from dist_esm.attempt import attempt
 from dist_esm.config import Config, to_dict
+from dist_esm.disk import atomically, written_file
 from dist_esm.embed import RankResult, embed_units
 from dist_esm.engine import Engine
 from dist_esm.journal import Entry, Journal, check_settings, clean, entry_of, finished_outputs, lock, new_launch, start_over, write_settings
@@ -20,7 +21,7 @@ from dist_esm.plan import Plan
 from dist_esm.prepare import Setup, describe, find_inputs, load_engine, prepare
 from dist_esm.records import Failure, JoinedFile, Tally, Unit, UnitResult, WorkerStatus
 from dist_esm.report import RankSummary, fail_what_vanished, failures_by_file, make_report, summary, versions, write_report
-from dist_esm.spool import atomically, join, written_file
+from dist_esm.spool import join
 from dist_esm.stop import Stop, on_signals
 from dist_esm.survey import agree_on_plan, since
 from dist_esm.weights import locate

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dist_esm.config import Config, to_dict
+from dist_esm.disk import atomically
 from dist_esm.engine import Engine, is_out_of_memory
 from dist_esm.measure import Limits, RankCheck, arrays, bit_difference, compare, problems, table
 from dist_esm.pack import Packer
@@ -31,7 +32,6 @@ from dist_esm.records import Answer, FastaFile, Pack, Segment
 from dist_esm.reference import Theirs, fair_esm_answers, free_device, free_memory, wanted
 from dist_esm.report import versions
 from dist_esm.sample import Sampled, choose, draw, segments_of
-from dist_esm.spool import atomically
 from dist_esm.survey import agree_on_plan
 from dist_esm.weights import RANDOM, locate
 from dist_esm.world import RefusedError, World, together

@@ -1,41 +1,34 @@
-"""Embeddings on their way to a file: rows that arrive in any order, pieces of a file that was cut, and names that appear at once.
+"""Embeddings on their way to a file: rows that arrive in any order, and pieces of a file that was cut.
 
 Rows wait in a spool: in memory while there is some left, then in a nameless file in `output_dir`, so memory does not grow
-with the output. A file appears under its name only when all of it is on disk: written beside, synced, renamed.
+with the output.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
-import os
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_esm.attempt import attempt
+from dist_esm.disk import Output, SummedFile, atomically
 from dist_esm.pickling import torch_save
-from dist_esm.records import Row, WrittenFile
+from dist_esm.records import Row
 
 SPOOL_BYTES = 3 << 29
 """Rows that are kept in memory, of all outputs in the making together; what is more waits on disk."""
-SMALL_BYTES = 1 << 20
 LARGE_ROWS = 1 << 17
 """Bytes of rows that are worth another thread."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -180,99 +173,16 @@ def are_finite(rows: NDArray[Any]) -> bool:
         return bool(np.isfinite(rows.sum(dtype=np.float32)) or np.isfinite(rows).all())
 
 
-class _Held(threading.local):
-    """Files of this thread that are written beside their names and wait for others: (beside, path)."""
-
-    files: list[tuple[Path, Path]] | None = None
-
-
-_held = _Held()
-
-
-@contextmanager
-def atomically(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file to; on success it is synced and takes the name, on failure it is removed.
-
-    Within `together` that comes when all are written.
-    """
-    if not os.path.isdir(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    is_held = False
-    try:
-        yield beside
-        if _held.files is not None:
-            _held.files.append((beside, path))
-            is_held = True
-            return
-        sync(beside)
-        os.replace(beside, path)
-        sync(path.parent)
-    finally:
-        if not is_held:
-            beside.unlink(missing_ok=True)
-
-
-def together(works: Sequence[Callable[[], T]]) -> list[T | Exception]:
-    """Do pieces of work that write files `atomically`. All are written before the first is synced, and a folder is synced once.
-
-    Returns
-    -------
-    list
-        What each came to, or the exception that ended it, which took its files along.
-    """
-    values: list[T | Exception] = []
-    files: list[list[tuple[Path, Path]]] = []
-    for work in works:
-        _held.files = []
-        values.append(attempt(work))
-        files.append(_held.files)
-    _held.files = None
-    synced: dict[Path, Exception | None] = {}
-
-    def settle(step: Callable[[Path, Path], object]) -> None:
-        for number, pairs in enumerate(files):
-            for beside, path in pairs:
-                error = attempt(partial(step, beside, path)) if not isinstance(values[number], Exception) else None
-                if isinstance(error, Exception):
-                    values[number] = error
-
-    def sync_folder(_: Path, path: Path) -> None:
-        if path.parent not in synced:
-            synced[path.parent] = attempt(partial(sync, path.parent))
-        error = synced[path.parent]
-        if error is not None:
-            raise error
-
-    settle(lambda beside, _: sync(beside))
-    settle(os.replace)
-    settle(sync_folder)
-    for value, pairs in zip(values, files, strict=True):
-        if isinstance(value, Exception):
-            for beside, _ in pairs:
-                beside.unlink(missing_ok=True)
-    return values
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save(content: dict[str, Any], path: Path) -> None:
-    """`torch.save`, atomically. Through an open file, since the name of a path would become part of the archive's bytes."""
-    with atomically(path) as beside, open(beside, "wb", buffering=SMALL_BYTES) as file:
+def save(content: dict[str, Any], path: Path) -> str:
+    """`torch.save`, atomically; returns the sha256. Through an open file, since the name of a path would become part of the archive's bytes."""
+    with atomically(path) as beside, SummedFile(beside) as file:
         torch_save(content, file)
+    return file.sha256()
 
 
-def write_piece(embeddings: Embeddings, path: Path) -> Path:
+def write_piece(embeddings: Embeddings, path: Path) -> Output:
     """Write what one unit of a cut file contributes, for `join`. Its rows are one text: torch's unpickler takes microseconds for each string."""
-    save({**vars(embeddings), "rows": json.dumps(embeddings.rows)}, path)
-    return path
+    return Output(path, save({**vars(embeddings), "rows": json.dumps(embeddings.rows)}, path))
 
 
 def read_piece(path: Path) -> Embeddings:
@@ -304,37 +214,3 @@ def join(paths: Sequence[Path], directory: Path) -> Iterator[Embeddings]:
     finally:
         for spool in spools:
             spool.close()
-
-
-def fingerprint(output_dir: Path, path: Path) -> WrittenFile | None:
-    """Size and sha256 of an output, a file or a folder of files, given relative to `output_dir`; None if it is not there."""
-    full = output_dir / path
-    if full.is_dir():
-        parts = [fingerprint(full, one.relative_to(full)) for one in sorted(full.rglob("*")) if one.is_file()]
-        text = json.dumps([asdict(one) for one in parts if one is not None])
-        return WrittenFile(str(path), sum(one.num_bytes for one in parts if one is not None), hashlib.sha256(text.encode()).hexdigest())
-    try:
-        with open(full, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            found = hashlib.sha256(file.read(size)) if size <= SMALL_BYTES else hashlib.file_digest(file, "sha256")
-            return WrittenFile(str(path), size, found.hexdigest())
-    except FileNotFoundError:
-        return None
-
-
-def written_file(output_dir: Path, path: Path) -> WrittenFile:
-    """An output that was just written."""
-    found = fingerprint(output_dir, path.relative_to(output_dir))
-    if found is None:
-        raise FileNotFoundError(f"{path} vanished as soon as it was written: was output_dir removed?")
-    return found
-
-
-def remove(path: Path) -> None:
-    """Remove an output, a file or a folder of files."""
-    if path.is_dir():
-        for one in sorted(path.rglob("*"), reverse=True):
-            one.unlink()
-        path.rmdir()
-    else:
-        path.unlink(missing_ok=True)

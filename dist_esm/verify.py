@@ -20,6 +20,7 @@ import torch
 
 from dist_esm.attempt import attempt
 from dist_esm.config import Config, Include, from_dict
+from dist_esm.disk import atomically, fingerprint
 from dist_esm.fasta import read_proteins
 from dist_esm.feed import shape
 from dist_esm.journal import Entry
@@ -28,7 +29,6 @@ from dist_esm.plan import assign, find_files
 from dist_esm.reader import EmbeddingSet, load
 from dist_esm.records import Count, FastaFile, Unit
 from dist_esm.scan import Digests, Tee, whole
-from dist_esm.spool import atomically, fingerprint
 from dist_esm.world import World, together
 
 log = logging.getLogger("dist_esm")

@@ -10,14 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dist_esm.config import Format
+from dist_esm.disk import Output, atomically
 from dist_esm.formats_h5 import write_h5
 from dist_esm.formats_parquet import write_parquet
 from dist_esm.formats_safetensors import write_safetensors
 from dist_esm.formats_torch import write_fair_esm, write_pt
 from dist_esm.records import NOTE_COLUMNS
-from dist_esm.spool import Embeddings, atomically
+from dist_esm.spool import Embeddings
 
-Writer = Callable[[Embeddings, Path], None]
+Writer = Callable[[Embeddings, Path], str | None]
+"""Writes an output to a path; returns its sha256 if that was taken on the way."""
 
 WRITERS: dict[Format, tuple[str, Writer]] = {
     Format.pt: (".pt", write_pt),
@@ -29,7 +31,7 @@ WRITERS: dict[Format, tuple[str, Writer]] = {
 """Suffix and function of each format; without a suffix it is a folder."""
 
 
-def write_output(kind: Format, embeddings: Embeddings, stem: Path) -> Path:
+def write_output(kind: Format, embeddings: Embeddings, stem: Path) -> Output:
     """Write one output, after ``<stem>.records.tsv`` beside it if any of its records deserves a note.
 
     Parameters
@@ -43,8 +45,8 @@ def write_output(kind: Format, embeddings: Embeddings, stem: Path) -> Path:
 
     Returns
     -------
-    Path
-        The output's path.
+    Output
+        Its path, and its checksum if that was taken on the way.
     """
     notes = stem.with_name(stem.name + ".records.tsv")
     if embeddings.notes:
@@ -54,5 +56,4 @@ def write_output(kind: Format, embeddings: Embeddings, stem: Path) -> Path:
         notes.unlink(missing_ok=True)
     suffix, writer = WRITERS[kind]
     path = stem.with_name(stem.name + suffix)
-    writer(embeddings, path)
-    return path
+    return Output(path, writer(embeddings, path))

@@ -17,6 +17,7 @@ import torch
 from esm.data import Alphabet
 
 from dist_esm.config import Config, ModelConfig
+from dist_esm.disk import Output, written_file
 from dist_esm.embed import embed_units
 from dist_esm.journal import Entry, Journal, new_launch, write_settings
 from dist_esm.plan import Plan, find_files
@@ -25,7 +26,6 @@ from dist_esm.records import Answer, Pack, Segment, Tally
 from dist_esm.report import RankSummary, Report, make_report
 from dist_esm.run import join_cut_files
 from dist_esm.scan import digest, whole
-from dist_esm.spool import written_file
 from dist_esm.stop import Stop
 from dist_esm.survey import agree_on_plan
 from dist_esm.world import World
@@ -203,7 +203,7 @@ def embed_directory(inputs: Any, output_dir: Path, poison: Sequence[str] = (), a
 
 def journal_of(source: Path, output: Path) -> dict[str, Entry]:
     """What a run that keeps a journal would have in it of an output just below `output_dir`, by the output's name."""
-    written = written_file(output.parent, output)
+    written = written_file(output.parent, Output(output))
     return {output.name: Entry(output.stem, [(0, None)], [digest(whole(source))], [written], Tally(), 0, 1.0)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -31,6 +32,7 @@ from safetensors import safe_open
 from conftest import relative_error, run_ranks
 from dist_esm import formats_parquet, load
 from dist_esm.config import Format, Include, SaveDtype, check
+from dist_esm.disk import fingerprint, written_file
 from dist_esm.formats_torch import MAX_NAME, file_name
 from dist_esm.plan import find_files
 from dist_esm.records import Row
@@ -275,7 +277,7 @@ def protspace(monkeypatch):
 
 @pytest.mark.parametrize("dtype", SaveDtype)
 def test_h5_through_protspace(tmp_path, protspace, dtype):
-    path = write_output(Format.h5, made_of(SEQUENCES, PROVENANCE, ids=IDS, dtype=getattr(torch, dtype.name)), tmp_path / "a_ESM")
+    path, _ = write_output(Format.h5, made_of(SEQUENCES, PROVENANCE, ids=IDS, dtype=getattr(torch, dtype.name)), tmp_path / "a_ESM")
     found = protspace.load_h5([path])
     assert found.name == PROVENANCE["model"]
     assert [unquote(re.sub("~[0-9]+$", "", name)) for name in found.headers] == IDS
@@ -517,7 +519,7 @@ PROVENANCE = {"model": "esm2_t33_650M_UR50D", "weights": "sha256:0123", "layers"
 def test_every_output_says_where_its_numbers_come_from_and_is_the_same_bytes_each_time(tmp_path, kind):
     found = []
     for name in ("one", "two"):
-        path = write_output(kind, made_of(SEQUENCES, PROVENANCE), tmp_path / name / "a_ESM")
+        path, _ = write_output(kind, made_of(SEQUENCES, PROVENANCE), tmp_path / name / "a_ESM")
         assert load(path).provenance == PROVENANCE
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         found.append({file.name: file.read_bytes() for file in files})
@@ -537,9 +539,21 @@ def test_every_output_says_where_its_numbers_come_from_and_is_the_same_bytes_eac
         assert torch.load(path, weights_only=True)["provenance"] == PROVENANCE
 
 
+@pytest.mark.parametrize("kind", Format)
+@pytest.mark.parametrize("num_proteins", [0, 3, 3000])
+def test_the_checksum_that_is_taken_while_writing_is_that_of_the_file(tmp_path, kind, num_proteins):
+    """Smaller and larger than what is buffered."""
+    output = write_output(kind, made_of(["MKT"] * num_proteins, width=160), tmp_path / "a_ESM")
+    assert (output.sha256 is None) == (kind in (Format.h5, Format.fair_esm))
+    written = written_file(tmp_path, output)
+    assert written == fingerprint(tmp_path, output.path.relative_to(tmp_path))
+    if output.path.is_file():
+        assert written.sha256 == hashlib.sha256(output.path.read_bytes()).hexdigest()
+
+
 @pytest.mark.parametrize("kind", [Format.pt, Format.parquet, Format.safetensors])
 def test_a_file_of_ten_thousand_proteins_is_no_larger_than_its_numbers(tmp_path, kind):
-    path = write_output(kind, made_of(["M"] * 10_000, width=320), tmp_path / "a_ESM")
+    path, _ = write_output(kind, made_of(["M"] * 10_000, width=320), tmp_path / "a_ESM")
     size = 10_000 * 320 * 4
     assert size < path.stat().st_size < 1.12 * size  # pickled, a tensor of a list takes about 100 bytes
     back = load(path)
@@ -549,7 +563,7 @@ def test_a_file_of_ten_thousand_proteins_is_no_larger_than_its_numbers(tmp_path,
 
 @pytest.mark.parametrize("kind", Format)
 def test_a_writer_that_fails_leaves_nothing_and_what_was_there_stays(tmp_path, kind):
-    path = write_output(kind, made_of(SEQUENCES), tmp_path / "a_ESM")
+    path, _ = write_output(kind, made_of(SEQUENCES), tmp_path / "a_ESM")
     before = everything_below(tmp_path)
     cannot_be_saved = made_of(SEQUENCES[:3], {"model": lambda: 0})
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
@@ -606,7 +620,7 @@ def test_a_run_without_outputs_is_empty_and_says_so(tmp_path):
 
 @pytest.mark.parametrize(("kind", "package"), [(Format.h5, "h5py"), (Format.parquet, "pyarrow"), (Format.safetensors, "safetensors")])
 def test_a_format_whose_package_is_missing_is_refused_before_any_work(tmp_path, monkeypatch, kind, package):
-    path = write_output(kind, made_of(SEQUENCES), tmp_path / "a")
+    path, _ = write_output(kind, made_of(SEQUENCES), tmp_path / "a")
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)  # as Python has a package that cannot be imported
     with pytest.raises(ValueError, match=rf"format={kind.name} needs {package}: pip install 'dist_esm\[formats\]'"):

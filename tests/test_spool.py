@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from dist_esm.disk import atomically, together
 from dist_esm.pickling import torch_save
-from dist_esm.spool import Memory, Spool, are_finite, atomically, together
+from dist_esm.spool import Memory, Spool, are_finite
 
 
 def same(one, other) -> bool:
