@@ -142,16 +142,17 @@ class Digests:
     def __init__(self, ranges: Sequence[tuple[int, int | None]]) -> None:
         self._ranges = list(ranges)
         self._found = [hashlib.sha256() for _ in ranges]
-        self._position = 0
+        self.num_bytes = 0
+        """Of the text so far."""
 
     def update(self, block: bytes) -> None:
         """The next block."""
-        first, after = self._position, self._position + len(block)
+        first, after = self.num_bytes, self.num_bytes + len(block)
         for (start, stop), found in zip(self._ranges, self._found, strict=True):
             stop = after if stop is None else stop
             if start < after and stop > first:
                 found.update(block[max(0, start - first) : stop - first])
-        self._position = after
+        self.num_bytes = after
 
     def hexdigests(self) -> list[str]:
         """Of the text so far."""

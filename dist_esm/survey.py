@@ -15,7 +15,7 @@ from dist_esm.config import Config
 from dist_esm.journal import Entry, is_intact
 from dist_esm.plan import Plan, assign, count_slice, cut_files, make_plan, make_units
 from dist_esm.records import Count, FastaFile, JoinedFile, Slice, Tally, Unit, UnitResult
-from dist_esm.scan import digest
+from dist_esm.scan import Digests, digest, raw_blocks, whole
 from dist_esm.world import World
 
 
@@ -93,7 +93,7 @@ def check_together(
     joined: dict[int, JoinedFile] = {}
     for entry, same in (candidates[index] for index in found):
         done |= {(result.file, result.ordinal): result for result in as_results(entry, same)}
-        if entry.is_joined:
+        if entry.is_joined or len(same) > 1:
             joined[same[0].file] = joined_file(entry)
         else:
             joined.pop(same[0].file, None)
@@ -101,18 +101,12 @@ def check_together(
 
 
 def as_results(entry: Entry, units: Sequence[Unit]) -> list[UnitResult]:
-    """An entry as the results of the units that it stands for. Of a joined file only the sum is known: it stands with the first."""
+    """An entry as the results of the units that it stands for. Of a whole file only the sum is known: it stands with the first."""
+    texts = entry.digests if is_cut_alike(entry, units) else [""] * len(units)
+    sums = [(entry.tally, entry.seconds), *((Tally(), 0.0) for _ in units[1:])]
     return [
-        UnitResult(
-            unit.file,
-            unit.ordinal,
-            tuple(entry.written),
-            text,
-            Tally() if entry.is_joined and unit.ordinal else entry.tally,
-            entry.rank,
-            0.0 if entry.is_joined and unit.ordinal else entry.seconds,
-        )
-        for unit, text in zip(units, entry.digests, strict=True)
+        UnitResult(unit.file, unit.ordinal, tuple(entry.written), text, tally, entry.rank, seconds)
+        for unit, text, (tally, seconds) in zip(units, texts, sums, strict=False)
     ]
 
 
@@ -136,16 +130,35 @@ def joined_file(entry: Entry) -> JoinedFile:
 
 
 def covered(entry: Entry, units: Sequence[Unit]) -> list[Unit]:
-    """The units of a file that an entry stands for, by the text they cover; [] if the file is cut in another way now."""
-    if entry.is_joined:
-        return list(units) if [(unit.slice.start, unit.slice.stop) for unit in units] == entry.slices else []
-    found = [unit for unit in units if [(unit.slice.start, unit.slice.stop)] == entry.slices]
-    return [unit for unit in found if unit.unreadable is None]
+    """The units of a file that an entry stands for: all of them, however they are cut, or the one of the same text; [] if there is none."""
+    if is_of_whole_file(entry) and units[0].first_part is None:
+        return list(units)
+    return [unit for unit in units if is_cut_alike(entry, [unit]) and unit.unreadable is None]
+
+
+def is_of_whole_file(entry: Entry) -> bool:
+    """Whether an entry stands for the one output of a file."""
+    return len(entry.written) == 1 and (entry.is_joined or entry.slices == [(0, None)])
+
+
+def is_cut_alike(entry: Entry, units: Sequence[Unit]) -> bool:
+    """Whether an entry covers the text of units slice by slice."""
+    return entry.slices == [(unit.slice.start, unit.slice.stop) for unit in units]
 
 
 def is_done(entry: Entry, units: Sequence[Unit], config: Config) -> bool:
     """Whether the inputs have the text that was embedded, and the outputs the bytes that were written."""
     if not all((config.output_dir / one.path).exists() for one in entry.written):  # pieces that were joined: no need to read their text
         return False
-    digests = attempt(lambda: [digest(unit.slice) for unit in units])
-    return digests == entry.digests and is_intact(entry, config.output_dir)
+    return attempt(lambda: digests(entry, units)) == entry.digests and is_intact(entry, config.output_dir)
+
+
+def digests(entry: Entry, units: Sequence[Unit]) -> list[str]:
+    """What the digests of an entry would be today, given the units that it stands for."""
+    if is_cut_alike(entry, units):
+        return [digest(unit.slice) for unit in units]
+    seen = Digests(entry.slices)
+    for _ in raw_blocks(whole(units[0].slice.path), seen.update):
+        pass
+    is_all = entry.slices[-1][1] in (None, seen.num_bytes)
+    return seen.hexdigests() if is_all else []

@@ -138,12 +138,20 @@ def run(inputs: Path, out: Path, pace: float | None, kind: Format, dtype: SaveDt
     plan = agree_on_plan(config, files, world)
     units = [plan.units[index] for index in plan.bins[0]]
     device: Any = PacedDevice(pace, dtype)
+    before = cpu_seconds()
     result = embed_units(units, files, config, device, 0, Stop(), {}, journal_writer(journal, plan))
     journal.close()
+    cpu = cpu_seconds() - before
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert len(result.outcomes) == len(files)
     shutil.rmtree(out)
-    return {"seconds": result.seconds, "bytes": num_bytes, "waited": result.waits["waited_for_output"], "pace": pace}
+    return {"seconds": result.seconds, "bytes": num_bytes, "waited": result.waits["waited_for_output"], "cpu": cpu, "pace": pace}
+
+
+def cpu_seconds() -> float:
+    """Of all threads of this process so far, in the kernel and outside."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> int:
@@ -163,7 +171,7 @@ def main() -> int:
         rate = rates[1]
         make_inputs(folder / "in", int(options.gigabytes * 1e9 / (WIDTH * width)), options.proteins_per_file)
         print(f"disk: {rate / 1e6:.0f} MB/s (median of 3; {rates[0] / 1e6:.0f} to {rates[2] / 1e6:.0f})", flush=True)
-        print(f"{'device at':>12} {'MB/s asked':>11} {'MB/s written':>13} {'device waited':>14} {'peak MiB':>9}", flush=True)
+        print(f"{'device at':>12} {'MB/s asked':>11} {'MB/s written':>13} {'device waited':>14} {'core s/GB':>10} {'peak MiB':>9}", flush=True)
         rows = []
         for share in [*options.shares, None]:
             pace = None if share is None else rate * share / (WIDTH * width)
@@ -173,7 +181,7 @@ def main() -> int:
             asked = "all it can" if share is None else f"{share:.0%} of disk"
             amount = "" if share is None else f"{rate * share / 1e6:.0f}"
             speed, waited = row["bytes"] / row["seconds"] / 1e6, row["waited"] / row["seconds"]
-            print(f"{asked:>12} {amount:>11} {speed:>13.0f} {waited:>14.1%} {row['peak_mib']:>9.0f}", flush=True)
+            print(f"{asked:>12} {amount:>11} {speed:>13.0f} {waited:>14.1%} {row['cpu'] / row['bytes'] * 1e9:>10.2f} {row['peak_mib']:>9.0f}", flush=True)
     hardware = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     print(json.dumps({"disk_bytes_per_second": rate, "format": options.format.name, "save_dtype": options.save_dtype.name, "runs": rows, **hardware}))
     return 0

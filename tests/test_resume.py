@@ -12,6 +12,7 @@ import pytest
 from conftest import PROTEINS, read_report, run_ranks
 from dist_esm.journal import Entry, encode, read
 from dist_esm.records import Tally, WrittenFile
+from test_intake import block_gzip
 from test_run import MODEL, digests
 
 
@@ -74,6 +75,33 @@ def test_an_input_with_other_content_is_done_again_even_with_the_same_size_and_t
     after = digests(folder / "out")
     assert {name for name in after if after[name] != before[name]} == {"medium_ESM.pt"}
     assert resumed(folder)["medium_ESM.pt"] is False
+
+
+@pytest.mark.parametrize(("suffix", "shares"), [("fasta", (0.01, 1)), ("fasta.gz", (1, 0.01)), ("fasta", (0.01, 0.5)), ("fasta.gz", (0.01, 0.5))])
+def test_a_finished_file_stays_finished_however_it_would_be_cut_now(tmp_path, checkpoint_8m, suffix, shares):
+    """As when inputs were added, and a file is another share of them."""
+    records = [f">r{i}\n{'MKTAYIAKQR' * 20}\n" for i in range(1500)]
+    path = tmp_path / "in" / f"a.{suffix}"
+    path.parent.mkdir()
+    write(path, records)
+    before, now = (f"unit_share={share}" for share in shares)
+    assert run(tmp_path, checkpoint_8m, before).returncode == 0
+    first = read_report(tmp_path / "out")
+    assert run(tmp_path, checkpoint_8m, now).returncode == 0
+    again = read_report(tmp_path / "out")
+    assert again["files"][0]["units"] != first["files"][0]["units"], "it would be cut alike"
+    assert resumed(tmp_path) == {"a_ESM.pt": True}
+    assert again["records"] == first["records"]
+    assert again["records"]["in"] == 1500
+    write(path, [*records, ">one_more\nMKT\n"])
+    assert run(tmp_path, checkpoint_8m, now).returncode == 0
+    assert resumed(tmp_path) == {"a_ESM.pt": False}
+    assert read_report(tmp_path / "out")["records"]["ok"] == 1501
+
+
+def write(path: Path, records: list[str]) -> None:
+    text = "".join(records).encode()
+    path.write_bytes(block_gzip(text) if path.suffix == ".gz" else text)
 
 
 def test_an_input_that_only_got_a_new_time_is_not_done_again(folder, checkpoint_8m):
