@@ -200,13 +200,15 @@ def test_more_ranks_than_gpus_is_one_clear_error(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.distributed
-def test_nccl_ranks_give_the_bits_of_one_gpu(tmp_path):
+@pytest.mark.parametrize("model", ["esm2_t6_8M_UR50D", "esm2_t33_650M_UR50D", "esm2_t36_3B_UR50D"])
+def test_nccl_ranks_give_the_bits_of_one_gpu(model, tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     for num_ranks in (1, 2):
-        settings = [f"input={PROTEINS}", f"output_dir={tmp_path / str(num_ranks)}", MODEL, "model.weights=random", "include=[mean,per_tok]"]
+        settings = [f"input={PROTEINS}", f"output_dir={tmp_path / str(num_ranks)}", f"model={model}", "model.weights=random", "include=[mean,per_tok]"]
         result = run_ranks(num_ranks, *settings, CUDA_VISIBLE_DEVICES=visible_gpus())
         assert result.returncode == 0, result.stderr
+        assert {rank["device"].split()[0] for rank in read_report(tmp_path / str(num_ranks))["ranks"]} == {f"cuda:{rank}" for rank in range(num_ranks)}
     assert digests(tmp_path / "1") == digests(tmp_path / "2")
 
 
