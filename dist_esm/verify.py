@@ -59,22 +59,25 @@ def verify(config: Config, world: World) -> int:
     files = together(world, lambda: find_files(config.input_list()))
     report, settings = together(world, lambda: read_report(config))
     world.start_process_group(torch.device("cpu"))
+    journal = {one.path: entry for entry in read_journal(config.output_dir) for one in entry.written}
     done = {entry["path"]: entry for entry in report["files"]}
+    # Inputs that were moved are told by where their outputs are.
+    moved = {journal[entry["outputs"][0]].output: entry for entry in report["files"] if entry["outputs"][0] in journal}
     reasons = {failure["path"]: f"failed: {failure['error_type']}: {failure['error_message']}" for failure in report["failed"]}
     reasons |= dict.fromkeys(report["not_attempted"], "not attempted: the run was stopped before it")
-    journal = {one.path: entry for entry in read_journal(config.output_dir) for one in entry.written}
     findings: list[Finding] = []
     num_proteins = 0
     mine = assign([file.num_bytes for file in files], [str(file.path) for file in files], world.world_size)[world.rank]
     for number in mine:
         path = str(files[number].path)
-        if path not in done:
+        entry = done.get(path) or moved.get(str(files[number].output))
+        if path in reasons or entry is None:
             findings.append(Finding(path, reasons.get(path, "not in report.json: it was not part of the run")))
             continue
-        found = attempt(lambda number=number, path=path: list(check_file(files[number], done[path]["outputs"], journal, settings)))  # type: ignore[misc]
+        found = attempt(lambda number=number, entry=entry: list(check_file(files[number], entry["outputs"], journal, settings)))  # type: ignore[misc]
         problems = [f"{type(found).__name__}: {found}"] if isinstance(found, Exception) else found
         findings += [Finding(path, problem) for problem in problems]
-        num_proteins += done[path]["sequences"]
+        num_proteins += entry["sequences"]
     told = world.all_gather((findings, len(mine), num_proteins))
     if not world.is_main:
         return 0

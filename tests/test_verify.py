@@ -33,6 +33,10 @@ def test_a_finished_directory_is_well_until_something_is_wrong(tmp_path, checkpo
     well = verify(tmp_path / "in", out)
     assert (well.returncode, well.stdout) == (0, "ok: 4 files, 28 proteins checked, 0 findings\n")
 
+    shutil.move(tmp_path / "in", tmp_path / "moved")
+    assert verify(tmp_path / "moved", out).stdout == well.stdout
+    shutil.move(tmp_path / "moved", tmp_path / "in")
+
     (tmp_path / "in" / "late.fasta").write_text(">a\nMKT\n")
     (tmp_path / "in" / "bad.fasta").write_text("no header\n")
     (out / "large_ESM.pt").unlink()
