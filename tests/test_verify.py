@@ -62,10 +62,8 @@ def test_a_finished_directory_is_well_until_something_is_wrong(tmp_path, checkpo
     assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.parametrize("unit_share", [1.0, 0.01], ids=["whole", "cut"])
-@pytest.mark.parametrize("suffix", ["fasta", "fasta.gz"])
+@pytest.mark.parametrize(("suffix", "unit_share"), [("fasta", 0.01), ("fasta.gz", 1.0)], ids=["pieces that were joined", "numbered parts"])
 def test_an_input_that_was_changed_since_is_found_though_ids_and_lengths_are_the_same(tmp_path, checkpoint_8m, suffix, unit_share):
-    """In numbered parts, and as pieces that were joined."""
     records = [f">r{i}\n{'MKTAYIAKQR' * 20}\n" for i in range(700)]
     path = tmp_path / f"a.{suffix}"
     write(path, "".join(records))
