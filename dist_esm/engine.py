@@ -158,6 +158,8 @@ class Engine:
 
     def recompute(self, segment: Segment) -> Answer:
         """Answer one segment in the next wider dtype."""
+        if self.is_abandoned:
+            raise CancelledError
         if self._wider is None:
             if self._load_wider is None:
                 raise FloatingPointError("the embedding is not finite, and no wider dtype is at hand")
@@ -174,6 +176,8 @@ class Engine:
     def abandon(self) -> None:
         """On a CPU: begin no further segment, and answer none, from now on. Waits for nothing, so that a signal may call it."""
         self.is_abandoned = True
+        if self._wider is not None:
+            self._wider.abandon()
 
     def close(self) -> None:
         """Start nothing more. What is running ends with its segment; one that was abandoned is not waited for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import pickle
@@ -32,7 +33,7 @@ from safetensors import safe_open
 from conftest import relative_error, run_ranks
 from dist_esm import formats_parquet, load
 from dist_esm.config import Format, Include, SaveDtype, check
-from dist_esm.disk import fingerprint, written_file
+from dist_esm.disk import SummedFile, fingerprint, written_file
 from dist_esm.formats_torch import MAX_NAME, file_name
 from dist_esm.plan import find_files
 from dist_esm.records import Row
@@ -549,6 +550,14 @@ def test_the_checksum_that_is_taken_while_writing_is_that_of_the_file(tmp_path, 
     assert written == fingerprint(tmp_path, output.path.relative_to(tmp_path))
     if output.path.is_file():
         assert written.sha256 == hashlib.sha256(output.path.read_bytes()).hexdigest()
+
+
+def test_what_was_summed_cannot_be_written_over(tmp_path):
+    with SummedFile(tmp_path / "a") as file:
+        file.write(b"abc")
+        with pytest.raises(io.UnsupportedOperation):
+            file.seek(0)
+    assert file.sha256() == hashlib.sha256(b"abc").hexdigest()
 
 
 @pytest.mark.parametrize("kind", [Format.pt, Format.parquet, Format.safetensors])

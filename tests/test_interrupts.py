@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -32,8 +33,11 @@ def make_files(folder: Path, number: int) -> None:
         (folder / f"{i:02}.fasta").write_text("".join(f">{j}\n{protein[j + i :]}\n" for j in range(10)))
 
 
-def interrupt(settings: list[str], output_dir: Path, number: signal.Signals, enough: int, rank: int | None = None) -> dict:
-    """Start two ranks, send a signal, to all or to one rank alone, when so many outputs are there, and give the report that the run leaves."""
+def interrupt(settings: list[str], output_dir: Path, number: signal.Signals, enough: int, rank: int | None = None, is_scheduler: bool = False) -> dict:
+    """Start two ranks, send a signal when so many outputs are there, and give the report that the run leaves.
+
+    The signal goes to torchrun, as a terminal's does, to one rank alone, or to every process, as a scheduler's: then ranks get torchrun's, too.
+    """
     process = subprocess.Popen(command(2, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
     try:
         deadline = time.monotonic() + 90
@@ -41,6 +45,9 @@ def interrupt(settings: list[str], output_dir: Path, number: signal.Signals, eno
             time.sleep(0.05)
         if rank is not None:
             os.kill(rank_process(output_dir, rank), number)
+        elif is_scheduler:
+            for pid in (process.pid, *processes_of(output_dir)):
+                os.kill(pid, number)
         else:
             process.send_signal(number)  # torchrun passes it on
         began = time.monotonic()
@@ -60,11 +67,11 @@ def rank_process(output_dir: Path, rank: int) -> int:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_an_interrupted_run_keeps_what_is_done_and_reports_itself_aborted(number, tmp_path, checkpoint_8m):
+@pytest.mark.parametrize(("number", "is_scheduler"), [(signal.SIGINT, False), (signal.SIGTERM, True)], ids=["Ctrl-C", "scancel"])
+def test_an_interrupted_run_keeps_what_is_done_and_reports_itself_aborted(number, is_scheduler, tmp_path, checkpoint_8m):
     make_files(tmp_path / "in", 40)
     settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=2000"]
-    report = interrupt(settings, tmp_path / "out", number, enough=2)
+    report = interrupt(settings, tmp_path / "out", number, enough=2, is_scheduler=is_scheduler)
     assert report["status"] == "aborted"
     assert f"interrupted by {number.name}" in report["reason"]
     done = {entry["output"] for entry in report["files"]}
@@ -74,6 +81,28 @@ def test_an_interrupted_run_keeps_what_is_done_and_reports_itself_aborted(number
     for name in done:
         assert len(torch.load(tmp_path / "out" / name, weights_only=True)["data"]) == 10
     assert json.loads((tmp_path / "out" / ".dist_esm" / "config.json").read_text())["toks_per_batch"] == 2000
+
+
+REPEATED = """
+import os, signal, sys, time
+from dist_esm.stop import REPEAT_SECONDS, on_signals
+
+said = []
+with on_signals(said.append):
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+print(said, flush=True)
+time.sleep(float(sys.argv[1]) * REPEAT_SECONDS)
+os.kill(os.getpid(), signal.SIGTERM)
+print("still here")
+"""
+
+
+@pytest.mark.parametrize(("wait", "code", "rest"), [(0, 0, "still here\n"), (1.1, -signal.SIGTERM, "")], ids=["at once", "later"])
+def test_signals_that_come_together_are_one_and_a_later_one_ends_the_process(wait, code, rest):
+    """A scheduler signals every process, and torchrun passes its own on to the ranks."""
+    result = subprocess.run([sys.executable, "-c", REPEATED, str(wait)], capture_output=True, text=True, timeout=60, env=environment(), check=False)
+    assert (result.returncode, result.stdout) == (code, f"['interrupted by SIGTERM']\n{rest}"), result.stderr
 
 
 @pytest.mark.distributed
