@@ -43,7 +43,7 @@ def write_pt(embeddings: Embeddings, path: Path) -> str:
     ``proteins`` and ``data`` are lists in file order, ``data`` of the mean of the last requested layer, shape (D,); further
     ``headers``, ``lengths`` (embedded residues), the fields of `About`, and as included ``mean_representations[layer]`` and
     ``bos_representations[layer]``, shape (N, D), and ``representations[layer]``, a list of tensors of shape (L, D). Tensors of a kind
-    and layer are views of one storage. Loading takes 40 us of a core for each tensor of a list, most of them in torch's unpickler.
+    and layer are views of one storage. Loading takes 35 us of a core for each tensor of a list, most of them in torch's unpickler.
     """
     content: dict[str, object] = {
         "proteins": embeddings.ids,
