@@ -10,7 +10,7 @@ kernel loop          dist_esm, packs made beforehand: forward and pooling
 end to end           the real command, from FASTA on disk to outputs on disk; `seconds` of the rank in its report, so without start and load
 fair-esm             its extract loop as shipped, batches of 4,096 tokens, sorted by length (fp32, and the same with bf16 weights)
 transformers         EsmModel, SDPA, batches of similar length
-esm-efficient        packed, FlashAttention-2, where it is installed
+esm-efficient        packed, FlashAttention-2, where it is installed (without flash-attn, whose kernels torch has a copy of, it is given torch's)
 
 Peers embed a sample of the proteins of at most --peer-tokens tokens. All numbers are medians of --repeats runs. Every contestant's means
 of a few proteins are compared with fair-esm's own fp32 model; the worst cosine is in the table. The last line is JSON.
@@ -31,8 +31,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -101,6 +103,7 @@ def main() -> None:
     parser.add_argument("--peer-tokens", type=int, default=100_000)
     parser.add_argument("--loop-tokens", type=int, default=1_000_000)
     parser.add_argument("--files", type=int, nargs="+", default=[1, 1000], help="end to end: files that the proteins are spread over")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="end to end: ranks, by torchrun if there are several")
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -240,8 +243,9 @@ def kernel_loop(bench: Bench) -> None:
         loop(engine, packs)
         rates.append(sum(pack.num_tokens for pack in packs) / (time.monotonic() - began))
     engine.close()
-    fill = sum(pack.num_tokens for pack in packs[:-1]) / (engine.toks_per_batch * max(1, len(packs) - 1))
-    bench.add("kernel loop", bench.dtype, rates, means, f"{bench.kernels}, packs of {engine.toks_per_batch} filled to {fill:.2%}")
+    filled = sum(pack.num_tokens for pack in packs[:-1]) / (engine.toks_per_batch * max(1, len(packs) - 1))
+    full = f" filled to {filled:.2%}" if len(packs) > 1 else ""
+    bench.add("kernel loop", bench.dtype, rates, means, f"{bench.kernels}, packs of {engine.toks_per_batch}{full}")
 
 
 def segments(proteins: Sequence[Protein]) -> Iterator[Segment]:
@@ -271,21 +275,31 @@ def end_to_end(bench: Bench) -> None:
                 share = bench.proteins[number::num_files]
                 if share:
                     (inputs / f"{number:04d}.fasta").write_text("".join(f">{one.id}\n{one.residues}\n" for one in share))
-            rates, note = [], ""
-            for repeat in range(bench.options.repeats):
-                out = Path(folder) / f"out{num_files}.{repeat}"
-                settings = [f"input={inputs}", f"output_dir={out}", f"model={bench.name}", "model.weights=random", "dedupe=false"]
-                launched = time.time()
-                command = [sys.executable, "-m", "dist_esm", *settings, f"device={bench.options.device}", f"dtype={bench.options.dtype}"]
-                result = subprocess.run(command, capture_output=True, text=True, check=False)
-                if result.returncode:
-                    raise RuntimeError(result.stderr.strip().splitlines()[-1])
-                report = json.loads((out / "report.json").read_text())
-                (rank,) = report["ranks"]
-                rates.append(rank["tokens"] / report["embedding_seconds"])
-                idle = rank.get("device_idle", rank["waited_for_input"] + rank["waited_for_output"]) / rank["seconds"]
-                note = f"idle {idle:.1%}; launch to first pack {rank['first_pack_at'] - launched:.1f} s"
-            bench.add(f"end to end, {num_files} file{'s' if num_files > 1 else ''}", bench.dtype, rates, note=note)
+            for num_ranks in bench.options.ranks:
+                rates, note = [], ""
+                for repeat in range(bench.options.repeats):
+                    out = Path(folder) / f"out{num_files}.{num_ranks}.{repeat}"
+                    launched = time.time()
+                    report = launch(bench, num_ranks, f"input={inputs}", f"output_dir={out}", "model.weights=random", "dedupe=false")
+                    ranks = [rank for rank in report["ranks"] if rank["tokens"]]  # one file may be left whole
+                    rates.append(sum(rank["tokens"] for rank in ranks) / report["embedding_seconds"])
+                    waited = [rank.get("device_idle", rank["waited_for_input"] + rank["waited_for_output"]) / rank["seconds"] for rank in ranks]
+                    first = max(rank["first_pack_at"] for rank in ranks) - launched
+                    note = f"idle {max(waited):.1%}; launch to first pack {first:.1f} s; whole command {time.time() - launched:.1f} s"
+                on = f" on {num_ranks} ranks" if num_ranks > 1 else ""
+                bench.add(f"end to end, {num_files} file{'s' if num_files > 1 else ''}{on}", bench.dtype, rates, note=note)
+
+
+def launch(bench: Bench, num_ranks: int, *settings: str) -> dict[str, Any]:
+    """Run the real command and return its report."""
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", "-m"] if num_ranks > 1 else []
+    devices = (f"model={bench.name}", f"device={bench.options.device}", f"dtype={bench.options.dtype}")
+    result = subprocess.run([sys.executable, "-m", *torchrun, "dist_esm", *settings, *devices], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(result.stderr.strip().splitlines()[-1])
+    (output_dir,) = (setting.removeprefix("output_dir=") for setting in settings if setting.startswith("output_dir="))
+    report: dict[str, Any] = json.loads((Path(output_dir) / "report.json").read_text())
+    return report
 
 
 def start(bench: Bench) -> None:
@@ -300,12 +314,8 @@ def start(bench: Bench) -> None:
         fasta = Path(folder) / "few.fasta"
         fasta.write_text("".join(f">{one.id}\n{one.residues}\n" for one in bench.proteins[:50]))
         for run in range(2):  # the first compiles, and brings every page to memory
-            out, launched = Path(folder) / f"out{run}", time.time()
-            command = [sys.executable, "-m", "dist_esm", f"input={fasta}", f"output_dir={out}", f"model={bench.name}", f"model.weights={path}"]
-            result = subprocess.run([*command, f"device={bench.options.device}", f"dtype={bench.options.dtype}"], capture_output=True, text=True, check=False)
-            if result.returncode:
-                raise RuntimeError(result.stderr.strip().splitlines()[-1])
-            (rank,) = json.loads((out / "report.json").read_text())["ranks"]
+            launched = time.time()
+            (rank,) = launch(bench, 1, f"input={fasta}", f"output_dir={Path(folder) / f'out{run}'}", f"model.weights={path}")["ranks"]
             first = rank["first_pack_at"] - launched
             loading = f"checkpoint of {num_bytes / 1e9:.1f} GB {rank['load_seconds']:.1f} s, kernels {rank['kernels_seconds']:.1f} s"
             note = f"launch to first pack {first:.1f} s: {loading}"
@@ -437,10 +447,30 @@ def esm_efficient_name(name: str) -> str:
     return name
 
 
+def flash_attention_2() -> str:
+    """Whose FlashAttention-2 esm-efficient calls: flash-attn's, or where that is not installed torch's copy of it, which is put in its place."""
+    with suppress(PackageNotFoundError):
+        return f"flash-attn {version('flash-attn')}"
+    from torch.nn.attention.varlen import varlen_attn
+
+    def flash_attn_varlen_func(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, causal: bool
+    ) -> Any:
+        assert dropout_p == 0
+        assert not causal
+        return varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+
+    package, unused = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
+    vars(package).update(__spec__=ModuleSpec("flash_attn", None), flash_attn_varlen_func=flash_attn_varlen_func)
+    vars(unused).update(pad_input=None, unpad_input=None)
+    sys.modules |= {package.__name__: package, unused.__name__: unused}
+    return "FlashAttention-2 of torch"
+
+
 def peer_esm_efficient(bench: Bench) -> None:
-    """esm-efficient, where it is installed with its FlashAttention-2."""
+    """esm-efficient, where it is installed."""
     try:
-        found = version("esm-efficient")
+        found, attention = version("esm-efficient"), flash_attention_2()
         from esme import ESM2 as Esme  # noqa: N811
     except (PackageNotFoundError, ImportError) as error:
         bench.rows.append(Row(bench.name, "esm-efficient", "", note=f"not run: {error}"))
@@ -471,7 +501,7 @@ def peer_esm_efficient(bench: Bench) -> None:
             }
         return means
 
-    bench.timed(run, torch.bfloat16, "esm-efficient", f"{found}, packed")
+    bench.timed(run, torch.bfloat16, "esm-efficient", f"{found}, packed, {attention}")
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
