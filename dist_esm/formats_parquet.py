@@ -91,8 +91,8 @@ def pq_leaves(schema: Any) -> Iterator[str]:
 def row_groups(embeddings: Embeddings) -> Iterator[tuple[int, int, int, int]]:
     """Proteins of each row group as (first, one past the last) and their residues likewise."""
     tensors = [*embeddings.mean.values(), *embeddings.bos.values()]
-    for_each = sum(tensor.shape[1] * tensor.element_size() for tensor in tensors)
-    for_residue = sum(tensor.shape[1] * tensor.element_size() for tensor in embeddings.per_tok.values())
+    for_each = sum(tensor.shape[1] * tensor.dtype.itemsize for tensor in tensors)
+    for_residue = sum(rows.shape[1] * rows.dtype.itemsize for rows in embeddings.per_tok.values())
     first = start = stop = num_bytes = 0
 
     def size(row: Row) -> int:

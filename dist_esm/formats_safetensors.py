@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dist_esm.disk import SummedFile, atomically
 from dist_esm.formats import About
-from dist_esm.spool import Embeddings
+from dist_esm.spool import Embeddings, Rows
 
 MAX_HEADER = 100_000_000
 """What the library reads."""
@@ -37,7 +38,7 @@ def write_safetensors(embeddings: Embeddings, path: Path) -> str:
     ValueError
         If ids and headers are more than the library can read.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Rows] = {}
     if embeddings.per_tok:
         tensors["offsets"] = torch.tensor([0, *accumulate(embeddings.lengths)], dtype=torch.int64)  # first: the widest numbers stay aligned
     about = About.of(embeddings)
@@ -53,7 +54,7 @@ def write_safetensors(embeddings: Embeddings, path: Path) -> str:
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -63,7 +64,7 @@ def write_safetensors(embeddings: Embeddings, path: Path) -> str:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors.values():
-            for chunk in torch.split(tensor, CHUNK_ROWS):
+            for chunk in (chunk for part in (tensor.parts if isinstance(tensor, Rows) else [tensor]) for chunk in torch.split(part, CHUNK_ROWS)):
                 values = np.ascontiguousarray(chunk.numpy())
                 file.write(values.astype(values.dtype.newbyteorder("<"), copy=False).data)
     return file.sha256()

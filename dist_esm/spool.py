@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import mmap
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +31,41 @@ SPOOL_BYTES = 3 << 29
 """Rows that are kept in memory, of all outputs in the making together; what is more waits on disk."""
 LARGE_ROWS = 1 << 17
 """Bytes of rows that are worth another thread."""
+
+
+class Rows:
+    """Tensors of one width and dtype that follow one another, as if they were one, without a copy of what may be larger than memory.
+
+    Parameters
+    ----------
+    parts
+        One at least, each of shape (rows, width).
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = list(parts)
+        self._ends = list(accumulate(map(len, self.parts)))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the whole."""
+        return self._ends[-1], self.parts[0].shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all parts."""
+        return self.parts[0].dtype
+
+    def __getitem__(self, span: slice) -> Tensor:
+        """Rows from start up to stop: a view if one part has them all, as it has all of a protein's."""
+        first = min(bisect_right(self._ends, span.start), len(self.parts) - 1)
+        found = []
+        for part, end in zip(self.parts[first:], self._ends[first:], strict=True):
+            before = end - len(part)
+            found.append(part[max(0, span.start - before) : span.stop - before])
+            if span.stop <= end:
+                break
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -48,8 +85,8 @@ class Embeddings:
     """Layer to Tensor, shape (N, D); the main layer is always there."""
     bos: dict[int, Tensor]
     """Layer to Tensor, shape (N, D)."""
-    per_tok: dict[int, Tensor]
-    """Layer to Tensor, shape (sum of embedded residues, D)."""
+    per_tok: dict[int, Rows]
+    """Layer to `Rows`, shape (sum of embedded residues, D)."""
     notes: list[str]
     """A line of `NOTE_COLUMNS` for each record that was truncated, windowed, skipped, changed or given an id."""
 
@@ -182,18 +219,20 @@ def save(content: dict[str, Any], path: Path) -> str:
 
 def write_piece(embeddings: Embeddings, path: Path) -> Output:
     """Write what one unit of a cut file contributes, for `join`. Its rows are one text: torch's unpickler takes microseconds for each string."""
-    return Output(path, save({**vars(embeddings), "rows": json.dumps(embeddings.rows)}, path))
+    per_tok = {layer: rows[0 : rows.shape[0]] for layer, rows in embeddings.per_tok.items()}
+    return Output(path, save({**vars(embeddings), "rows": json.dumps(embeddings.rows), "per_tok": per_tok}, path))
 
 
 def read_piece(path: Path) -> Embeddings:
     """What `write_piece` wrote; numbers are mapped."""
     content = torch.load(path, weights_only=True, mmap=True)
-    return Embeddings(**{**content, "rows": list(map(Row._make, json.loads(content["rows"])))})
+    per_tok = {layer: Rows([tensor]) for layer, tensor in content["per_tok"].items()}
+    return Embeddings(**{**content, "rows": list(map(Row._make, json.loads(content["rows"]))), "per_tok": per_tok})
 
 
 @contextmanager
 def join(paths: Sequence[Path], directory: Path) -> Iterator[Embeddings]:
-    """The pieces of a file as one, in the order given. Numbers are copied through spools, so memory does not grow with them."""
+    """The pieces of a file as one, in the order given. Residues stay where they are, vectors are copied through spools: memory grows with neither."""
     pieces = [read_piece(path) for path in paths]
     spools: list[Spool] = []
     memory = Memory()
@@ -208,8 +247,9 @@ def join(paths: Sequence[Path], directory: Path) -> Iterator[Embeddings]:
 
     try:
         whole: dict[str, Any] = {"rows": [row for piece in pieces for row in piece.rows], "notes": [line for piece in pieces for line in piece.notes]}
-        for kind in ("mean", "bos", "per_tok"):
+        for kind in ("mean", "bos"):
             whole[kind] = {layer: joined([getattr(piece, kind)[layer] for piece in pieces]) for layer in getattr(pieces[0], kind)}
+        whole["per_tok"] = {layer: Rows([part for piece in pieces for part in piece.per_tok[layer].parts]) for layer in pieces[0].per_tok}
         yield replace(pieces[0], **whole)
     finally:
         for spool in spools:
