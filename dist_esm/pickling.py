@@ -10,11 +10,18 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class RowsOf(NamedTuple):
+    """Stands for the list of a matrix's rows, which is not made: asking each of many thousand views for its shape takes longer than writing it."""
+
+    matrix: Tensor
 
 
 class _Plain(pickle.Pickler):
@@ -56,6 +63,8 @@ class _Pickler:
             self._file.write(pickle.SETITEMS)
         elif type(content) is Tensor:
             self._file.write(self._tensor(content))
+        elif type(content) is RowsOf:
+            self._file.write(b"".join([pickle.EMPTY_LIST, pickle.MARK, *self._rows(content.matrix), pickle.APPENDS]))
         elif type(content) is list and content and type(content[0]) is Tensor:
             self._file.write(b"".join([pickle.EMPTY_LIST, pickle.MARK, *map(self._tensor, content), pickle.APPENDS]))
         else:
@@ -63,20 +72,30 @@ class _Pickler:
 
     def _tensor(self, tensor: Tensor) -> bytes:
         """A tensor as every checkpoint of torch has it, rebuilt from its storage, offset, shape, strides and an empty dict of hooks."""
+        return whole_number(int(tensor.storage_offset())).join(self._around(tensor, tuple(tensor.shape), tensor.stride()))
+
+    def _rows(self, matrix: Tensor) -> Iterator[bytes]:
+        """What `_tensor` gives for each row."""
+        for number in range(len(matrix)):
+            if number < 2:  # the first names what the second, and every later one, recalls
+                around = self._around(matrix, tuple(matrix.shape[1:]), matrix.stride()[1:])
+            yield whole_number(int(matrix.storage_offset()) + number * matrix.stride(0)).join(around)
+
+    def _around(self, tensor: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[bytes, bytes]:
+        """What comes before and behind the offset of a tensor, or of a view of it."""
         if type(tensor) is not Tensor or tensor.requires_grad or tensor.layout is not torch.strided:
             raise TypeError(f"{type(tensor)} has no place in an output: detached, strided tensors have")
-        shape, stride = tuple(tensor.shape), tensor.stride()
-        return b"".join(
-            (
-                self._once("rebuild", lambda: name_of("torch._utils", "_rebuild_tensor_v2")),
-                pickle.MARK,
-                self._once(("storage", tensor.untyped_storage()._cdata), lambda: self._storage(tensor)),
-                whole_number(int(tensor.storage_offset())),
-                self._once(shape, lambda: plain(shape)),
-                self._once(stride, lambda: plain(stride)),
-                pickle.NEWFALSE + pickle.NONE + pickle.TUPLE + pickle.REDUCE,
-            )
+        before = (
+            self._once("rebuild", lambda: name_of("torch._utils", "_rebuild_tensor_v2")),
+            pickle.MARK,
+            self._once(("storage", tensor.untyped_storage()._cdata), lambda: self._storage(tensor)),
         )
+        behind = (
+            self._once(shape, lambda: plain(shape)),
+            self._once(stride, lambda: plain(stride)),
+            pickle.NEWFALSE + pickle.NONE + pickle.TUPLE + pickle.REDUCE,
+        )
+        return b"".join(before), b"".join(behind)
 
     def _storage(self, tensor: Tensor) -> bytes:
         kind, storage_type, key, location, size = self.persistent_id(tensor.__reduce_ex__(2)[1][0])  # type: ignore[no-untyped-call]
