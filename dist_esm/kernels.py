@@ -74,7 +74,8 @@ def unmet_by_quack(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return f"a Hopper GPU (compute capability 9.0), this is {in_words(device)}"
     if head_dim < LEAST_HEAD:
         return f"attention heads of {LEAST_HEAD} or wider, this model's have {head_dim}"
-    missing = None if is_installed("quack") else "the package quack-kernels (pip install 'dist_esm[hopper]')"
+    is_there = is_installed("quack") and is_installed("cutlass")
+    missing = None if is_there else "the packages quack-kernels and nvidia-cutlass-dsl (pip install 'dist_esm[hopper]')"
     return unmet_dtype(dtype) or missing
 
 

@@ -142,13 +142,13 @@ class Bench:
         self.layer = self.config.model.num_layers
         self.kernels = choose_kernels(self.config.attention, self.config.linear, self.device, self.dtype, architecture(self.config.model).head_dim)
 
-    def add(self, name: str, dtype: torch.dtype, rates: Sequence[float], means: dict[str, np.ndarray] | None = None, note: str = "") -> None:
-        """A row from the rates of its runs."""
+    def add(self, name: str, dtype: torch.dtype, rates: Sequence[float], means: dict[str, np.ndarray] | None = None, note: str = "", devices: int = 1) -> None:
+        """A row from the rates of its runs on so many devices."""
         middle = statistics.median(rates)
         limit = next((row.tokens_per_second for row in self.rows if row.model == self.name and row.name == "matrix rate"), None)
         cosine = self.worst_cosine(means) if means else None
         runs = [round(rate, 1) for rate in rates]
-        self.rows.append(Row(self.name, name, str(dtype).removeprefix("torch."), middle, middle / limit if limit else None, cosine, runs, note))
+        self.rows.append(Row(self.name, name, str(dtype).removeprefix("torch."), middle, middle / limit / devices if limit else None, cosine, runs, note))
 
     def worst_cosine(self, means: dict[str, np.ndarray]) -> float:
         """Of a contestant's means with those of fair-esm's own model in fp32."""
@@ -287,7 +287,7 @@ def end_to_end(bench: Bench) -> None:
                     first = max(rank["first_pack_at"] for rank in ranks) - launched
                     note = f"idle {max(waited):.1%}; launch to first pack {first:.1f} s; whole command {time.time() - launched:.1f} s"
                 on = f" on {num_ranks} ranks" if num_ranks > 1 else ""
-                bench.add(f"end to end, {num_files} file{'s' if num_files > 1 else ''}{on}", bench.dtype, rates, note=note)
+                bench.add(f"end to end, {num_files} file{'s' if num_files > 1 else ''}{on}", bench.dtype, rates, note=note, devices=num_ranks)
 
 
 def launch(bench: Bench, num_ranks: int, *settings: str) -> dict[str, Any]:
