@@ -53,23 +53,23 @@ class _Summing(io.FileIO):
         self._beside: ThreadPoolExecutor | None = None
 
     def write(self, data: Any) -> int:
-        """Write some of the bytes, and look at those that were written."""
+        """Write all of the bytes, and look at them."""
         view = memoryview(data).cast("B")
         if len(view) <= SMALL_BYTES:
-            number = super().write(view)
-            self.found.update(view[:number])
-            return number
+            self.found.update(view)
+            return self._write_all(view)
         self._beside = self._beside or ThreadPoolExecutor(1, "checksum")
-        before = self.found.copy()
         looked_at = self._beside.submit(self.found.update, view)
         try:
-            number = super().write(view)
+            return self._write_all(view)
         finally:
             looked_at.result()
-        if number < len(view):
-            before.update(view[:number])
-            self.found = before
-        return number
+
+    def _write_all(self, view: memoryview) -> int:
+        written = 0
+        while written < len(view):
+            written += super().write(view[written:])
+        return written
 
     def close(self) -> None:
         """Close the file."""

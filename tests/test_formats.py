@@ -506,6 +506,21 @@ def test_a_run_reads_back_in_input_order_from_joined_files_parts_and_folders(tmp
     assert [protein for ids in parts for protein in ids] == [f"p{i}" for i in range(30)]
 
 
+@pytest.mark.parametrize("kind", [Format.fair_esm, Format.h5, Format.parquet, Format.safetensors])
+def test_a_file_that_was_cut_and_joined_has_the_bytes_of_the_file_uncut(tmp_path, monkeypatch, kind):
+    """`pt` alone keeps the residues of each piece apart; its content is compared in test_intake.py."""
+    monkeypatch.setattr("dist_esm.plan.MIN_UNIT_BYTES", 64)
+    monkeypatch.setattr("dist_esm.formats_parquet.GROUP_BYTES", 1 << 14)  # groups begin and end within pieces
+    (tmp_path / "a.fasta").write_text("".join(f">p{i}\n{'ACDEFGHIKL' * (1 + i * 7 % 5)}\n" for i in range(40)))
+    found = []
+    for share in (1.0, 0.1):
+        run = embed_directory(tmp_path / "a.fasta", tmp_path / str(share), format=kind, include=ALL, unit_share=share)
+        assert (run.report.files[0].units > 1) == (share < 1)
+        (output,) = (tmp_path / str(share) / name for name in run.report.files[0].outputs)
+        found.append({path.name: path.read_bytes() for path in (output.iterdir() if output.is_dir() else [output])})
+    assert found[0] == found[1]
+
+
 def made_of(sequences, provenance=None, width=WIDTH, ids=None, dtype=torch.float32) -> Embeddings:
     """Embeddings as the collector hands them to a writer."""
     found = [Row(ids[i] if ids else f"p{i}", f"p{i} header", i, len(residues), len(residues), "ok", 0, 0, 0, 0) for i, residues in enumerate(sequences)]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import resource
 import time
 import zipfile
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
 
-from dist_esm.disk import atomically, together
-from dist_esm.pickling import torch_save
-from dist_esm.spool import Memory, Spool, are_finite
+from dist_esm.disk import SMALL_BYTES, SummedFile, atomically, together
+from dist_esm.pickling import RowsOf, torch_save
+from dist_esm.spool import Memory, Rows, Spool, are_finite
 
 
 def same(one, other) -> bool:
@@ -50,6 +53,53 @@ def test_archives_hold_what_torch_would_have_put_there(tmp_path, how):
     assert ours["data"][7].untyped_storage().data_ptr() == ours[33].untyped_storage().data_ptr()
     records = [{i.filename.partition("/")[2]: i.CRC for i in zipfile.ZipFile(tmp_path / name).infolist()} for name in ("theirs.pt", "ours.pt")]
     assert [name for name in records[0] if records[0][name] != records[1].get(name)] == ["data.pkl", ".data/serialization_id"]
+
+
+@pytest.mark.parametrize("span", [slice(0, 1000), slice(5, 17), slice(3, 4), slice(0, 0)])
+def test_the_rows_of_a_matrix_are_written_as_the_list_of_them_would_be(span):
+    matrix = torch.arange(6000, dtype=torch.float32).view(1000, 6)[span]
+    archives = []
+    for rows in (RowsOf(matrix), list(matrix.unbind(0))):
+        archives.append(io.BytesIO())
+        torch_save({"data": rows, "again": {1: matrix}, "more": list(matrix[1:].unbind(0))}, archives[-1])
+    assert same(*(torch.load(archive) for archive in map(io.BytesIO, map(io.BytesIO.getvalue, archives))))
+    if len(matrix):
+        assert archives[0].getvalue() == archives[1].getvalue()
+
+
+def test_rows_that_lie_in_several_tensors_are_as_one():
+    whole = torch.arange(60).view(20, 3)
+    for cuts in ([20], [0, 20], [7, 13], [1, 0, 4, 0, 0, 15, 0], [5] * 4):
+        rows = Rows(torch.split(whole, cuts))
+        assert rows.shape == (20, 3)
+        for start in range(21):
+            for stop in range(start, 21):
+                assert torch.equal(rows[start:stop], whole[start:stop]), (cuts, start, stop)
+    assert Rows([whole[:9], whole[9:]])[9:12].data_ptr() == whole[9:].data_ptr()
+    assert Rows([whole[:0]])[0:0].shape == (0, 3)
+
+
+def test_a_checksum_is_that_of_what_was_written_small_and_large(tmp_path):
+    numbers = np.random.default_rng(0).bytes(3 * SMALL_BYTES + 5)
+    sizes = [3, SMALL_BYTES, 0, SMALL_BYTES + 1, 7, 2 * SMALL_BYTES - 6]
+    with SummedFile(tmp_path / "a") as file:
+        for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
+            file.write(numbers[start : start + size])
+    written = (tmp_path / "a").read_bytes()
+    assert written == numbers[: sum(sizes)]
+    assert file.sha256() == hashlib.sha256(written).hexdigest()
+
+
+def test_a_large_write_for_which_there_is_no_room_raises(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * SMALL_BYTES + 100, before[1]))
+    try:
+        file = SummedFile(tmp_path / "a")
+        with pytest.raises(OSError, match="File too large"):
+            file.write(bytes(3 * SMALL_BYTES))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        file.close()
 
 
 @pytest.mark.parametrize("stranger", [np.float32(1), {1}, torch.ones(1, requires_grad=True), torch.nn.Parameter(torch.ones(1)), (torch.ones(1),)])
