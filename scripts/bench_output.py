@@ -9,6 +9,8 @@ the whole chain. Peak memory is that of the process, to show that a slow disk sl
 
     scripts/bench_output.py --dir /path/on/the/disk --gigabytes 2
 
+With --one-file all proteins are in one file, which is cut into units as by default, and the pieces are joined at the end.
+
 Prints a table, and one JSON object on the last line.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -25,6 +28,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,8 @@ from dist_esm.journal import Journal, new_launch, write_settings
 from dist_esm.plan import find_files
 from dist_esm.prepare import make_output_dir
 from dist_esm.records import Answer, Pack
-from dist_esm.run import journal_writer
+from dist_esm.report import RankSummary, make_report
+from dist_esm.run import join_cut_files, journal_writer
 from dist_esm.stop import Stop
 from dist_esm.survey import agree_on_plan
 from dist_esm.world import World
@@ -112,24 +117,27 @@ def disk_rate(folder: Path, num_bytes: int) -> float:
     return num_bytes / seconds
 
 
-def make_inputs(folder: Path, num_residues: int, per_file: int) -> None:
+def make_inputs(folder: Path, num_residues: int, per_file: float) -> None:
     """Files of random proteins of 100 to 570 residues."""
     folder.mkdir()
     chance = random.Random(0)
     number = written = 0
     while written < num_residues:
         with open(folder / f"{number:04d}.fasta", "w", encoding="ascii") as file:
-            for i in range(per_file):
+            for i in count():
+                if i >= per_file or written >= num_residues:
+                    break
                 letters = "".join(chance.choices("ACDEFGHIKLMNPQRSTVWY", k=chance.randint(100, 570)))
                 file.write(f">p{number}_{i}\n{letters}\n")
                 written += len(letters)
         number += 1
 
 
-def run(inputs: Path, out: Path, pace: float | None, kind: Format, dtype: SaveDtype) -> dict[str, Any]:
+def run(inputs: Path, out: Path, pace: float | None, kind: Format, dtype: SaveDtype, unit_share: float) -> dict[str, Any]:
     """One run; what it took."""
     model = ModelConfig("paced", LAYER, WIDTH, 20, "random")
-    config = Config(input=str(inputs), output_dir=out, model=model, include=[Include.per_tok], format=kind, save_dtype=dtype, unit_share=1.0, dedupe=False)
+    settings: dict[str, Any] = {"include": [Include.per_tok], "format": kind, "save_dtype": dtype, "unit_share": unit_share, "dedupe": False}
+    config = Config(input=str(inputs), output_dir=out, model=model, **settings)
     world = World(None, 0, 1, 0, 1)
     files = find_files(config.input_list())
     make_output_dir(out)
@@ -140,12 +148,18 @@ def run(inputs: Path, out: Path, pace: float | None, kind: Format, dtype: SaveDt
     device: Any = PacedDevice(pace, dtype)
     before = cpu_seconds()
     result = embed_units(units, files, config, device, 0, Stop(), {}, journal_writer(journal, plan))
+    began = time.monotonic()
+    summary = RankSummary(0, "", "", "COMPLETED", result.seconds, result.num_tokens, 0, 0, result.waits, {}, result.outcomes)
+    joined = join_cut_files(config, plan, [summary], journal, world)
+    joining = time.monotonic() - began
     journal.close()
     cpu = cpu_seconds() - before
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    assert len(result.outcomes) == len(files)
+    report = make_report(plan, [summary], joined, None, 0.0, 0.0)
+    assert report.status == "complete"
     shutil.rmtree(out)
-    return {"seconds": result.seconds, "bytes": num_bytes, "waited": result.waits["waited_for_output"], "cpu": cpu, "pace": pace}
+    waited = result.waits["waited_for_output"]
+    return {"seconds": result.seconds + joining, "joining": joining, "bytes": num_bytes, "waited": waited, "cpu": cpu, "pace": pace}
 
 
 def cpu_seconds() -> float:
@@ -162,6 +176,7 @@ def main() -> int:
     parser.add_argument("--format", type=lambda name: Format[name], default=Format.safetensors)
     parser.add_argument("--save-dtype", type=lambda name: SaveDtype[name], default=SaveDtype.float32)
     parser.add_argument("--proteins-per-file", type=int, default=100)
+    parser.add_argument("--one-file", action="store_true")
     parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.25, 0.5, 0.75, 1.5])
     options = parser.parse_args()
     width = 4 if options.save_dtype is SaveDtype.float32 else 2
@@ -169,19 +184,22 @@ def main() -> int:
         folder = Path(name)
         rates = sorted(disk_rate(folder, int(options.gigabytes * 1e9)) for _ in range(3))
         rate = rates[1]
-        make_inputs(folder / "in", int(options.gigabytes * 1e9 / (WIDTH * width)), options.proteins_per_file)
+        make_inputs(folder / "in", int(options.gigabytes * 1e9 / (WIDTH * width)), math.inf if options.one_file else options.proteins_per_file)
         print(f"disk: {rate / 1e6:.0f} MB/s (median of 3; {rates[0] / 1e6:.0f} to {rates[2] / 1e6:.0f})", flush=True)
-        print(f"{'device at':>12} {'MB/s asked':>11} {'MB/s written':>13} {'device waited':>14} {'core s/GB':>10} {'peak MiB':>9}", flush=True)
+        print(
+            f"{'device at':>12} {'MB/s asked':>11} {'MB/s written':>13} {'device waited':>14} {'joining, s':>11} {'core s/GB':>10} {'peak MiB':>9}", flush=True
+        )
         rows = []
         for share in [*options.shares, None]:
             pace = None if share is None else rate * share / (WIDTH * width)
-            row = run(folder / "in", folder / "out", pace, options.format, options.save_dtype)
+            row = run(folder / "in", folder / "out", pace, options.format, options.save_dtype, Config.unit_share if options.one_file else 1.0)
             row |= {"share": share, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
             rows.append(row)
             asked = "all it can" if share is None else f"{share:.0%} of disk"
             amount = "" if share is None else f"{rate * share / 1e6:.0f}"
             speed, waited = row["bytes"] / row["seconds"] / 1e6, row["waited"] / row["seconds"]
-            print(f"{asked:>12} {amount:>11} {speed:>13.0f} {waited:>14.1%} {row['cpu'] / row['bytes'] * 1e9:>10.2f} {row['peak_mib']:>9.0f}", flush=True)
+            cpu = row["cpu"] / row["bytes"] * 1e9
+            print(f"{asked:>12} {amount:>11} {speed:>13.0f} {waited:>14.1%} {row['joining']:>11.1f} {cpu:>10.2f} {row['peak_mib']:>9.0f}", flush=True)
     hardware = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     print(json.dumps({"disk_bytes_per_second": rate, "format": options.format.name, "save_dtype": options.save_dtype.name, "runs": rows, **hardware}))
     return 0
