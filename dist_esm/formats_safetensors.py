@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from dist_esm.disk import SummedFile, atomically
 from dist_esm.formats import About
-from dist_esm.spool import Embeddings, Rows
+from dist_esm.spool import ChunkedTensor, Embeddings
 
 MAX_HEADER = 100_000_000
 """What the library reads."""
-CHUNK_ROWS = 1 << 12
+BLOCK_ROWS = 1 << 12
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
 
 
@@ -38,7 +39,7 @@ def write_safetensors(embeddings: Embeddings, path: Path) -> str:
     ValueError
         If ids and headers are more than the library can read.
     """
-    tensors: dict[str, Tensor | Rows] = {}
+    tensors: dict[str, Tensor | ChunkedTensor] = {}
     if embeddings.per_tok:
         tensors["offsets"] = torch.tensor([0, *accumulate(embeddings.lengths)], dtype=torch.int64)  # first: the widest numbers stay aligned
     about = About.of(embeddings)
@@ -64,10 +65,16 @@ def write_safetensors(embeddings: Embeddings, path: Path) -> str:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors.values():
-            for chunk in (chunk for part in (tensor.parts if isinstance(tensor, Rows) else [tensor]) for chunk in torch.split(part, CHUNK_ROWS)):
-                values = np.ascontiguousarray(chunk.numpy())
+            for block in blocks(tensor):
+                values = np.ascontiguousarray(block.numpy())
                 file.write(values.astype(values.dtype.newbyteorder("<"), copy=False).data)
     return file.sha256()
+
+
+def blocks(tensor: Tensor | ChunkedTensor) -> Iterator[Tensor]:
+    """Rows that are next to each other in memory, at most `BLOCK_ROWS` at a time."""
+    for chunk in tensor.chunks if isinstance(tensor, ChunkedTensor) else [tensor]:
+        yield from torch.split(chunk, BLOCK_ROWS)
 
 
 class OpenedSafetensors:

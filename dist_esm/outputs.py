@@ -25,7 +25,7 @@ from dist_esm.attempt import attempt
 from dist_esm.config import Format, Include
 from dist_esm.disk import Output, together, written_file
 from dist_esm.records import FastaFile, Row, Unit, WrittenFile
-from dist_esm.spool import Embeddings, Rows, Spool, torch_dtype, write_piece
+from dist_esm.spool import ChunkedTensor, Embeddings, Spool, torch_dtype, write_piece
 from dist_esm.writers import write_output
 
 MIN_WRITERS, MAX_WRITERS = 3, 8
@@ -111,7 +111,7 @@ def write_piece_of(settings: OutputSettings, file: FastaFile, unit: Unit, piece:
         rows=piece.rows,
         mean=tensors[Include.mean],
         bos=tensors[Include.bos],
-        per_tok={layer: Rows([tensor]) for layer, tensor in tensors[Include.per_tok].items()},
+        per_tok={layer: ChunkedTensor([tensor]) for layer, tensor in tensors[Include.per_tok].items()},
         notes=piece.notes,
     )
     stem = settings.output_dir / file.output

@@ -33,36 +33,36 @@ LARGE_ROWS = 1 << 17
 """Bytes of rows that are worth another thread."""
 
 
-class Rows:
+class ChunkedTensor:
     """Tensors of one width and dtype that follow one another, as if they were one, without a copy of what may be larger than memory.
 
     Parameters
     ----------
-    parts
+    chunks
         One at least, each of shape (rows, width).
     """
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        self.parts = list(parts)
-        self._ends = list(accumulate(map(len, self.parts)))
+    def __init__(self, chunks: Sequence[Tensor]) -> None:
+        self.chunks = list(chunks)
+        self._ends = list(accumulate(map(len, self.chunks)))
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the whole."""
-        return self._ends[-1], self.parts[0].shape[1]
+        return self._ends[-1], self.chunks[0].shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all parts."""
-        return self.parts[0].dtype
+        """Of all chunks."""
+        return self.chunks[0].dtype
 
     def __getitem__(self, span: slice) -> Tensor:
-        """Rows from start up to stop: a view if one part has them all, as it has all of a protein's."""
-        first = min(bisect_right(self._ends, span.start), len(self.parts) - 1)
+        """Rows from start up to stop: a view if one chunk has them all, as it has all of a protein's."""
+        first = min(bisect_right(self._ends, span.start), len(self.chunks) - 1)
         found = []
-        for part, end in zip(self.parts[first:], self._ends[first:], strict=True):
-            before = end - len(part)
-            found.append(part[max(0, span.start - before) : span.stop - before])
+        for chunk, end in zip(self.chunks[first:], self._ends[first:], strict=True):
+            before = end - len(chunk)
+            found.append(chunk[max(0, span.start - before) : span.stop - before])
             if span.stop <= end:
                 break
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -85,8 +85,8 @@ class Embeddings:
     """Layer to Tensor, shape (N, D); the main layer is always there."""
     bos: dict[int, Tensor]
     """Layer to Tensor, shape (N, D)."""
-    per_tok: dict[int, Rows]
-    """Layer to `Rows`, shape (sum of embedded residues, D)."""
+    per_tok: dict[int, ChunkedTensor]
+    """Layer to `ChunkedTensor`, shape (sum of embedded residues, D)."""
     notes: list[str]
     """A line of `NOTE_COLUMNS` for each record that was truncated, windowed, skipped, changed or given an id."""
 
@@ -226,7 +226,7 @@ def write_piece(embeddings: Embeddings, path: Path) -> Output:
 def read_piece(path: Path) -> Embeddings:
     """What `write_piece` wrote; numbers are mapped."""
     content = torch.load(path, weights_only=True, mmap=True)
-    per_tok = {layer: Rows([tensor]) for layer, tensor in content["per_tok"].items()}
+    per_tok = {layer: ChunkedTensor([tensor]) for layer, tensor in content["per_tok"].items()}
     return Embeddings(**{**content, "rows": list(map(Row._make, json.loads(content["rows"]))), "per_tok": per_tok})
 
 
@@ -249,7 +249,7 @@ def join(paths: Sequence[Path], directory: Path) -> Iterator[Embeddings]:
         whole: dict[str, Any] = {"rows": [row for piece in pieces for row in piece.rows], "notes": [line for piece in pieces for line in piece.notes]}
         for kind in ("mean", "bos"):
             whole[kind] = {layer: joined([getattr(piece, kind)[layer] for piece in pieces]) for layer in getattr(pieces[0], kind)}
-        whole["per_tok"] = {layer: Rows([part for piece in pieces for part in piece.per_tok[layer].parts]) for layer in pieces[0].per_tok}
+        whole["per_tok"] = {layer: ChunkedTensor([chunk for piece in pieces for chunk in piece.per_tok[layer].chunks]) for layer in pieces[0].per_tok}
         yield replace(pieces[0], **whole)
     finally:
         for spool in spools:

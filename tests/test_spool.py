@@ -17,7 +17,7 @@ import torch
 
 from dist_esm.disk import SMALL_BYTES, SummedFile, atomically, together
 from dist_esm.pickling import RowsOf, torch_save
-from dist_esm.spool import Memory, Rows, Spool, are_finite
+from dist_esm.spool import ChunkedTensor, Memory, Spool, are_finite
 
 
 def same(one, other) -> bool:
@@ -70,13 +70,13 @@ def test_the_rows_of_a_matrix_are_written_as_the_list_of_them_would_be(span):
 def test_rows_that_lie_in_several_tensors_are_as_one():
     whole = torch.arange(60).view(20, 3)
     for cuts in ([20], [0, 20], [7, 13], [1, 0, 4, 0, 0, 15, 0], [5] * 4):
-        rows = Rows(torch.split(whole, cuts))
+        rows = ChunkedTensor(torch.split(whole, cuts))
         assert rows.shape == (20, 3)
         for start in range(21):
             for stop in range(start, 21):
                 assert torch.equal(rows[start:stop], whole[start:stop]), (cuts, start, stop)
-    assert Rows([whole[:9], whole[9:]])[9:12].data_ptr() == whole[9:].data_ptr()
-    assert Rows([whole[:0]])[0:0].shape == (0, 3)
+    assert ChunkedTensor([whole[:9], whole[9:]])[9:12].data_ptr() == whole[9:].data_ptr()
+    assert ChunkedTensor([whole[:0]])[0:0].shape == (0, 3)
 
 
 def test_a_checksum_is_that_of_what_was_written_small_and_large(tmp_path):
