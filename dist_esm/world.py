@@ -37,7 +37,7 @@ CONNECT_SECONDS = 20.0
 """torchrun's store is there before its ranks are: one that does not answer for so long is gone."""
 STORE_TIMEOUT = timedelta(minutes=30)
 """torch's own, for what waits in the store once a rank has joined."""
-POLL_SECONDS = 0.1
+LEAST_POLL_SECONDS, POLL_SECONDS = 0.002, 0.1
 NAME_MISSING_SECONDS = 60.0
 HASTE_SECONDS = 3.0
 LEAVE_SECONDS = 5.0
@@ -259,7 +259,7 @@ class World:
             keys = [f"left/{rank}" for rank in range(self.world_size)]
             deadline = time.monotonic() + LEAVE_SECONDS
             while self.is_main and not self._is_in_haste and not self._store.check(keys) and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
+                time.sleep(LEAST_POLL_SECONDS)
 
 
 def own_part(store: Store, rank: int, world_size: int) -> Store:
@@ -291,13 +291,16 @@ def own_part(store: Store, rank: int, world_size: int) -> Store:
 
 
 def wait_for(is_there: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
-    """Wait without a time limit; the ranks that are missing are named every minute."""
-    pause, since = 0.005, time.monotonic()
+    """Wait without a time limit; the ranks that are missing are named every minute.
+
+    Pauses are a twentieth of what was waited already: short waits end at once, and many ranks that wait for hours ask seldom.
+    """
+    began = since = time.monotonic()
     while not is_there():
-        time.sleep(pause)
-        pause = min(POLL_SECONDS, pause * 1.5)
-        if time.monotonic() - since > NAME_MISSING_SECONDS:
-            since = time.monotonic()
+        now = time.monotonic()
+        time.sleep(min(POLL_SECONDS, max(LEAST_POLL_SECONDS, (now - began) / 20)))
+        if now - since > NAME_MISSING_SECONDS:
+            since = now
             log.info("waiting for ranks %s", missing())
 
 
