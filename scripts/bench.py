@@ -296,7 +296,8 @@ def launch(bench: Bench, num_ranks: int, *settings: str) -> dict[str, Any]:
     devices = (f"model={bench.name}", f"device={bench.options.device}", f"dtype={bench.options.dtype}")
     result = subprocess.run([sys.executable, "-m", *torchrun, "dist_esm", *settings, *devices], capture_output=True, text=True, check=False)
     if result.returncode:
-        raise RuntimeError(result.stderr.strip().splitlines()[-1])
+        lines = result.stderr.strip().splitlines()
+        raise RuntimeError(next((line for line in lines if line.startswith("dist_esm: error:")), lines[-1]))  # torchrun's own come last
     (output_dir,) = (setting.removeprefix("output_dir=") for setting in settings if setting.startswith("output_dir="))
     report: dict[str, Any] = json.loads((Path(output_dir) / "report.json").read_text())
     return report
