@@ -8,18 +8,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dist_esm.plan import assign_files_by_size, count_sequences
-from dist_esm.records import WorkerStatus
-from dist_esm.scan import FastaError
+from dist_esm.fasta.blocks import FastaError
+from dist_esm.planning.units import assign_files_by_size, count_sequences
+from dist_esm.types import WorkerStatus
 
 if TYPE_CHECKING:
     from dist_esm.embedder import Embedder
-    from dist_esm.reader import EmbeddingSet, load
+    from dist_esm.outputs.load import EmbeddingSet, load
 
 __all__ = ["Embedder", "EmbeddingSet", "FastaError", "WorkerStatus", "assign_files_by_size", "count_sequences", "load"]
 
 
-_LATER = {"Embedder": "dist_esm.embedder", "EmbeddingSet": "dist_esm.reader", "load": "dist_esm.reader"}
+_LATER = {"Embedder": "dist_esm.embedder", "EmbeddingSet": "dist_esm.outputs.load", "load": "dist_esm.outputs.load"}
 
 
 def __getattr__(name: str) -> Any:

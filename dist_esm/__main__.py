@@ -102,10 +102,10 @@ def give_up(reason: str) -> None:
 def start(config: Config | None, problem: str | None) -> int:
     """Join the other ranks and run, or refuse with all problems of all ranks, said once."""
     gc.disable()  # imports make a million objects and no garbage
-    from dist_esm.run import run
-    from dist_esm.selfcheck import selfcheck
-    from dist_esm.verify import verify
-    from dist_esm.world import RefusedError, World, setup_logging
+    from dist_esm.distributed import RefusedError, World, setup_logging
+    from dist_esm.jobs.embed import run
+    from dist_esm.jobs.selfcheck.job import selfcheck
+    from dist_esm.jobs.verify import verify
 
     gc.enable()
     for stream in (sys.stdout, sys.stderr):

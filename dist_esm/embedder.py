@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_esm.alphabet import tokenize
 from dist_esm.config import Attention, DeviceKind, Dtype, Include, LinearKind, Long, check
-from dist_esm.embed import embed_pack
-from dist_esm.engine import make_engine
-from dist_esm.fasta import make_protein
-from dist_esm.feed import shape
-from dist_esm.kernels import choose_device, choose_dtype, choose_kernels
-from dist_esm.pack import Packer
-from dist_esm.pool import combine
-from dist_esm.records import Answer, Pack, Segment
-from dist_esm.weights import architecture, fetch
+from dist_esm.fasta.parser import make_protein
+from dist_esm.fasta.tokens import tokenize
+from dist_esm.model.engine import make_engine
+from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels
+from dist_esm.model.pool import combine
+from dist_esm.model.weights import architecture, fetch
+from dist_esm.pipeline.packer import Packer
+from dist_esm.pipeline.reader import shape
+from dist_esm.pipeline.worker import embed_pack
+from dist_esm.types import Answer, Pack, Segment
 
 
 class Embedder:

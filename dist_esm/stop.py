@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from dist_esm.records import Failure, Unit
+from dist_esm.types import Failure, Unit
 
 REPEAT_SECONDS = 2.0
 """Signals within so many seconds are one: a scheduler signals every process of a job, and torchrun passes its own on to the ranks."""

@@ -45,15 +45,15 @@ from esm.model.esm2 import ESM2 as FairESM  # noqa: N811
 from torch import Tensor, nn
 
 from dist_esm.__main__ import compose_config
-from dist_esm.alphabet import tokenize
 from dist_esm.config import ModelConfig
-from dist_esm.engine import AHEAD, Engine, make_engine
-from dist_esm.esm2 import TOKEN_DROPOUT_FACTOR
 from dist_esm.fair_esm import ALPHABET
-from dist_esm.kernels import choose_device, choose_dtype, choose_kernels
-from dist_esm.pack import Packer
-from dist_esm.records import Pack, Segment
-from dist_esm.weights import architecture, fair_esm_tensors
+from dist_esm.fasta.tokens import tokenize
+from dist_esm.model.engine import AHEAD, Engine, make_engine
+from dist_esm.model.esm2 import TOKEN_DROPOUT_FACTOR
+from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels
+from dist_esm.model.weights import architecture, fair_esm_tensors
+from dist_esm.pipeline.packer import Packer
+from dist_esm.types import Pack, Segment
 
 RESIDUES = 1022
 CHECKED = 4

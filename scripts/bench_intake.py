@@ -4,10 +4,10 @@
 What is measured:
 
 tokens
-    `dist_esm.alphabet.tokenize` and fair-esm's `Alphabet.encode` with BOS and EOS put around it, on random proteins of 350 residues.
+    `dist_esm.fasta.tokens.tokenize` and fair-esm's `Alphabet.encode` with BOS and EOS put around it, on random proteins of 350 residues.
     The tokens are compared first. Aim: 100 times fair-esm on one core.
 count
-    `dist_esm.scan.count`, which finds records, residues, the attention's work and lines, and Biopython's two parsers, which sum up
+    `dist_esm.fasta.blocks.count`, which finds records, residues, the attention's work and lines, and Biopython's two parsers, which sum up
     records and residues, on one generated plain FASTA file (lines of 60, headers like UniRef's). Reading the file and doing
     nothing is the bound. All of them must find the same numbers. Aim: 10 times `SeqIO.parse`.
 read
@@ -118,7 +118,7 @@ def child_tokens(repeats: int) -> dict[str, Any]:
     """Both tokenizers on the same proteins."""
     from esm.data import Alphabet
 
-    from dist_esm.alphabet import tokenize
+    from dist_esm.fasta.tokens import tokenize
 
     alphabet = Alphabet.from_architecture("ESM-1b")
     rng = np.random.default_rng(0)
@@ -146,7 +146,7 @@ def child_count(path: str, how: str, repeats: int) -> dict[str, Any]:
     """One way to count one file."""
     work: Callable[[], Any]
     if how == "dist_esm":
-        from dist_esm.scan import count, whole
+        from dist_esm.fasta.blocks import count, whole
 
         def work() -> tuple[int, int]:
             found = count(whole(Path(path)), 1022)
@@ -187,14 +187,14 @@ def child_count(path: str, how: str, repeats: int) -> dict[str, Any]:
 
 def child_read(path: str, how: str, repeats: int, toks_per_batch: int) -> dict[str, Any]:
     """One file to packs, by hand or in the reader thread."""
-    from dist_esm.alphabet import tokenize
     from dist_esm.config import Config, ModelConfig
-    from dist_esm.fasta import read_proteins
-    from dist_esm.feed import Reader
-    from dist_esm.pack import Packer
-    from dist_esm.plan import count_slice, cut_files, find_files, make_units
-    from dist_esm.records import Segment
+    from dist_esm.fasta.parser import read_proteins
+    from dist_esm.fasta.tokens import tokenize
+    from dist_esm.pipeline.packer import Packer
+    from dist_esm.pipeline.reader import Reader
+    from dist_esm.planning.units import count_slice, cut_files, find_files, make_units
     from dist_esm.stop import Failures, Stop
+    from dist_esm.types import Segment
 
     class Nobody:
         """A collector that takes every message and does nothing."""
@@ -240,8 +240,8 @@ def child_read(path: str, how: str, repeats: int, toks_per_batch: int) -> dict[s
 def child_memory(path: str, output_dir: str, width: int, expected: int) -> dict[str, Any]:
     """The whole run over one file with a stand-in engine."""
     from dist_esm.config import Config, DeviceKind, ModelConfig
-    from dist_esm.records import Answer, Pack
-    from dist_esm.world import World
+    from dist_esm.distributed import World
+    from dist_esm.types import Answer, Pack
 
     class Instant:
         """Answers at once, and each segment with numbers of its own."""
@@ -267,7 +267,7 @@ def child_memory(path: str, output_dir: str, width: int, expected: int) -> dict[
         def close(self) -> None: ...
 
     engine = Instant()
-    whole_run: Any = import_module("dist_esm.run")
+    whole_run: Any = import_module("dist_esm.jobs.embed")
     plan_agreed: dict[str, float] = {}
     agree_on_plan = whole_run.agree_on_plan
 

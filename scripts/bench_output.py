@@ -36,17 +36,17 @@ import numpy as np
 import torch
 
 from dist_esm.config import Config, Format, Include, ModelConfig, SaveDtype
-from dist_esm.embed import embed_units
-from dist_esm.engine import num_cores
-from dist_esm.journal import Journal, new_launch, write_settings
-from dist_esm.plan import find_files
-from dist_esm.prepare import make_output_dir
-from dist_esm.records import Answer, Pack
-from dist_esm.report import RankSummary, make_report
-from dist_esm.run import join_cut_files, journal_writer
+from dist_esm.distributed import World
+from dist_esm.jobs.embed import join_cut_files, journal_writer
+from dist_esm.jobs.report import RankSummary, make_report
+from dist_esm.jobs.setup import make_output_dir
+from dist_esm.model.engine import num_cores
+from dist_esm.outputs.journal import Journal, new_launch, write_settings
+from dist_esm.pipeline.worker import embed_units
+from dist_esm.planning.agree import agree_on_plan
+from dist_esm.planning.units import find_files
 from dist_esm.stop import Stop
-from dist_esm.survey import agree_on_plan
-from dist_esm.world import World
+from dist_esm.types import Answer, Pack
 
 WIDTH = 1280
 LAYER = 33

@@ -13,8 +13,8 @@ import pytest
 import torch
 from esm.model import esm2 as fair_esm
 
-from dist_esm.esm2 import Architecture
-from dist_esm.weights import KNOWN, random_tensor, tensor_shapes
+from dist_esm.model.esm2 import Architecture
+from dist_esm.model.weights import KNOWN, random_tensor, tensor_shapes
 
 DATA = Path(__file__).parent / "data"
 PROTEINS = DATA / "proteins"
@@ -104,7 +104,7 @@ def run_ranks(num_ranks: int | None, *overrides: object, timeout: float = 120, *
 
 def run_meanwhile(place: str, shell: str, *overrides: object) -> subprocess.CompletedProcess[str]:
     """Run the command without torchrun, and the shell command when it comes to a function."""
-    line = [sys.executable, str(Path(__file__).parent / "meanwhile.py"), place, shell, *map(str, overrides)]
+    line = [sys.executable, str(Path(__file__).parent / "helpers" / "meanwhile.py"), place, shell, *map(str, overrides)]
     return subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment(), check=False)
 
 

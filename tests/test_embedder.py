@@ -8,7 +8,7 @@ import torch
 
 from conftest import PROTEINS, run_ranks
 from dist_esm import Embedder
-from test_run import MODEL, sequences
+from test_embed import MODEL, sequences
 
 
 @pytest.fixture(scope="module")

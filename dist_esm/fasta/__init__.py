@@ -1,0 +1,1 @@
+"""Bytes of FASTA to checked proteins and their segments. Imports no torch."""

@@ -1,0 +1,1 @@
+"""One module for each job, and what they share."""

@@ -1,0 +1,288 @@
+"""One pack in, one answer for each of its segments out: the model on its device, pooled.
+
+Same protein, same bits, by construction:
+
+- on a CPU each segment is a forward of its own, on one thread; several run side by side. Nothing that a number depends on
+  (shapes, threads, neighbours) differs between one protein's company and another's. It is also the fastest way measured.
+- on a GPU a pack always has `toks_per_batch` rows, so each matrix product runs with the same shape and kernel every time, unless
+  those at hand give a row the same bits among any number of others; attention and pooling see one protein at a time.
+
+Packs are submitted ahead of their answers, so that the device has its next one before it has finished this one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from dist_esm.config import Config, Include
+from dist_esm.model.esm2 import ESM2
+from dist_esm.model.kernels.attention import Seqlens, tiles
+from dist_esm.model.kernels.choose import PLAIN, Kernels
+from dist_esm.model.pool import GpuPool, kept_rows, pool
+from dist_esm.model.weights import load_model
+from dist_esm.types import Answer, Pack, Segment
+
+WAVE = 25344
+"""Rows of matrix products that are tiles of 128 and of 192 rows, a whole number for each of an H100's 132 multiprocessors, so that no
+product ends in a wave of tiles that leaves most of them idle."""
+FEWEST_ROWS = 384
+PADDING = 128
+"""Rows of a stretch of padding: few enough that attention within it costs nothing beside the products of its rows."""
+PADDING_TOKEN = 1
+AHEAD = 2
+"""Packs that are submitted and not answered yet."""
+POLL_SECONDS = 0.2
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_toks_per_batch(device_type: str, embed_dim: int) -> int:
+    """Tokens of a pack. On a GPU the products of narrow models are short, so a pack has more of them to stay ahead of; measured in LOG.md."""
+    if device_type == "cpu":
+        return 8192
+    return WAVE * (1 if embed_dim > 1280 else 2 if embed_dim > 640 else 4)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a pack did not fit."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+class Submitted(Protocol):
+    """A pack on its way through the device."""
+
+    def result(self) -> list[Answer]:
+        """Wait for the answers of its segments, in their order."""
+
+
+class Engine:
+    """A model on its device.
+
+    Parameters
+    ----------
+    model
+        On its device, in its dtype, in eval mode.
+    layers
+        Layers to answer.
+    wants_rows
+        Whether per-residue representations are wanted.
+    toks_per_batch
+        Tokens of a pack; None: the default for the device.
+    num_threads
+        Cores that are this rank's: on a CPU as many segments run side by side; None: the cores of this process.
+    load_wider
+        Loads the same model in a wider dtype, for what is not finite in this one; called at most once.
+    rows_dtype
+        Of per-residue representations, which are rounded to it before they leave the device.
+    """
+
+    def __init__(
+        self,
+        model: ESM2,
+        layers: Sequence[int],
+        wants_rows: bool,
+        toks_per_batch: int | None = None,
+        num_threads: int | None = None,
+        load_wider: Callable[[], ESM2] | None = None,
+        rows_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = model
+        self.layers = list(layers)
+        self.wants_rows = wants_rows
+        self.rows_dtype = rows_dtype
+        self.is_gpu = model.device.type == "cuda"
+        self.toks_per_batch = toks_per_batch or default_toks_per_batch(model.device.type, model.arch.embed_dim)
+        self.num_threads = num_threads or num_cores()
+        self.idle_seconds = 0.0
+        """GPU only: time between one pack's end on the device and the next one's beginning."""
+        self.startup: dict[str, float] = {}
+        """Seconds that loading took, by step."""
+        self.is_abandoned = False
+        """Whether `abandon` was called."""
+        self._load_wider = load_wider
+        self._wider: Engine | None = None
+        self._last: torch.cuda.Event | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        if self.is_gpu:
+            self._copies = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+        else:
+            self._threads = ThreadPoolExecutor(self.num_threads, "forward", initializer=torch.set_num_threads, initargs=(1,))
+
+    def submit(self, pack: Pack, num_rows: int | None = None) -> Submitted:
+        """Begin with a pack.
+
+        Parameters
+        ----------
+        pack
+            Its segments.
+        num_rows
+            GPU only: rows of the matrix products, for packs that did not fit; None: those of `num_rows`.
+
+        Raises
+        ------
+        Exception
+            Whatever the forward raises, here or in the result; `is_out_of_memory` tells whether a smaller pack may do.
+        """
+        if self._threads is None:
+            return self._on_gpu(pack.segments, self.num_rows(pack) if num_rows is None else num_rows)
+        longest_first = sorted(range(len(pack.segments)), key=lambda i: -len(pack.segments[i].tokens))
+        futures = {i: self._threads.submit(self._on_cpu, [pack.segments[i]], 0) for i in longest_first}
+        return Computing(self, [futures[i] for i in range(len(pack.segments))])
+
+    def num_rows(self, pack: Pack) -> int:
+        """GPU only: rows of the matrix products of a pack. Always the same, or, where bits do not depend on it, halved while it fits."""
+        rows = self.toks_per_batch
+        while self.model.kernels.linear.any_rows and rows >= 2 * FEWEST_ROWS and rows // 2 >= pack.num_tokens:
+            rows //= 2
+        return rows
+
+    def run(self, pack: Pack, num_rows: int | None = None) -> list[Answer]:
+        """Answer the segments of a pack, in their order; see `submit`."""
+        return self.submit(pack, num_rows).result()
+
+    def warm_up(self) -> None:
+        """Compile the kernels, or load them, before the first pack."""
+        if self.is_gpu:
+            self.run(Pack((Segment(0, 0, np.array([0, 20, 2], dtype=np.uint8), (0, 1)),)), self.toks_per_batch)
+            self._last = None
+
+    def recompute(self, segment: Segment) -> Answer:
+        """Answer one segment in the next wider dtype."""
+        if self.is_abandoned:
+            raise CancelledError
+        if self._wider is None:
+            if self._load_wider is None:
+                raise FloatingPointError("the embedding is not finite, and no wider dtype is at hand")
+            self._wider = Engine(self._load_wider(), self.layers, self.wants_rows, num_threads=1, rows_dtype=self.rows_dtype)
+        self._wider.wants_rows = self.wants_rows
+        (answer,) = self._wider.run(Pack((segment,)), num_rows=0)
+        return answer
+
+    def free_memory(self) -> None:
+        """Give cached device memory back, after a pack did not fit."""
+        if self.is_gpu:
+            torch.cuda.empty_cache()
+
+    def abandon(self) -> None:
+        """On a CPU: begin no further segment, and answer none, from now on. Waits for nothing, so that a signal may call it."""
+        self.is_abandoned = True
+        if self._wider is not None:
+            self._wider.abandon()
+
+    def close(self) -> None:
+        """Start nothing more. What is running ends with its segment; one that was abandoned is not waited for."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=not self.is_abandoned, cancel_futures=True)
+        if self._wider is not None:
+            self._wider.close()
+
+    @property
+    def _rows_dtype(self) -> torch.dtype | None:
+        return self.rows_dtype if self.wants_rows else None
+
+    @torch.inference_mode()
+    def _on_cpu(self, segments: Sequence[Segment], num_rows: int) -> list[Answer]:
+        """Embed segments in one forward over at least `num_rows` rows; rows without a protein cost time and nothing else."""
+        if self.is_abandoned:
+            raise CancelledError
+        tokens, positions, bounds = lay_out(segments, num_rows)
+        hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(positions), Seqlens.of(bounds, self.model.device), self.layers)
+        return pool(hidden, bounds, [segment.keep for segment in segments], self._rows_dtype)
+
+    @torch.inference_mode()
+    def _on_gpu(self, segments: Sequence[Segment], num_rows: int) -> Submitted:
+        """The same without waiting for anything: one copy to the device, the forward, and the answers' copies back."""
+        tokens, positions, bounds = lay_out(segments, num_rows)
+        spans, tiles_C3 = kept_rows(bounds, [segment.keep for segment in segments]), tiles(bounds)
+        starts, stops = zip(*spans, strict=True)
+        parts = [np.asarray(part, dtype=np.int32) for part in (tiles_C3.ravel(), bounds[: len(spans)], starts, stops, tokens, positions)]
+        began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        began.record()
+        on_device = torch.from_numpy(np.concatenate(parts)).pin_memory().to(self.model.device, non_blocking=True)
+        tiles_C, bos_B, starts_B, stops_B, tokens_T, positions_T = torch.split(on_device, [len(part) for part in parts])
+        hidden = self.model(tokens_T, positions_T, Seqlens(bounds, tiles_C.view(tiles_C3.shape)), self.layers)
+        pooled = GpuPool(hidden, bos_B, starts_B, stops_B, spans, self.model.kernels.linear.segment_sum, self._rows_dtype, self._copies)
+        submitted = OnDevice(self, pooled, began, self._last)
+        self._last = pooled.ended
+        return submitted
+
+
+def make_engine(config: Config, device: torch.device, dtype: torch.dtype, kernels: Kernels, num_threads: int | None = None) -> Engine:
+    """The engine that a configuration asks for, with fp32 behind bf16 and fp16, and fp64 behind fp32."""
+    wider = torch.float64 if dtype is torch.float32 else torch.float32
+    return Engine(
+        load_model(config.model, device, dtype, kernels),
+        config.resolved_layers(),
+        Include.per_tok in config.include,
+        config.toks_per_batch,
+        num_threads,
+        load_wider=lambda: load_model(config.model, device, wider, PLAIN),
+        rows_dtype=getattr(torch, config.save_dtype.name),
+    )
+
+
+def lay_out(segments: Sequence[Segment], num_rows: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Segments end to end, filled up to `num_rows` with stretches of padding.
+
+    Returns
+    -------
+    tokens and positions, int64 of shape (T,); offsets of the segments, then of the stretches of padding
+    """
+    lengths = [len(segment.tokens) for segment in segments]
+    num_tokens = sum(lengths)
+    rest = max(0, num_rows - num_tokens)
+    lengths += [min(PADDING, rest - first) for first in range(0, rest, PADDING)]
+    bounds = np.concatenate(([0], np.cumsum(lengths)))
+    tokens = np.full(bounds[-1], PADDING_TOKEN, dtype=np.int64)
+    tokens[:num_tokens] = np.concatenate([segment.tokens for segment in segments])
+    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+    return tokens, positions, bounds.tolist()
+
+
+@dataclass(frozen=True)
+class Computing:
+    """A pack on a CPU: one future for each segment."""
+
+    engine: Engine
+    futures: Sequence[Future[list[Answer]]]
+
+    def result(self) -> list[Answer]:
+        """See `Submitted`.
+
+        Raises
+        ------
+        CancelledError
+            If the engine was abandoned; a large model takes minutes for a segment.
+        """
+        while wait(self.futures, timeout=POLL_SECONDS).not_done:
+            if self.engine.is_abandoned:
+                raise CancelledError
+        return [future.result()[0] for future in self.futures]
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """A pack on a GPU."""
+
+    engine: Engine
+    pooled: GpuPool
+    began: torch.cuda.Event
+    before: torch.cuda.Event | None
+    """The end of the pack before it."""
+
+    def result(self) -> list[Answer]:
+        """See `Submitted`."""
+        answers = self.pooled.answers()
+        if self.before is not None:
+            self.engine.idle_seconds += max(0.0, self.before.elapsed_time(self.began) / 1000)
+        return answers

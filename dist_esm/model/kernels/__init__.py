@@ -1,0 +1,1 @@
+"""Implementations of attention and of the rest of a block, and the choice between them."""

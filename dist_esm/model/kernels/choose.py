@@ -1,0 +1,141 @@
+"""What the device at hand can run, and the choice of what a forward is computed with.
+
+This is the only module that asks what a device can do. An implementation that is named runs, or raises; `auto` is a choice, made
+once here and logged by the caller. The implementations themselves: `attention` and `linear`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from dist_esm.config import Attention, DeviceKind, Dtype, LinearKind
+from dist_esm.model.kernels.attention import AttentionFunction, load_triton, sdpa
+from dist_esm.model.kernels.linear import LinearOps, TorchLinear
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a forward is computed with."""
+
+    attention: str
+    """Name of the implementation."""
+    attend: AttentionFunction
+    linear: LinearOps
+
+    def __str__(self) -> str:
+        return f"attention={self.attention} linear={self.linear.name}"
+
+
+PLAIN = Kernels("sdpa", sdpa, TorchLinear())
+"""Runs everywhere."""
+
+HOPPER = (9, 0)
+AMPERE = (8, 0)
+LEAST_HEAD = 64
+"""Heads narrower than this (8M, 35M, 150M) do not fit the tiles of ``quack``."""
+
+
+def choose_kernels(attention: Attention, linear: LinearKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
+    """The implementations to use on a device; `auto` is the fastest that it can run.
+
+    Raises
+    ------
+    ValueError
+        If one that is wanted by name cannot run on this device with this dtype and model, or lacks its package.
+    """
+    no_triton, no_quack = unmet_by_triton(device, dtype), unmet_by_quack(device, dtype, head_dim)
+    attention_name = choose("attention", attention.name, {"triton": no_triton, "sdpa": None})
+    linear_name = choose("linear", linear.name, {"quack": no_quack, "triton": no_triton, "torch": None})
+    return Kernels(attention_name, load_triton() if attention_name == "triton" else sdpa, load_linear(linear_name))
+
+
+def choose(key: str, wanted: str, unmet: dict[str, str | None]) -> str:
+    """The implementation that is wanted, or for `auto` the first that can run; `unmet` says of each what it lacks, fastest first."""
+    if wanted == "auto":
+        return next(name for name, reason in unmet.items() if reason is None)
+    if unmet[wanted] is not None:
+        raise ValueError(f"{key}={wanted} needs {unmet[wanted]}: use {key}=auto")
+    return wanted
+
+
+def unmet_by_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What Triton's kernels need and do not find, in words; None if they can run."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < AMPERE:
+        return f"a CUDA GPU of compute capability 8.0 or newer, this is {in_words(device)}"
+    return unmet_dtype(dtype) or (None if is_installed("triton") else "the package triton")
+
+
+def unmet_by_quack(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The same of the CuTe products."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
+        return f"a Hopper GPU (compute capability 9.0), this is {in_words(device)}"
+    if head_dim < LEAST_HEAD:
+        return f"attention heads of {LEAST_HEAD} or wider, this model's have {head_dim}"
+    is_there = is_installed("quack") and is_installed("cutlass")
+    missing = None if is_there else "the packages quack-kernels and nvidia-cutlass-dsl (pip install 'dist_esm[hopper]')"
+    return unmet_dtype(dtype) or missing
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return find_spec(package) is not None
+
+
+def unmet_dtype(dtype: torch.dtype) -> str | None:
+    """What either lacks if products are in a dtype."""
+    return None if dtype in (torch.bfloat16, torch.float16) else f"dtype=bf16 or fp16, this is {str(dtype).removeprefix('torch.')}"
+
+
+def in_words(device: torch.device) -> str:
+    """A device and what it can do."""
+    return "cuda with {}.{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else device.type
+
+
+def load_linear(name: str) -> LinearOps:
+    """An implementation of the rest of a block by its name; each is imported only where it is used."""
+    if name == "quack":
+        from dist_esm.model.kernels.linear_quack import QuackLinear
+
+        return QuackLinear()
+    if name == "triton":
+        from dist_esm.model.kernels.linear_triton import TritonLinear
+
+        return TritonLinear()
+    return TorchLinear()
+
+
+def choose_device(wanted: DeviceKind, local_rank: int, local_world_size: int, host: str) -> torch.device:
+    """This rank's device. The first place where CUDA is touched.
+
+    Raises
+    ------
+    ValueError
+        If CUDA is wanted and absent, or if this host has fewer visible GPUs than ranks.
+    """
+    if wanted is DeviceKind.cpu:
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_gpus == 0:
+        if wanted is DeviceKind.cuda:
+            raise ValueError(f"device=cuda: no CUDA GPU is visible on {host}: use device=cpu, or check CUDA_VISIBLE_DEVICES and the driver")
+        return torch.device("cpu")
+    if local_world_size > num_gpus:
+        raise ValueError(
+            f"{local_world_size} ranks were started on {host}, which has {num_gpus} visible GPU(s): "
+            f"start torchrun with --nproc_per_node={num_gpus}, or use device=cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
+    """The dtype of parameters and matrix products: `auto` is bf16 where the GPU has it in hardware, else fp32."""
+    if wanted is not Dtype.auto:
+        return {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}[wanted]
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32

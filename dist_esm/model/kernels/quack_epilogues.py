@@ -1,0 +1,131 @@
+"""What `linear_quack` applies to a product while it is still in fp32 registers: bias, and GELU, rotation or residual.
+
+These functions are traced by CuTe's compiler. Importing them takes seconds, and is only done to compile.
+"""
+
+# mypy: ignore-errors
+# What a traced function holds are not the types that Python sees.
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import cutlass.cute as cute
+import quack.cache
+from cutlass import Int32, const_expr
+from cutlass.cute.runtime import find_runtime_libraries
+from quack import copy_utils
+from quack.epilogue.frontend import gemm_epilogue, pack, unpack
+from quack.epilogue.ops import RowVecLoad
+from quack.epilogue.rotary import RotaryCosSinTMALoad
+from quack.gemm_runtime.host import run_gemm_epi_plan
+from torch import Tensor
+
+from dist_esm.model.kernels import kernel_cache as aot
+from dist_esm.model.kernels.triton_ops import SCALE
+
+quack.cache.CACHE_ENABLED = False  # what its cache answers cannot be exported
+
+
+def gelu(x):
+    """GELU(x) = x (1 + erf(x / sqrt 2)) / 2; erf to 1.5e-7. Source: Abramowitz and Stegun 1964, 7.1.26."""
+    z = x * 0.7071067811865476
+    z = cute.arch.fmax(z, -z)
+    t = cute.arch.rcp_approx(1.0 + 0.3275911 * z)
+    poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    erf = 1.0 - poly * cute.math.exp2(z * z * -1.4426950408889634, fastmath=True)
+    half = 0.5 * x
+    return half + cute.arch.fmax(half, -half) * erf
+
+
+@gemm_epilogue(ops={"bias": RowVecLoad("bias")})
+def with_gelu(acc, bias):
+    """GELU of a product."""
+    return {"D": gelu(acc + bias)}
+
+
+@gemm_epilogue(ops={"bias": RowVecLoad("bias")})
+def with_residual(acc, c, bias):
+    """A product added to the residual stream as it is kept."""
+    return {"D": (acc + bias) * SCALE + c}
+
+
+class TurnLoad(RotaryCosSinTMALoad):
+    """The table of rotations, loaded beside a product's tiles: its left half for queries and keys, its right one, no turn, for values.
+
+    Parameters
+    ----------
+    name
+        Of the operand: fp32, shape (T, 2 H), cosine and sine of each pair side by side.
+    num_turned
+        Columns of the product that hold queries and keys; the tiles' width divides it.
+    """
+
+    def __init__(self, name, num_turned):
+        super().__init__(name)
+        self.num_turned = num_turned
+
+    def config_key(self):
+        """What the kernel is compiled for."""
+        return (*super().config_key(), self.num_turned)
+
+    def load_g2s_copy_fn(self, gemm, params, smem_tensor, tile_coord_mnkl, varlen_manager, epi_pipeline):
+        """What brings the table's part for a tile to shared memory, a subtile at a time."""
+        table = varlen_manager.offset_batch_epi(getattr(params, self.name), tile_coord_mnkl[3])
+        head_dim = const_expr(table.shape[1] // 2)
+        tile_rows, tile_columns = gemm.cta_tile_shape_mnk[0], gemm.cta_tile_shape_mnk[1]
+        subtile = getattr(params, self._epi_tile_key())
+        width = const_expr(cute.size(subtile[1]))
+        assert tile_columns % head_dim == 0, "a tile holds whole heads"
+        assert head_dim % width == 0, "a head holds whole subtiles"
+        assert self.num_turned % tile_columns == 0, "a tile is turned as a whole"
+        half = Int32(tile_coord_mnkl[1] * tile_columns >= self.num_turned)
+        atom = getattr(params, self._tma_atom_key())
+        copy_subtile, _, _ = gemm.epilog_gmem_copy_and_partition(atom, table, (tile_rows, head_dim), subtile, smem_tensor, (tile_coord_mnkl[0], half))
+        copy = copy_utils.tma_producer_copy_fn(copy_subtile, epi_pipeline)
+        repeats = const_expr(head_dim // width)
+
+        def copy_turn(src_idx, producer_state, **options):
+            copy((src_idx[0], src_idx[1] % repeats), producer_state, **options)
+
+        return copy_turn
+
+
+@cache
+def with_rotation(width):
+    """A product whose neighbouring columns are rotated against each other, for queries, keys and values of a width."""
+
+    @gemm_epilogue(ops={"turn": TurnLoad("turn", 2 * width), "bias": RowVecLoad("bias")}, mode="acc_pair")
+    def turned(acc, turn, bias):
+        x, y = unpack(acc + bias)
+        cos, sin = unpack(turn)
+        return {"D": pack(x * cos - y * sin, x * sin + y * cos)}
+
+    return turned
+
+
+def compiled(kind: str, tensors: dict[str, Tensor], tile: Any) -> aot.Compiled:
+    """Compile a product: kernel, and how to keep it.
+
+    Parameters
+    ----------
+    kind
+        "rotation", "gelu" or "residual".
+    tensors
+        a (T, K), weight (C, K), bias (1, C), out (T, C), and turn (T, 2 H) for a rotation. Their dtypes count, and of a rotation the widths.
+    tile
+        How the product is cut.
+    """
+    a, weight, out = (tensors[name] for name in ("a", "weight", "out"))
+    operands = {name: tensor for name, tensor in tensors.items() if name not in ("a", "weight", "out")}
+    epilogue = {"rotation": lambda: with_rotation(a.shape[1]), "gelu": lambda: with_gelu, "residual": lambda: with_residual}[kind]()
+    addend = out if kind == "residual" else None
+    plan = epilogue.gemm(a, weight, out, addend, epi_args=operands, **tile._asdict(), _launch=False)
+    calls = []
+    run_gemm_epi_plan(plan._replace(compiled_fn=lambda *arguments: calls.append(arguments)), a, weight, out, addend, operands)
+
+    def export(path):
+        plan.compiled_fn.export_to_c(object_file_path=str(path), function_name=aot.SYMBOL)
+
+    return aot.Compiled(aot.Kernel(plan.compiled_fn, aot.form_of(calls[0], tensors)), export, find_runtime_libraries(enable_tvm_ffi=True))

@@ -1,0 +1,1 @@
+"""Embeddings to files and back. Starts no thread that outlives a call."""

@@ -1,0 +1,149 @@
+"""What the formats share: what every output says of itself, how it is read back, safe names, and a folder that appears at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from dist_esm.atomic import sync
+from dist_esm.outputs.row_buffer import Embeddings
+
+
+@dataclass(frozen=True)
+class About:
+    """What every output says of itself, whatever its format."""
+
+    source: str
+    """Path of the input file, relative to the common root of the inputs."""
+    main_layer: int
+    """The layer whose mean is always there."""
+    width: int
+    """D."""
+    kinds: dict[str, list[int]]
+    """mean, bos and per_tok to the layers that are there."""
+    provenance: dict[str, Any]
+    """Model, weights and settings that the numbers depend on."""
+
+    @classmethod
+    def of(cls, embeddings: Embeddings) -> About:
+        """What the output of these embeddings will say."""
+        kinds = {"mean": list(embeddings.mean), "bos": list(embeddings.bos), "per_tok": list(embeddings.per_tok)}
+        # A path may have bytes that are not UTF-8; Arrow and HDF5 take only text that is.
+        source = embeddings.source.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return cls(source, embeddings.main_layer, embeddings.mean[embeddings.main_layer].shape[1], kinds, embeddings.provenance)
+
+    def to_text(self) -> dict[str, str]:
+        """For formats whose metadata is text: `model_name` and the fields, as JSON where they are not text already."""
+        fields = {name: value if isinstance(value, str) else json.dumps(value) for name, value in vars(self).items()}
+        return {"model_name": str(self.provenance.get("model", "")), **fields}
+
+    @classmethod
+    def from_text(cls, metadata: Mapping[str, str]) -> About:
+        """The inverse of `to_text`."""
+        others = {name: json.loads(metadata[name]) for name in ("main_layer", "width", "kinds", "provenance")}
+        return cls(source=metadata["source"], **others)
+
+
+class Opened(Protocol):
+    """One output, opened for reading; positions count from 0 in file order. Numbers come in the dtype that they are saved in."""
+
+    about: About
+
+    def records(self) -> tuple[list[str], list[str], list[int]]:
+        """Ids, headers and embedded residues of all proteins."""
+        ...
+
+    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
+        """Of all proteins, shape (N, D)."""
+        ...
+
+    def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
+        """Of one protein, shape (D,)."""
+        ...
+
+    def residues(self, layer: int, position: int) -> NDArray[Any]:
+        """Of one protein, shape (L, D)."""
+        ...
+
+
+def escape(text: str, unsafe: re.Pattern[str]) -> str:
+    """Write every unsafe character as ``%XX`` for each byte of its UTF-8; `unsafe` must match a ``%`` that would read as such."""
+    return unsafe.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass")), text)
+
+
+class Names:
+    """Names for ids that come one after another: escaped, and different from all before.
+
+    The second protein whose name would be the same gets ``~2`` behind it, the third ``~3``. No escaped name ends in such a mark of its own,
+    so what stands before it is always the escaped id.
+
+    Parameters
+    ----------
+    escaped
+        An id to its name; different ids may have the same.
+    same
+        A name to what must differ between names.
+    """
+
+    def __init__(self, escaped: Callable[[str], str], same: Callable[[str], str] = str) -> None:
+        self._escaped = escaped
+        self._same = same
+        self._seen: dict[str, int] = {}
+
+    def take(self, protein: str) -> str:
+        """The name for the next protein, given its id."""
+        name = self._escaped(protein)
+        key = self._same(name)
+        self._seen[key] = count = self._seen.get(key, 0) + 1
+        return name if count == 1 else f"{name}~{count}"
+
+
+@contextmanager
+def folder_atomically(path: Path, marks: Sequence[str]) -> Iterator[Path]:
+    """A folder beside `path` to write files to; on success they are synced and the folder takes the name, on failure it is removed.
+
+    What has the name already is replaced if it is such a folder: one that has the files in `marks` and no folders in it.
+
+    Raises
+    ------
+    FileExistsError
+        If it is not, so that nothing that is not ours is ever removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_to_replace(path, marks)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
+    beside.mkdir()
+    try:
+        yield beside
+        # All are written before the first is synced: a file system then commits many at a time.
+        for file in beside.iterdir():
+            sync(file)
+        sync(beside)
+        refuse_to_replace(path, marks)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(beside, path)
+        sync(path.parent)
+        if old.exists():
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def refuse_to_replace(path: Path, marks: Sequence[str]) -> None:
+    """Raise FileExistsError unless `path` is free or a folder that `folder_atomically` may replace."""
+    if not os.path.lexists(path):
+        return
+    found = {entry.name: entry.is_dir() for entry in os.scandir(path)} if path.is_dir() and not path.is_symlink() else None
+    if found is None or any(found.values()) or (found and not set(marks) <= set(found)):
+        raise FileExistsError(f"{path} is there already and is no folder of embeddings alone: move it away, or name another output_dir")

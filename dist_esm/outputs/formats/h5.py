@@ -1,0 +1,139 @@
+"""HDF5 as UniProt has it: a flat root with a dataset for each protein. The only door to h5py."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_esm.atomic import atomically
+from dist_esm.outputs.formats.base import About, Names, escape
+from dist_esm.outputs.row_buffer import Embeddings
+
+if TYPE_CHECKING:
+    import h5py
+
+# A `/` would make a group and a lone `.` is the root itself; `~` marks the second of a name, `%` what is escaped.
+_UNSAFE = re.compile(r"[/%~\x00-\x1f\x7f\ud800-\udfff]|^\.(?=\.?$)")
+
+
+def dataset_name(protein: str) -> str:
+    """An id as the name of a dataset: itself, unless HDF5 would take it for something else."""
+    return escape(protein, _UNSAFE) or "%"
+
+
+def write_h5(embeddings: Embeddings, path: Path) -> None:
+    """Write one dataset for each protein, under its id, in file order.
+
+    Readers of such files (ProtSpace among them) go through the root and expect a dataset and nothing else under every name. So there are
+    no groups: the datasets hold one kind of the last requested layer, and what else was asked for is with each dataset as attributes.
+
+    - Dataset: per_tok (L, D) if included, else mean (D,) if included, else bos (D,); root attributes ``kind`` and ``layer`` say which.
+      ProtSpace wants vectors: leave per_tok out.
+    - Its attributes: ``original_id``, ``index`` (of the record in its input, from 0), ``length`` (embedded residues), and for every other kind
+      and layer an array ``mean_layer_33``, ``bos_layer_33``, ``per_tok_layer_33``; the mean of the last requested layer is always there.
+    - Root attributes: ``model_name``, the fields of `About` (``provenance`` as JSON), and ``records``, a JSON table of ids, headers and
+      lengths, since reading an attribute of each of 100,000 datasets takes a minute.
+
+    An id with a ``/`` has it as ``%2F`` (``%``, ``~`` and control characters alike); the second protein of an id is ``id~2``.
+    """
+    import h5py
+
+    about = About.of(embeddings)
+    main = embeddings.main_layer
+    kind = "per_tok" if embeddings.per_tok else "mean" if "mean" in embeddings.include else "bos"
+    beside_it = [(one, layer) for one, layers in about.kinds.items() for layer in layers if (one, layer) != (kind, main)]
+    names = Names(dataset_name)
+    text = h5py.h5t.py_create(h5py.string_dtype(), logical=True)
+    whole, scalar = h5py.h5s.ALL, h5py.h5s.create(h5py.h5s.SCALAR)
+    untimed = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    untimed.set_obj_track_times(False)
+
+    # h5py's high-level calls take twice as long, and a dataset and three attributes for each protein add up.
+    def attach(dataset: Any, name: str, value: NDArray[Any]) -> None:
+        kind_of = text if value.dtype == object else h5py.h5t.py_create(value.dtype)
+        space = h5py.h5s.create_simple(value.shape) if value.shape else scalar
+        h5py.h5a.create(dataset, name.encode(), kind_of, space).write(value)
+
+    with atomically(path) as beside, create(beside) as file:
+        records = {"ids": embeddings.ids, "headers": [row.header for row in embeddings.rows], "lengths": embeddings.lengths}
+        for key, said in {**about.to_text(), "kind": kind, "records": json.dumps(records)}.items():
+            file.attrs[key] = said
+        file.attrs["layer"] = main
+        start = 0
+        for number, row in enumerate(embeddings.rows):
+            stop = start + row.embedded
+
+            def value_of(one: str, layer: int, number: int = number, start: int = start, stop: int = stop) -> NDArray[Any]:
+                rows = getattr(embeddings, one)[layer]
+                return np.ascontiguousarray((rows[start:stop] if one == "per_tok" else rows[number]).numpy())
+
+            value = value_of(kind, main)
+            space = h5py.h5s.create_simple(value.shape)
+            dataset = h5py.h5d.create(file.id, names.take(row.id).encode(), h5py.h5t.py_create(value.dtype), space, untimed)
+            dataset.write(whole, whole, value)
+            attach(dataset, "original_id", np.array(row.id, dtype=h5py.string_dtype()))
+            attach(dataset, "index", np.array(row.number))
+            attach(dataset, "length", np.array(row.embedded))
+            for one, layer in beside_it:
+                attach(dataset, f"{one}_layer_{layer}", value_of(one, layer))
+            start = stop
+
+
+@contextmanager
+def create(path: Path) -> Iterator[h5py.File]:
+    """A new file whose root keeps the order of its names, takes attributes of any size, and has no time stamp in it."""
+    import h5py
+
+    root = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    root.set_link_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
+    root.set_obj_track_times(False)
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    # HDF5 1.8 (2008) and later can read it; before, attributes ended at 64 KiB.
+    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_LATEST)
+    # The name is this process's own, and some network file systems refuse locks.
+    access.set_file_locking(False, True)
+    with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_EXCL, root, access)) as file:
+        yield file
+
+
+class OpenedH5:
+    """Each protein is read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        import h5py
+
+        self._file = h5py.File(path, "r")
+        self.about = About.from_text(self._file.attrs)
+        self._root = (self._file.attrs["kind"], self._file.attrs["layer"])
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return list(self._file)
+
+    def records(self) -> tuple[list[str], list[str], list[int]]:
+        """Ids, headers and embedded residues."""
+        table = json.loads(self._file.attrs["records"])
+        return table["ids"], table["headers"], table["lengths"]
+
+    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
+        """Shape (N, D)."""
+        rows = [self.vector(kind, layer, position) for position in range(len(self._names))]
+        return np.stack(rows) if rows else np.empty((0, self.about.width), np.float32)
+
+    def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
+        """Shape (D,)."""
+        dataset = self._file[self._names[position]]
+        return np.asarray(dataset[()] if (kind, layer) == self._root else dataset.attrs[f"{kind}_layer_{layer}"])
+
+    def residues(self, layer: int, position: int) -> NDArray[Any]:
+        """Shape (L, D)."""
+        return self.vector("per_tok", layer, position)

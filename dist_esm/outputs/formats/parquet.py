@@ -1,0 +1,158 @@
+"""Parquet: a row for each protein. The only door to pyarrow."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_esm.atomic import SummedFile, atomically
+from dist_esm.outputs.formats.base import About
+from dist_esm.outputs.row_buffer import Embeddings
+from dist_esm.types import Row
+
+GROUP_BYTES = 32 << 20
+"""Numbers in a row group, about: it is what a reader of one row reads, and what the writer holds in memory."""
+GROUP_ROWS = 1 << 16
+COUNTS = ("embedded", "upper_cased", "stops_removed", "gaps_removed", "replaced")
+
+
+def write_parquet(embeddings: Embeddings, path: Path) -> str:
+    """Write a row for each protein, in file order.
+
+    Columns: ``id``, ``header``, ``source`` (path of the input relative to the common root), ``index`` (of the record in its input, from 0),
+    ``length`` (residues before truncation), ``embedded`` (residues that the numbers are of), ``outcome`` (ok, truncated or windowed),
+    ``upper_cased``, ``stops_removed``, ``gaps_removed``, ``replaced`` (letters changed), and for each kind and layer ``mean_layer_33`` and
+    ``bos_layer_33``, fixed-size lists of D numbers, and ``per_tok_layer_33``, a list of these. The mean of the last requested layer is
+    always there. The metadata of the schema has ``model_name`` and the fields of `About`, ``provenance`` as JSON.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    about = About.of(embeddings)
+    number = pa.from_numpy_dtype(embeddings.mean[embeddings.main_layer].numpy().dtype)
+    vector = pa.list_(number, about.width)
+    columns = [(kind, layer, f"{kind}_layer_{layer}") for kind, layers in about.kinds.items() for layer in layers]
+    schema = pa.schema(
+        [
+            *((name, pa.string()) for name in ("id", "header", "source")),
+            *((name, pa.int64()) for name in ("index", "length", "embedded")),
+            ("outcome", pa.string()),
+            *((name, pa.int64()) for name in COUNTS[1:]),
+            *((name, pa.list_(vector) if kind == "per_tok" else vector) for kind, _, name in columns),
+        ],
+        metadata=about.to_text(),
+    )
+    words = ["id", "header", "source", "outcome"]
+    codecs = dict.fromkeys((*words, "index", "length", *COUNTS), "zstd")  # embeddings are as good as random digits: nothing to gain
+    codecs |= {name: "none" for name in pq_leaves(schema) if name not in codecs}
+    with (
+        atomically(path) as beside,
+        SummedFile(beside) as file,
+        pq.ParquetWriter(file, schema, compression=codecs, use_dictionary=["source", "outcome"], write_statistics=["id", "index", "length", *COUNTS]) as writer,
+    ):
+        for first, last, start, stop in row_groups(embeddings):
+            rows = embeddings.rows[first:last]
+            values = {
+                "id": [row.id for row in rows],
+                "header": [row.header for row in rows],
+                "source": [about.source] * len(rows),
+                "index": [row.number for row in rows],
+                "length": [row.length for row in rows],
+                "outcome": [row.outcome for row in rows],
+                **{name: [getattr(row, name) for row in rows] for name in COUNTS},
+            }
+            offsets = pa.array([0, *accumulate(row.embedded for row in rows)], pa.int32())
+            arrays = [pa.array(values[name], schema.field(name).type) for name in schema.names if name in values]
+            for kind, layer, _ in columns:
+                span = slice(start, stop) if kind == "per_tok" else slice(first, last)
+                numbers = pa.FixedSizeListArray.from_arrays(pa.array(getattr(embeddings, kind)[layer][span].numpy().reshape(-1)), type=vector)
+                arrays.append(pa.ListArray.from_arrays(offsets, numbers) if kind == "per_tok" else numbers)
+            writer.write_batch(pa.record_batch(arrays, schema=schema), row_group_size=len(rows))
+    return file.sha256()
+
+
+def pq_leaves(schema: Any) -> Iterator[str]:
+    """Parquet's names of the columns that are stored: the fields, with the path to the numbers of lists."""
+    import pyarrow as pa
+
+    for field in schema:
+        path, kind = field.name, field.type
+        while pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+            path, kind = f"{path}.list.element", kind.value_type
+        yield path
+
+
+def row_groups(embeddings: Embeddings) -> Iterator[tuple[int, int, int, int]]:
+    """Proteins of each row group as (first, one past the last) and their residues likewise."""
+    tensors = [*embeddings.mean.values(), *embeddings.bos.values()]
+    for_each = sum(tensor.shape[1] * tensor.dtype.itemsize for tensor in tensors)
+    for_residue = sum(rows.shape[1] * rows.dtype.itemsize for rows in embeddings.per_tok.values())
+    first = start = stop = num_bytes = 0
+
+    def size(row: Row) -> int:
+        return for_each + row.embedded * for_residue
+
+    for position, row in enumerate(embeddings.rows):
+        if position > first and (num_bytes + size(row) > GROUP_BYTES or position - first == GROUP_ROWS):
+            yield first, position, start, stop
+            first, start, num_bytes = position, stop, 0
+        stop += row.embedded
+        num_bytes += size(row)
+    if embeddings.rows:
+        yield first, len(embeddings.rows), start, stop
+
+
+class OpenedParquet:
+    """A row group's column is read when one of its rows is asked for; the last one is kept."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self._file = pq.ParquetFile(path)
+        metadata = {key.decode(): value.decode() for key, value in self._file.schema_arrow.metadata.items()}
+        self.about = About.from_text(metadata)
+        groups = range(self._file.num_row_groups)
+        self._starts = [0, *accumulate(self._file.metadata.row_group(group).num_rows for group in groups)]
+        self._kept: tuple[tuple[int, str], Any] | None = None
+
+    def records(self) -> tuple[list[str], list[str], list[int]]:
+        """Ids, headers and embedded residues."""
+        table = self._file.read(["id", "header", "embedded"])
+        ids, headers, lengths = (table[name].to_pylist() for name in ("id", "header", "embedded"))
+        return ids, headers, lengths
+
+    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
+        """Shape (N, D)."""
+        groups = [numbers(self._group(group, f"{kind}_layer_{layer}"), self.about.width) for group in range(self._file.num_row_groups)]
+        return np.concatenate(groups) if groups else np.empty((0, self.about.width), np.float32)
+
+    def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
+        """Shape (D,)."""
+        group, row = self._find(position)
+        return numbers(self._group(group, f"{kind}_layer_{layer}").slice(row, 1), self.about.width).reshape(-1)
+
+    def residues(self, layer: int, position: int) -> NDArray[Any]:
+        """Shape (L, D)."""
+        group, row = self._find(position)
+        return numbers(self._group(group, f"per_tok_layer_{layer}").slice(row, 1).flatten(), self.about.width)
+
+    def _find(self, position: int) -> tuple[int, int]:
+        group = bisect_right(self._starts, position) - 1
+        return group, position - self._starts[group]
+
+    def _group(self, group: int, column: str) -> Any:
+        if self._kept is None or self._kept[0] != (group, column):
+            self._kept = None  # not two at a time
+            self._kept = ((group, column), self._file.read_row_group(group, [column])[column].combine_chunks())
+        return self._kept[1]
+
+
+def numbers(vectors: Any, width: int) -> NDArray[Any]:
+    """An Arrow array of fixed-size lists as a matrix, without a copy."""
+    return np.asarray(vectors.flatten().to_numpy(zero_copy_only=True)).reshape(-1, width)

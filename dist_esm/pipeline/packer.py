@@ -1,0 +1,79 @@
+"""Proteins to packs: plain Python on ints, first-fit over a few open packs.
+
+Packs know nothing of files, so a thousand files of ten proteins fill them as well as one file of ten thousand. Segments go into
+the first open pack with room; when too many packs are open the oldest is let go. It had the first pick of every segment, so it is
+about the fullest, and no protein waits long for its answer. Memory is the open packs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from dist_esm.types import Pack, Segment
+
+MIN_SEGMENT = 3
+"""Tokens of the smallest segment: BOS, one residue, EOS."""
+
+
+class Packer:
+    """Fills packs of at most `capacity` tokens; a segment that is longer gets a pack of its own.
+
+    Parameters
+    ----------
+    capacity
+        Tokens of a pack, `toks_per_batch`.
+    max_open
+        Packs that are filled at the same time: the look-ahead. Two fill packs of 25,344 tokens to 99.9%; more would keep
+        more files waiting for their last proteins.
+    """
+
+    def __init__(self, capacity: int, max_open: int = 2) -> None:
+        self.capacity = capacity
+        self.max_open = max_open
+        self._open: list[list[Segment]] = []
+        self._room: list[int] = []
+
+    def add(self, segment: Segment) -> Iterator[Pack]:
+        """Take a segment; yields the packs that are full."""
+        size = len(segment.tokens)
+        index = next((i for i, room in enumerate(self._room) if room >= size), None)
+        if index is None:
+            index = len(self._open)
+            self._open.append([])
+            self._room.append(self.capacity)
+        self._open[index].append(segment)
+        self._room[index] -= size
+        if self._room[index] < MIN_SEGMENT:
+            yield self._close(index)
+        elif len(self._open) > self.max_open:
+            yield self._close(0)
+
+    def flush(self) -> Iterator[Pack]:
+        """Let all that is held go, in as few packs as first-fit makes of it with the longest segments first."""
+        segments = sorted((segment for pack in self._open for segment in pack), key=lambda segment: -len(segment.tokens))
+        again = Packer(self.capacity, len(segments))
+        self._open, self._room = [], []
+        for segment in segments:
+            yield from again.add(segment)
+        while again._open:
+            yield again._close(0)
+
+    def _close(self, index: int) -> Pack:
+        del self._room[index]
+        return Pack(tuple(self._open.pop(index)))
+
+
+def windows(num_residues: int, width: int, overlap: int) -> list[tuple[int, int, int, int]]:
+    """Cut a long protein into overlapping windows of equal width.
+
+    Each residue is answered by the window in which it is most central; ties go to the earlier window. The last window is
+    moved back to end with the protein.
+
+    Returns
+    -------
+    list of (start, stop, first kept, one past the last kept), residues counted from 0 in the protein
+    """
+    starts = [*range(0, num_residues - width, width - overlap), num_residues - width]
+    borders = [0, *((a + b + width + 1) // 2 for a, b in pairwise(starts)), num_residues]
+    return [(start, start + width, keep, stop) for start, keep, stop in zip(starts, borders, borders[1:], strict=False)]

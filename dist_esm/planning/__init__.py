@@ -1,0 +1,1 @@
+"""Which files, cut where, on which rank."""

@@ -1,0 +1,216 @@
+"""The main job with real ranks: the same bits from any number of them, and what becomes of files and runs that fail."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from Bio import SeqIO
+from esm.data import Alphabet
+
+from conftest import A8M, PROTEINS, environment, fair_esm_model, random_state, read_report, relative_error, run_ranks
+from dist_esm.fasta.blocks import raw_blocks, whole
+
+MODEL = "model=esm2_t6_8M_UR50D"
+OUTPUTS = ["large_ESM.pt", "medium_ESM.pt", "viruses/small_ESM.pt", "viruses/tiny_ESM.pt"]
+
+
+def digests(output_dir: Path) -> dict[str, str]:
+    return {str(path.relative_to(output_dir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(output_dir.rglob("*.pt"))}
+
+
+def sequences(path: Path) -> dict[str, str]:
+    text = b"".join(raw_blocks(whole(path))).decode()
+    return {record.id: str(record.seq) for record in SeqIO.parse(io.StringIO(text), "fasta")}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, checkpoint_8m):
+    """The test proteins, embedded without torchrun, with every kind of representation."""
+    output_dir = tmp_path_factory.mktemp("alone") / "out"
+    result = run_ranks(None, *overrides(output_dir, checkpoint_8m))
+    assert result.returncode == 0, result.stderr
+    return output_dir, result
+
+
+def overrides(output_dir: Path, checkpoint: Path) -> list[str]:
+    layers = "repr_layers=[0,3,-1]", "include=[mean,bos,per_tok]"
+    return [f"input={PROTEINS}", f"output_dir={output_dir}", MODEL, f"model.weights={checkpoint}", *layers]
+
+
+def test_every_number_is_fair_esms(alone):
+    """Against fair-esm's own fp32 model with the same parameters: ids, means, BOS and residues of every layer asked for."""
+    output_dir, _ = alone
+    oracle = fair_esm_model(A8M, random_state(A8M))
+    convert = Alphabet.from_architecture("ESM-1b").get_batch_converter()
+    num_checked = 0
+    for output, source in zip(OUTPUTS, ("large.fasta", "medium.faa", "viruses/small.fa.gz", "viruses/tiny.fas"), strict=True):
+        content = torch.load(output_dir / output, weights_only=True)
+        expected = sequences(PROTEINS / source)
+        assert content["proteins"] == list(expected)
+        assert content["lengths"] == [len(sequence) for sequence in expected.values()]
+        for i, (name, sequence) in enumerate(expected.items()):
+            with torch.inference_mode():
+                hidden = oracle(convert([(name, sequence)])[2], repr_layers=[0, 3, 6])["representations"]
+            for layer in (0, 3, 6):
+                rows = hidden[layer][0, 1 : len(sequence) + 1]
+                assert relative_error(content["mean_representations"][layer][i], rows.mean(0)) <= 1e-5
+                assert relative_error(content["bos_representations"][layer][i], hidden[layer][0, 0]) <= 1e-5
+                assert relative_error(content["representations"][layer][i], rows) <= 1e-5
+            assert torch.equal(content["data"][i], content["mean_representations"][6][i])
+            assert content["data"][i].dtype == torch.float32
+            num_checked += 1
+    assert num_checked == 28
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_any_number_of_ranks_gives_identical_files(alone, num_ranks, tmp_path, checkpoint_8m):
+    result = run_ranks(num_ranks, *overrides(tmp_path / "out", checkpoint_8m), "toks_per_batch=300")
+    assert result.returncode == 0, result.stderr
+    assert digests(tmp_path / "out") == digests(alone[0])
+    assert sorted(digests(tmp_path / "out")) == OUTPUTS
+    report = read_report(tmp_path / "out")
+    assert report["status"] == "complete"
+    assert [rank["status"] for rank in report["ranks"]] == ["COMPLETED"] * num_ranks
+    assert sum(rank["sequences"] for rank in report["ranks"]) == 28
+    assert {"Traceback", "Warning", "WARNING"}.isdisjoint(re.findall(r"\w+", result.stderr)), result.stderr
+    for rank in range(num_ranks):
+        assert re.search(rf"rank {rank} INFO bin: \d+ units of \d+ files, \d+ proteins", result.stderr)
+
+
+def test_a_good_run_leaves_only_what_it_promises(alone, tmp_path, checkpoint_8m):
+    output_dir, result = alone
+    (journal,) = (output_dir / ".dist_esm" / "journal").iterdir()
+    ours = [journal.relative_to(output_dir), *(f".dist_esm/{name}" for name in ("config.json", "lock", "settings.json"))]
+    left = sorted(str(path.relative_to(output_dir)) for path in output_dir.rglob("*") if path.is_file())
+    assert left == sorted(map(str, [*OUTPUTS, *ours, "failed_files.txt", "report.json"]))
+    assert (output_dir / "failed_files.txt").read_text() == ""
+    assert result.stdout.startswith("complete: 4 of 4 files embedded")
+    other = run_ranks(None, "input=" + str(PROTEINS / "viruses"), "output_dir=out", MODEL, f"model.weights={checkpoint_8m}", PWD=str(tmp_path))
+    assert other.returncode == 0
+    shutil.rmtree("out")
+    assert not Path("outputs").exists()
+    report = read_report(output_dir)
+    assert report["records"]["in"] == report["records"]["ok"] == 28
+    assert report["files"][0]["path"] == str(PROTEINS / "large.fasta")
+    assert (report["files"][0]["sequences"], report["files"][0]["output"]) == (14, "large_ESM.pt")
+    assert set(report) >= {"status", "files", "failed", "not_attempted", "records", "ranks", "config", "model", "versions"}
+    assert report["config"]["repr_layers"] == [0, 3, -1]
+
+
+@pytest.mark.distributed
+def test_a_file_of_garbage_ends_as_partial_with_the_others_done(alone, tmp_path, checkpoint_8m):
+    shutil.copytree(PROTEINS, tmp_path / "in")
+    (tmp_path / "in" / "garbage.fasta").write_bytes(b"%PDF-1.4\n\x00\xff\x8b")
+    result = run_ranks(2, *overrides(tmp_path / "out", checkpoint_8m), f"input={tmp_path / 'in'}")
+    assert result.returncode == 1  # torchrun's own; rank 0's is in its table
+    assert re.search(r"exitcode\s*:\s*2", result.stderr)
+    assert digests(tmp_path / "out") == digests(alone[0])
+    report = read_report(tmp_path / "out")
+    assert report["status"] == "partial"
+    assert [(Path(f["path"]).name, f["error_type"]) for f in report["failed"]] == [("garbage.fasta", "FastaError")]
+    assert "line 1" in report["failed"][0]["error_message"]
+    assert (tmp_path / "out" / "failed_files.txt").read_text().startswith(f"{tmp_path / 'in' / 'garbage.fasta'}|FastaError|line 1 ")
+    assert "dist_esm/" not in result.stderr, "a bad file shows no frame of ours"
+
+
+@pytest.mark.distributed
+def test_three_bad_files_in_a_row_abort_and_name_what_was_not_attempted(tmp_path, checkpoint_8m):
+    """One rank meets three bad files first; both ranks stop, and files not begun are listed."""
+    (tmp_path / "in").mkdir()
+    for i in range(3):  # many records, so they come first in the bin of rank 0; the other rank has one file, and then nothing
+        (tmp_path / "in" / f"bad{i}.fasta").write_text(">a\nMKT\n" * 20 + ">b\nMK\x02T\n")
+    (tmp_path / "in" / "good.fasta").write_text(">a\nMKT\n")
+    result = run_ranks(None, f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}")
+    assert result.returncode == 1
+    report = read_report(tmp_path / "out")
+    assert report["status"] == "aborted"
+    assert "3 files in a row failed on rank 0" in report["reason"]
+    assert [Path(path).name for path in report["not_attempted"]] == ["good.fasta"]
+    assert len(report["failed"]) == 3
+    assert report["records"]["in"] == 64 == report["records"]["failed"] + report["records"]["not_attempted"]
+    assert "Traceback" not in result.stderr
+    relaxed = run_ranks(2, f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "max_consecutive_failures=4")
+    assert relaxed.returncode == 1
+    report = read_report(tmp_path / "out")
+    assert (report["status"], report["not_attempted"], len(report["files"])) == ("partial", [], 1)
+
+
+@pytest.mark.distributed
+def test_an_abort_on_one_rank_stops_the_others_between_units(tmp_path, checkpoint_8m):
+    (tmp_path / "in").mkdir()
+    protein = "ACDEFGHIKLMNPQRSTVWY" * 20
+    for i in range(3):
+        (tmp_path / "in" / f"bad{i}.fasta").write_text(">a\nMKT\n" * 30 + ">b\nMK\x02T\n")
+        (tmp_path / "in" / f"bad{i}_twin.fasta").write_text(">a\nMKT\n" * 30 + ">b\nMK\x02T\n")
+    for i in range(60):
+        (tmp_path / "in" / f"good{i:02}.fasta").write_text("".join(f">{j}\n{protein[j + i :]}\n" for j in range(8)))
+    result = run_ranks(2, f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "dedupe=false")
+    assert result.returncode == 1
+    report = read_report(tmp_path / "out")
+    assert report["status"] == "aborted"
+    assert len(report["not_attempted"]) > 40
+    assert len(report["not_attempted"]) + len(report["failed"]) + len(report["files"]) == 66
+
+
+def test_a_protein_that_does_not_fit_fails_its_file_alone(alone, tmp_path, checkpoint_8m):
+    """Real allocation failures: once the model is loaded the address space is limited, and one protein needs more than is left."""
+    shutil.copytree(PROTEINS, tmp_path / "in")
+    (tmp_path / "in" / "huge.fasta").write_text(">huge\n" + "MKTAYIAK" * 100_000 + "\n")
+    settings = [*overrides(tmp_path / "out", checkpoint_8m), f"input={tmp_path / 'in'}", "truncation_seq_length=null"]
+    line = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "limited.py"), str(512 << 20), *settings]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=100, env=environment(MALLOC_ARENA_MAX="2"), check=False)
+    assert result.returncode == 2, result.stderr
+    report = read_report(tmp_path / "out")
+    assert [Path(failure["path"]).name for failure in report["failed"]] == ["huge.fasta"]
+    assert "allocate" in report["failed"][0]["error_message"]
+    for name in OUTPUTS:
+        mine, theirs = (torch.load(folder / name, weights_only=True)["representations"] for folder in (tmp_path / "out", alone[0]))
+        for layer, proteins in theirs.items():
+            for one, other in zip(mine[layer], proteins, strict=True):
+                assert torch.equal(one, other)
+
+
+@pytest.mark.distributed
+def test_a_missing_input_or_checkpoint_is_said_once(tmp_path):
+    result = run_ranks(2, f"input={PROTEINS}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={tmp_path / 'none.pt'}")
+    assert result.returncode == 1
+    assert result.stderr.count("dist_esm: error:") == 1
+    assert f"model.weights={tmp_path / 'none.pt'} is not a file" in result.stderr
+    assert "dist_esm/" not in result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.distributed
+def test_more_ranks_than_gpus_is_one_clear_error(tmp_path):
+    too_many = torch.cuda.device_count() + 1
+    result = run_ranks(too_many, f"input={PROTEINS}", f"output_dir={tmp_path}", MODEL, "model.weights=random", CUDA_VISIBLE_DEVICES=visible_gpus())
+    assert result.returncode == 1
+    assert result.stderr.count("dist_esm: error:") == 1
+    assert f"start torchrun with --nproc_per_node={too_many - 1}" in result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.distributed
+@pytest.mark.parametrize("model", ["esm2_t6_8M_UR50D", "esm2_t33_650M_UR50D", "esm2_t36_3B_UR50D"])
+def test_nccl_ranks_give_the_bits_of_one_gpu(model, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for num_ranks in (1, 2):
+        settings = [f"input={PROTEINS}", f"output_dir={tmp_path / str(num_ranks)}", f"model={model}", "model.weights=random", "include=[mean,per_tok]"]
+        result = run_ranks(num_ranks, *settings, CUDA_VISIBLE_DEVICES=visible_gpus())
+        assert result.returncode == 0, result.stderr
+        assert {rank["device"].split()[0] for rank in read_report(tmp_path / str(num_ranks))["ranks"]} == {f"cuda:{rank}" for rank in range(num_ranks)}
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+
+
+def visible_gpus() -> str:
+    return ",".join(str(number) for number in range(torch.cuda.device_count()))

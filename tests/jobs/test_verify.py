@@ -1,0 +1,134 @@
+"""job=verify on a directory that is well, and on one where everything that can be wrong is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import PROTEINS, run_ranks
+from dist_esm.config import Include
+from dist_esm.jobs.verify import check_file
+from dist_esm.outputs import journal
+from standin import embed_directory, journal_of, make_config
+from test_embed import MODEL
+from test_intake import block_gzip
+
+
+def verify(inputs: Path, out: Path, num_ranks: int | None = None):
+    return run_ranks(num_ranks, f"input={inputs}", f"output_dir={out}", "job=verify")
+
+
+@pytest.mark.distributed
+def test_a_finished_directory_is_well_until_something_is_wrong(tmp_path, checkpoint_8m):
+    shutil.copytree(PROTEINS, tmp_path / "in")
+    (tmp_path / "in" / "bad.fasta").write_text("no header\n")
+    out = tmp_path / "out"
+    settings = [MODEL, f"model.weights={checkpoint_8m}", "include=[mean,per_tok]", "truncation_seq_length=50", "residues.unknown=skip"]
+    assert run_ranks(None, f"input={tmp_path / 'in'}", f"output_dir={out}", *settings).returncode == 2
+    (tmp_path / "in" / "bad.fasta").unlink()
+    well = verify(tmp_path / "in", out)
+    assert (well.returncode, well.stdout) == (0, "ok: 4 files, 28 proteins checked, 0 findings\n")
+
+    shutil.move(tmp_path / "in", tmp_path / "moved")
+    assert verify(tmp_path / "moved", out).stdout == well.stdout
+    shutil.move(tmp_path / "moved", tmp_path / "in")
+
+    (tmp_path / "in" / "late.fasta").write_text(">a\nMKT\n")
+    (tmp_path / "in" / "bad.fasta").write_text("no header\n")
+    (out / "large_ESM.pt").unlink()
+    with open(out / "medium_ESM.pt", "ab") as file:
+        file.write(b"x")
+    with open(tmp_path / "in" / "viruses" / "tiny.fas", "a") as file:
+        file.write("\n>one_more\nMKT\n")
+    wrong = verify(tmp_path / "in", out, num_ranks=2)
+    assert wrong.returncode == 1
+    assert "exitcode  : 2" in wrong.stderr
+    findings = {Path(finding["path"]).name: finding["problem"] for finding in json.loads((out / "verify.json").read_text())["findings"]}
+    assert set(findings) == {"bad.fasta", "late.fasta", "large.fasta", "medium.faa", "tiny.fas"}
+    assert findings["bad.fasta"].startswith("failed: FastaError: line 1")
+    assert findings["late.fasta"] == "not in report.json: it was not part of the run"
+    assert findings["large.fasta"] == "large_ESM.pt is missing"
+    assert "with another checksum than" in findings["medium.faa"]
+    assert findings["tiny.fas"] == "2 proteins, 3 are expected"
+    (tmp_path / "in" / "late.fasta").unlink()
+    (out / "report.json").write_text("{}")
+    refused = verify(tmp_path / "in", out)
+    assert refused.returncode == 1
+    assert "report.json is no report of this version (KeyError: 'config'): run again" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(("suffix", "unit_share"), [("fasta", 0.01), ("fasta.gz", 1.0)], ids=["pieces that were joined", "numbered parts"])
+def test_an_input_that_was_changed_since_is_found_though_ids_and_lengths_are_the_same(tmp_path, checkpoint_8m, suffix, unit_share):
+    records = [f">r{i}\n{'MKTAYIAKQR' * 20}\n" for i in range(700)]
+    path = tmp_path / f"a.{suffix}"
+    write(path, "".join(records))
+    out = tmp_path / "out"
+    parts = 300 if unit_share == 1 else 100_000
+    settings = [MODEL, f"model.weights={checkpoint_8m}", f"unit_share={unit_share}", f"max_proteins_per_output={parts}", "include=[bos]"]
+    assert run_ranks(None, f"input={path}", f"output_dir={out}", *settings).returncode == 0
+    assert verify(path, out).stdout == "ok: 1 files, 700 proteins checked, 0 findings\n"
+    records[650] = records[650].replace("MKTAY", "MKTAW", 1)
+    write(path, "".join(records))
+    wrong = verify(path, out)
+    assert wrong.returncode == 2
+    assert wrong.stdout.startswith(f"{path}: its text is not what was embedded: it was changed since")
+
+
+def write(path: Path, text: str) -> None:
+    path.write_bytes(block_gzip(text.encode()) if path.suffix == ".gz" else text.encode())
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    result = verify(PROTEINS, tmp_path)
+    assert result.returncode == 1
+    assert "there is no finished run to verify" in result.stderr
+
+
+def break_ids(content):
+    content["proteins"][0], content["proteins"][1] = content["proteins"][1], content["proteins"][0]
+
+
+def break_lengths(content):
+    content["lengths"][0] -= 1
+    content["lengths"][1] += 1
+
+
+def break_value(content):
+    content["mean_representations"][1][1, 2] = float("nan")
+
+
+def break_shape(content):
+    content["mean_representations"][1] = content["mean_representations"][1][:, :3].clone()
+
+
+CASES = {
+    break_ids: "protein 1 is 2, 1 is expected",
+    break_lengths: "protein 1 (1) has 4 embedded residues, 5 are expected",
+    break_value: "a_ESM.pt: mean of layer 1 has values that are not finite",
+    break_shape: "a_ESM.pt: mean of layer 1 cannot be read: could not broadcast input array from shape (2,3) into shape (2,6)",
+}
+
+
+@pytest.mark.parametrize("fault", CASES, ids=lambda fault: fault.__name__)
+def test_an_output_that_was_wrong_when_it_was_written_is_found(tmp_path, fault):
+    """Faults under a checksum that agrees with the journal: what a bug of the writer would leave."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.fasta").write_text(">1\nMKTAY\n>2\nIAKQRQI\n")
+    run = embed_directory(tmp_path / "in", tmp_path / "out", include=[Include.mean, Include.per_tok])
+    path = tmp_path / "out" / "a_ESM.pt"
+
+    def findings() -> list[str]:
+        config = make_config(str(tmp_path / "in"), tmp_path / "out", include=[Include.mean, Include.per_tok])
+        return list(check_file(run.plan.files[0], ["a_ESM.pt"], journal_of(tmp_path / "in" / "a.fasta", path), config))
+
+    assert findings() == []
+    content = torch.load(path, weights_only=True)
+    fault(content)
+    torch.save(content, path)
+    assert CASES[fault] in findings()
+    assert journal.read(tmp_path / "out") == []  # the stand-in keeps no journal

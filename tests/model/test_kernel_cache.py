@@ -1,0 +1,175 @@
+"""Kernels that are kept: a small C function in the place of a GPU kernel; compiler, linker, library and processes are real."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_esm.model.kernels import kernel_cache as aot
+
+tvm_ffi = pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is not installed")
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+SOURCE = """
+#include <tvm/ffi/c_api.h>
+
+static float *numbers(const TVMFFIAny *any) {
+    DLTensor *t = any->v_ptr;
+    if (any->type_index == kTVMFFITensor) t = (DLTensor *)((TVMFFIObject *)t + 1);
+    return (float *)((char *)t->data + t->byte_offset);
+}
+
+/* out[0] = a[0] * factor + offset */
+int __tvm_ffi_product(void *self, const TVMFFIAny *args, int32_t num_args, TVMFFIAny *result) {
+    numbers(&args[3])[0] = numbers(&args[0])[0] * args[1].v_int64 + (args[2].type_index == kTVMFFINone ? 0 : args[2].v_int64);
+    result->type_index = kTVMFFINone;
+    return 0;
+}
+"""
+FORM = ("a", 3, None, "out")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "dist_esm"
+
+
+class Compiler:
+    """Compiles the C function, and counts how often."""
+
+    def __init__(self, source: str = SOURCE) -> None:
+        self.calls = 0
+        self.source = source
+
+    def __call__(self) -> aot.Compiled:
+        self.calls += 1
+        return aot.Compiled(aot.Kernel(self.in_process, FORM), self.export, [tvm_ffi.libinfo.find_libtvm_ffi()])
+
+    def in_process(self, a, factor, offset, out):
+        out[0] = a[0] * factor + (offset or 0)
+
+    def export(self, path):
+        include = tvm_ffi.libinfo.find_include_path()
+        subprocess.run(["cc", "-fPIC", "-x", "c", "-c", "-o", path, "-I", include, "-"], input=self.source, text=True, check=True)
+
+
+def answer(kernel: aot.Kernel) -> float:
+    a, out = torch.tensor([7.0]), torch.zeros(1)
+    kernel({"a": a, "out": out})
+    return out.item()
+
+
+def test_a_kernel_is_compiled_once_and_loaded_from_then_on(cache):
+    first, second = Compiler(), Compiler()
+    assert answer(aot.load("triple", "f1", first)) == 21.0
+    assert answer(aot.load("triple", "f1", second)) == 21.0
+    assert (first.calls, second.calls) == (1, 0)
+    assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".lock", ".so"]
+
+
+def test_another_fingerprint_is_another_kernel():
+    first, second = Compiler(), Compiler()
+    aot.load("triple", aot.fingerprint("1.0", "H100"), first)
+    aot.load("triple", aot.fingerprint("1.1", "H100"), second)
+    assert (first.calls, second.calls) == (1, 1)
+
+
+RANK = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import test_kernel_cache
+
+class Slow(test_kernel_cache.Compiler):
+    def __call__(self):
+        time.sleep(1)
+        return super().__call__()
+
+compiler = Slow()
+print(test_kernel_cache.answer(test_kernel_cache.aot.load("triple", "f1", compiler)), compiler.calls)
+"""
+
+
+def other_process() -> subprocess.Popen[str]:
+    """A process that loads the kernel, and prints its answer and how often it had to compile."""
+    return subprocess.Popen([sys.executable, "-c", RANK, str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("damage", ["library", "form", "library gone", "form gone"])
+def test_what_was_damaged_is_compiled_anew(cache, damage):
+    assert other_process().communicate(timeout=120)[0].split() == ["21.0", "1"]
+    library, form = cache / "triple-f1.so", cache / "triple-f1.json"
+    path = library if damage.startswith("library") else form
+    if damage.endswith("gone"):
+        path.unlink()
+    else:
+        path.write_bytes(b"not what it was")
+    again = Compiler()
+    assert answer(aot.load("triple", "f1", again)) == 21.0
+    assert again.calls == 1
+    assert json.loads(form.read_text()) == list(FORM)
+    assert answer(aot.load("triple", "f1", again)) == 21.0
+    assert again.calls == 1
+
+
+@pytest.mark.parametrize("obstacle", ["Not a directory", "no-such-compiler", "undefined reference to `missing'"])
+def test_a_kernel_that_cannot_be_kept_serves_this_process_and_a_warning_says_so(tmp_path, monkeypatch, caplog, obstacle):
+    source = SOURCE
+    if obstacle == "Not a directory":
+        (tmp_path / "cache").write_text("a file where the folder should be")
+    elif obstacle == "no-such-compiler":
+        monkeypatch.setenv("CC", obstacle)
+    else:
+        source += "void missing(void); void other(void) { missing(); }"
+    with caplog.at_level(logging.WARNING, "dist_esm"):
+        assert answer(aot.load("triple", "f1", Compiler(source))) == 21.0
+    (record,) = caplog.records
+    assert "cannot be kept, every launch compiles it anew" in record.getMessage()
+    assert obstacle in record.getMessage()
+    assert not list((tmp_path / "cache").glob("dist_esm/.*")), "nothing half made is left"
+
+
+def test_of_ranks_that_want_the_same_kernel_at_once_one_compiles_it():
+    ranks = [other_process() for _ in range(3)]
+    answers = [rank.communicate(timeout=120)[0].split() for rank in ranks]
+    assert sorted(answers) == [["21.0", "0"], ["21.0", "0"], ["21.0", "1"]]
+
+
+class Int32:
+    """As a compiler's own integer."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+def test_the_form_of_a_call_is_its_numbers_and_the_names_of_its_tensors():
+    a, out = torch.zeros(2), torch.zeros(2)
+    tensors = {"a": a, "out": out}
+    form = aot.form_of((a, out, out, (None, Int32(132), 8), None), tensors)
+    assert form == ("a", "out", "out", (None, 132, 8), None)
+    assert aot.to_form(json.loads(json.dumps(form))) == form
+    others = {"a": torch.ones(1), "out": torch.ones(1)}
+    filled = aot.fill(form, others)
+    assert filled[0] is others["a"]
+    assert filled[1] is filled[2] is others["out"]
+    assert filled[3:] == ((None, 132, 8), None)
+    with pytest.raises(TypeError, match="float"):
+        aot.form_of((a, 0.5), tensors)
+    with pytest.raises(TypeError, match="Tensor"):
+        aot.form_of((torch.zeros(2),), tensors)
+
+
+def test_a_kernel_needs_no_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert aot.cache_dir() == Path("/somewhere/.cache/dist_esm")
+    assert not os.path.exists("/somewhere")

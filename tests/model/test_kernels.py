@@ -1,0 +1,143 @@
+"""The implementations of a block: their choice, the layout of their weights, and on a GPU their numbers and bits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import A3B_SHAPED, A8M, A35M, fair_esm_model, random_state, relative_error
+from dist_esm.config import Attention, LinearKind
+from dist_esm.model import weights
+from dist_esm.model.engine import Engine
+from dist_esm.model.esm2 import ESM2, Architecture
+from dist_esm.model.kernels.attention import sdpa
+from dist_esm.model.kernels.choose import Kernels, choose_kernels
+from dist_esm.model.kernels.linear import TorchLinear, angles
+from dist_esm.types import Pack
+from test_esm2 import SEQUENCES, ours, segment, theirs
+
+CPU = torch.device("cpu")
+A650M_SHAPED = Architecture(2, 1280, 20)
+
+
+@pytest.mark.parametrize(
+    ("attention", "linear", "message"),
+    [
+        ("triton", "auto", "attention=triton needs a CUDA GPU of compute capability 8.0 or newer, this is cpu: use attention=auto"),
+        ("auto", "quack", "linear=quack needs a Hopper GPU (compute capability 9.0), this is cpu: use linear=auto"),
+        ("auto", "triton", "linear=triton needs a CUDA GPU of compute capability 8.0 or newer, this is cpu: use linear=auto"),
+    ],
+)
+def test_what_is_named_runs_or_says_what_it_needs(attention, linear, message):
+    with pytest.raises(ValueError, match="needs") as error:
+        choose_kernels(Attention[attention], LinearKind[linear], CPU, torch.float32, 64)
+    assert str(error.value) == message
+
+
+def test_auto_is_what_runs_anywhere_on_a_cpu():
+    assert str(choose_kernels(Attention.auto, LinearKind.auto, CPU, torch.bfloat16, 64)) == "attention=sdpa linear=torch"
+
+
+class Neighbours(TorchLinear):
+    """torch's operations over the layout that the products with a rotation inside want: what is rotated against each other lies side by side."""
+
+    interleaves = True
+
+    def rotary(self, positions_T, inv_freq):
+        return angles(positions_T, inv_freq).unsqueeze(1)
+
+    def qkv(self, h_TD, linear, rotary, num_heads):
+        def turn(x_TNH):
+            pairs = torch.view_as_complex(x_TNH.unflatten(-1, (-1, 2)).contiguous())
+            return torch.view_as_real(pairs * torch.polar(torch.ones_like(rotary), rotary)).flatten(-2)
+
+        q_TNH, k_TNH, v_TNH = linear(h_TD).view(len(h_TD), 3, num_heads, -1).unbind(1)
+        return turn(q_TNH), turn(k_TNH), v_TNH
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_queries_and_keys_side_by_side_give_fair_esms_numbers(hard):
+    state = random_state(A8M, seed=1, hard=hard)
+    with torch.device("meta"):
+        model = ESM2(A8M, Kernels("sdpa", sdpa, Neighbours()))
+    weights.fill(model, state.__getitem__, CPU, torch.float32)
+    oracle = fair_esm_model(A8M, state)
+    for sequence, mine in zip(SEQUENCES, ours(model.eval(), SEQUENCES), strict=True):
+        for layer, tensor in theirs(oracle, sequence).items():
+            assert relative_error(mine[layer], tensor) <= 1e-5, (layer, len(sequence))
+
+
+def same(one, other) -> bool:
+    """Whether two answers have the same bits."""
+    parts = ((getattr(one, kind), getattr(other, kind)) for kind in ("sums", "bos", "rows"))
+    return all(np.array_equal(a[layer], b[layer]) for a, b in parts for layer in a)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", [A3B_SHAPED, A650M_SHAPED, A35M, A8M], ids=["3B-shaped", "650M-shaped", "35M", "8M"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("attention", "linear"), [("auto", "auto"), ("triton", "triton"), ("triton", "torch"), ("sdpa", "triton")])
+def test_on_a_gpu_every_implementation_has_the_same_bits_in_any_company_and_fair_esms_numbers(arch, dtype, attention, linear):
+    device = torch.device("cuda", 0)
+    kernels = choose_kernels(Attention[attention], LinearKind[linear], device, dtype, arch.head_dim)
+    last = arch.num_layers
+    for hard, least in ((False, 0.9999), (True, 0.999)):
+        state = random_state(arch, seed=1, hard=hard)
+        with torch.device("meta"):
+            model = ESM2(arch, kernels)
+        weights.fill(model, state.__getitem__, device, dtype)
+        engine = Engine(model.eval(), [1, last], wants_rows=True, toks_per_batch=1152)
+        oracle = fair_esm_model(arch, state)
+        segments = [segment(sequence, i) for i, sequence in enumerate(SEQUENCES)]
+        alone = [engine.run(Pack((one,)))[0] for one in segments]
+        together = engine.run(Pack(tuple(reversed(segments))))[::-1]
+        assert kernels.linear.any_rows == (kernels.linear.name == "quack")
+        assert (engine.num_rows(Pack((segments[0],))) < 1152) == kernels.linear.any_rows
+        all_rows = [engine.run(Pack((one,)), num_rows=1152)[0] for one in segments]
+        for sequence, one, other, third in zip(SEQUENCES, alone, together, all_rows, strict=True):
+            assert same(one, other)
+            assert same(one, third)
+            expected = theirs(oracle, sequence)[last][1 : len(sequence) + 1].sum(0)
+            assert torch.cosine_similarity(torch.from_numpy(one.sums[last]), expected, dim=0) >= least, (hard, len(sequence))
+
+
+LAUNCH = """
+import hashlib, logging, sys
+sys.path.insert(0, sys.argv[1])
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+from test_kernels import *
+
+device = torch.device("cuda", 0)
+kernels = choose_kernels(Attention.auto, LinearKind.quack, device, torch.bfloat16, A650M_SHAPED.head_dim)
+with torch.device("meta"):
+    model = ESM2(A650M_SHAPED, kernels)
+weights.fill(model, random_state(A650M_SHAPED, seed=1).__getitem__, device, torch.bfloat16)
+(answer,) = Engine(model.eval(), [2], wants_rows=True, toks_per_batch=1152).run(Pack((segment(SEQUENCES[-1], 0),)))
+print(hashlib.sha256(answer.rows[2].tobytes()).hexdigest(), "quack" in sys.modules)
+"""
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_second_launch_does_not_import_the_compiler_and_has_the_same_bits(tmp_path):
+    choose_kernels(Attention.auto, LinearKind.quack, torch.device("cuda", 0), torch.bfloat16, 64)
+    (tmp_path / "a file").touch()
+
+    def launch(cache):
+        command = [sys.executable, "-W", "ignore", "-c", LAUNCH, str(Path(__file__).parent)]
+        done = subprocess.run(command, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / cache)}, stdout=subprocess.PIPE, text=True, check=True)
+        *messages, result = done.stdout.splitlines()
+        return messages, result.split()
+
+    messages, (bits, has_compiled) = launch("cache")
+    assert (messages, has_compiled) == ([], "True")
+    assert launch("cache") == ([], [bits, "False"])
+    messages, result = launch("a file")
+    assert result == [bits, "True"]
+    assert len(messages) == 3
+    assert all("cannot be kept, every launch compiles it anew" in message for message in messages)

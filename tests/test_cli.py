@@ -1,0 +1,83 @@
+"""The command line: what is refused, in one line that names key, value and remedy."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from conftest import PROTEINS
+from dist_esm.__main__ import compose_config, main
+from dist_esm.config import Dtype, Include, check
+from dist_esm.planning.units import find_files
+
+REFUSED = {
+    "input=x dtype=foo": r"dtype=foo.*expected one of \[auto, fp32, bf16, fp16\]",
+    "input=x model=esm3": r"'model/esm3'.*Available options.*esm2_t33_650M_UR50D",
+    "input=x toks_per_batch=abc": r"toks_per_batch=abc.*Integer",
+    "input=x toks_per_batch=1": r"toks_per_batch=1 is too small: use 3 or more",
+    "input=x toks_per_batch=1,2": r"toks_per_batch=1,2",
+    "input=x include=[meen]": r"include=\[meen\].*expected one of \[mean, bos, per_tok\]",
+    "input=x include=[]": r"include must name each wanted representation once",
+    "input=x repr_layers=[99]": r"repr_layers: esm2_t36_3B_UR50D has no layer 99: use -37 to 36",
+    "input=x repr_layers=[-1,36]": r"names a layer twice",
+    "input=x model.weight=random": r"'model.weight' is no key: did you mean model.weights\?",
+    "output_dir=x": r"input is required",
+    "input=[a,3]": r"neither a path, a glob nor a list",
+    "input=a(1).fa": r"quote values that have special characters",
+    "input=x long=window truncation_seq_length=null": r"long=window needs a window",
+    "input=x long=window window_overlap=1022": r"window_overlap=1022 must be smaller than the window",
+    "input=x unit_share=0": r"unit_share=0.0 is not a share",
+    "input=x job=plan": r"job=plan is not there yet: use job=embed, job=selfcheck or job=verify",
+    "input=x selfcheck.proteins=0": r"selfcheck.proteins=0 is too small: use 1 or more",
+    "input=x selfcheck.min_cosine=2": r"selfcheck.min_cosine=2.0 is no cosine",
+    "input=x selfcheck.max_relative_error=-1": r"selfcheck.max_relative_error=-1.0 is no limit: use 0 or more",
+    "input=x selfcheck.protein=3": r"'selfcheck.protein' is no key: did you mean selfcheck.proteins\?",
+    "inputs": r"'inputs' is not key=value",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_wrong_input_is_one_line_with_the_remedy(line):
+    with pytest.raises(ValueError, match=REFUSED[line]) as caught:
+        check(compose_config(line.split()))
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_are_those_of_the_contract():
+    config = compose_config(["input=x"])
+    check(config)
+    assert (config.truncation_seq_length, config.repr_layers, config.include, config.max_consecutive_failures) == (1022, [-1], [Include.mean], 3)
+    assert (config.model.name, config.model.weights, config.toks_per_batch, config.dtype) == ("esm2_t36_3B_UR50D", None, None, Dtype.auto)
+    assert config.resolved_layers() == [36]
+
+
+def test_yaml_and_schema_name_the_same_keys_and_defaults():
+    """Help is read off the yaml, types and docs off the schema: they must not drift apart."""
+    from dataclasses import fields
+
+    from omegaconf import OmegaConf
+
+    from dist_esm.config import Config
+
+    yaml = OmegaConf.load(__import__("dist_esm.__main__", fromlist=["conf_dir"]).conf_dir() / "config.yaml")
+    assert set(yaml) - {"defaults"} == {field.name for field in fields(Config)} - {"model"}
+    merged = compose_config(["input=x"])
+    plain = Config(input="x", model=merged.model)
+    assert merged == plain
+
+
+def test_a_users_own_config_file_starts_from_ours(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults:\n  - config\n  - override model: esm2_t6_8M_UR50D\n  - _self_\ninput: proteins/\ntoks_per_batch: 512\n")
+    config = compose_config(["dtype=fp32"], str(tmp_path), "mine")
+    assert (config.model.name, config.toks_per_batch, config.dtype, config.input) == ("esm2_t6_8M_UR50D", 512, Dtype.fp32, "proteins/")
+
+
+def test_the_configuration_that_would_run_is_printed_as_plain_yaml(capsys):
+    assert main(["input=x", "output_dir=here", "include=[mean,bos]", "--cfg"]) == 0
+    printed = OmegaConf.create(capsys.readouterr().out)
+    assert (printed.output_dir, printed.include, printed.model.num_layers) == ("here", ["mean", "bos"], 36)
+
+
+def test_outputs_mirror_the_tree():
+    files = find_files([str(PROTEINS)])
+    assert [str(file.output) for file in files] == ["large_ESM", "medium_ESM", "viruses/small_ESM", "viruses/tiny_ESM"]
