@@ -9,17 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dist_esm.fasta.blocks import FastaError
-from dist_esm.planning.units import assign_files_by_size, count_sequences
+from dist_esm.planning.assign import assign_files_by_size, count_sequences
 from dist_esm.types import WorkerStatus
 
 if TYPE_CHECKING:
     from dist_esm.embedder import Embedder
     from dist_esm.outputs.load import EmbeddingSet, load
 
-__all__ = ["Embedder", "EmbeddingSet", "FastaError", "WorkerStatus", "assign_files_by_size", "count_sequences", "load"]
+__all__ = [
+    "Embedder",
+    "EmbeddingSet",
+    "FastaError",
+    "WorkerStatus",
+    "assign_files_by_size",
+    "count_sequences",
+    "load",
+]
 
 
-_LATER = {"Embedder": "dist_esm.embedder", "EmbeddingSet": "dist_esm.outputs.load", "load": "dist_esm.outputs.load"}
+_LATER = {
+    "Embedder": "dist_esm.embedder",
+    "EmbeddingSet": "dist_esm.outputs.load",
+    "load": "dist_esm.outputs.load",
+}
 
 
 def __getattr__(name: str) -> Any:

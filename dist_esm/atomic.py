@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from dist_esm.attempt import attempt
+from dist_esm.attempt import as_value
 from dist_esm.types import WrittenFile
 
 SMALL_BYTES = 1 << 20
@@ -127,7 +126,7 @@ def together(works: Sequence[Callable[[], T]]) -> list[T | Exception]:
     files: list[list[tuple[Path, Path]]] = []
     for work in works:
         _held.files = []
-        values.append(attempt(work))
+        values.append(as_value(work))
         files.append(_held.files)
     _held.files = None
     synced: dict[Path, Exception | None] = {}
@@ -135,13 +134,13 @@ def together(works: Sequence[Callable[[], T]]) -> list[T | Exception]:
     def settle(step: Callable[[Path, Path], object]) -> None:
         for number, pairs in enumerate(files):
             for beside, path in pairs:
-                error = attempt(partial(step, beside, path)) if not isinstance(values[number], Exception) else None
+                error = as_value(step, beside, path) if not isinstance(values[number], Exception) else None
                 if isinstance(error, Exception):
                     values[number] = error
 
     def sync_folder(_: Path, path: Path) -> None:
         if path.parent not in synced:
-            synced[path.parent] = attempt(partial(sync, path.parent))
+            synced[path.parent] = as_value(sync, path.parent)
         error = synced[path.parent]
         if error is not None:
             raise error
@@ -171,11 +170,19 @@ def fingerprint(output_dir: Path, path: Path) -> WrittenFile | None:
     if full.is_dir():
         parts = [fingerprint(full, one.relative_to(full)) for one in sorted(full.rglob("*")) if one.is_file()]
         text = json.dumps([asdict(one) for one in parts if one is not None])
-        return WrittenFile(str(path), sum(one.num_bytes for one in parts if one is not None), hashlib.sha256(text.encode()).hexdigest())
+        return WrittenFile(
+            str(path),
+            sum(one.num_bytes for one in parts if one is not None),
+            hashlib.sha256(text.encode()).hexdigest(),
+        )
     try:
         with open(full, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            found = hashlib.sha256(file.read(size)) if size <= SMALL_BYTES else hashlib.file_digest(file, "sha256")
+            found = (
+                hashlib.sha256(file.read(size))
+                if size <= SMALL_BYTES
+                else hashlib.file_digest(file, "sha256")
+            )
             return WrittenFile(str(path), size, found.hexdigest())
     except FileNotFoundError:
         return None

@@ -1,17 +1,21 @@
-"""The one broad handler: a unit of work either gives its value or the exception that ended it, as a value."""
+"""The one broad handler: a unit of work gives its value, or the exception that ended it as a value."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def attempt(work: Callable[[], T]) -> T | Exception:
-    """Run a piece of work; whatever it raises comes back without its frames, so that it keeps no tensor alive."""
+def as_value(function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T | Exception:
+    """Call a function, and return what it raises.
+
+    An exception comes back without its frames, so that it keeps no tensor alive.
+    """
     try:
-        return work()
+        return function(*args, **options)
     except Exception as error:
         error.__context__ = None
         return error.with_traceback(None)

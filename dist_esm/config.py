@@ -210,10 +210,14 @@ class Config:
         """`repr_layers` without negatives, in the order given."""
         return [layer + self.model.num_layers + 1 if layer < 0 else layer for layer in self.repr_layers]
 
-    def wanted(self) -> list[tuple[Include, int]]:
+    def output_representations(self) -> list[tuple[Include, int]]:
         """Kinds and layers in an output: those included, and the mean of the last layer requested, which is always there."""
         layers = self.resolved_layers()
-        return list(dict.fromkeys([*((kind, layer) for kind in self.include for layer in layers), (Include.mean, layers[-1])]))
+        return list(
+            dict.fromkeys(
+                [*((kind, layer) for kind in self.include for layer in layers), (Include.mean, layers[-1])]
+            )
+        )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -269,7 +273,9 @@ def check(config: Config) -> None:
         raise ValueError("repr_layers is empty: name at least one layer, for example repr_layers=[-1]")
     for given, layer in zip(config.repr_layers, resolved, strict=True):
         if not 0 <= layer <= num_layers:
-            raise ValueError(f"repr_layers: {config.model.name} has no layer {given}: use {-num_layers - 1} to {num_layers}")
+            raise ValueError(
+                f"repr_layers: {config.model.name} has no layer {given}: use {-num_layers - 1} to {num_layers}"
+            )
     if len(set(resolved)) < len(resolved):
         raise ValueError(f"repr_layers={config.repr_layers} names a layer twice: name each once")
     if not config.include or len(set(config.include)) < len(config.include):
@@ -283,9 +289,13 @@ def check(config: Config) -> None:
     if config.long is Long.window:
         limit = config.truncation_seq_length
         if limit is None:
-            raise ValueError("long=window needs a window: set truncation_seq_length to its residues, for example 1022")
+            raise ValueError(
+                "long=window needs a window: set truncation_seq_length to its residues, for example 1022"
+            )
         if config.window_overlap >= limit:
-            raise ValueError(f"window_overlap={config.window_overlap} must be smaller than the window, truncation_seq_length={limit}")
+            raise ValueError(
+                f"window_overlap={config.window_overlap} must be smaller than the window, truncation_seq_length={limit}"
+            )
     package = NEEDS.get(config.format)
     if package and find_spec(package) is None:
         raise ValueError(f"format={config.format.name} needs {package}: pip install 'dist_esm[formats]'")
@@ -299,6 +309,10 @@ def check_selfcheck(config: SelfcheckConfig) -> None:
     if config.proteins < 1:
         raise ValueError(f"selfcheck.proteins={config.proteins} is too small: use 1 or more")
     if config.min_cosine is not None and not -1 <= config.min_cosine <= 1:
-        raise ValueError(f"selfcheck.min_cosine={config.min_cosine} is no cosine: use a number up to 1, for example 0.999")
+        raise ValueError(
+            f"selfcheck.min_cosine={config.min_cosine} is no cosine: use a number up to 1, for example 0.999"
+        )
     if config.max_relative_error is not None and not config.max_relative_error >= 0:
-        raise ValueError(f"selfcheck.max_relative_error={config.max_relative_error} is no limit: use 0 or more, for example 1e-5")
+        raise ValueError(
+            f"selfcheck.max_relative_error={config.max_relative_error} is no limit: use 0 or more, for example 1e-5"
+        )

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from dist_esm.stop import ended_by_signals
 from dist_esm.types import WorkerStatus
 
 log = logging.getLogger("dist_esm")
+P = ParamSpec("P")
 T = TypeVar("T")
 
 CONNECT_SECONDS = 20.0
@@ -63,7 +64,9 @@ class RefusedError(Exception):
 class World:
     """This rank among all ranks."""
 
-    def __init__(self, store: Store | None, rank: int, world_size: int, local_rank: int, local_world_size: int) -> None:
+    def __init__(
+        self, store: Store | None, rank: int, world_size: int, local_rank: int, local_world_size: int
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.local_rank = local_rank
@@ -88,12 +91,16 @@ class World:
             yield cls(None, 0, 1, 0, 1)
             return
         is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        timeout = timedelta(seconds=CONNECT_SECONDS) if is_there else STORE_TIMEOUT  # without torchrun, rank 0 opens it when it comes
+        timeout = (
+            timedelta(seconds=CONNECT_SECONDS) if is_there else STORE_TIMEOUT
+        )  # without torchrun, rank 0 opens it when it comes
         try:
             store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
         except DistError:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise SystemExit(f"dist_esm: error: torchrun's store at {where} does not answer: was torchrun killed? Start it again") from None
+            raise SystemExit(
+                f"dist_esm: error: torchrun's store at {where} does not answer: was torchrun killed? Start it again"
+            ) from None
         store.set_timeout(STORE_TIMEOUT)
         store = own_part(store, rank, world_size)
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
@@ -103,7 +110,9 @@ class World:
         try:
             yield world
         except (DistNetworkError, DistStoreError):
-            raise SystemExit(f"dist_esm: error: {LOST}; start it again, it goes on from what is done") from None
+            raise SystemExit(
+                f"dist_esm: error: {LOST}; start it again, it goes on from what is done"
+            ) from None
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -137,7 +146,10 @@ class World:
         self._store.set(f"{name}/{self.rank}", value)
         if self.is_main:
             keys = [f"{name}/{rank}" for rank in range(self.world_size)]
-            wait_for(lambda: store.check(keys), lambda: [rank for rank, key in enumerate(keys) if not store.check([key])])
+            wait_for(
+                lambda: store.check(keys),
+                lambda: [rank for rank, key in enumerate(keys) if not store.check([key])],
+            )
             self._store.set(name, json.dumps([self._store.get(key).decode() for key in keys]))
         wait_for(lambda: store.check([name]), lambda: [0])
         return list(json.loads(self._store.get(name)))
@@ -154,6 +166,23 @@ class World:
         distinct = list(dict.fromkeys(text for text in problems if text is not None))
         if distinct:
             raise RefusedError(distinct)
+
+    def all_or_none(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Do a step of the preparation on every rank: all ranks succeed, or all refuse.
+
+        Raises
+        ------
+        RefusedError
+            On every rank, with the distinct reasons, if the step raises `ValueError`, `OSError` or out of memory on any rank.
+        """
+        value: T | None = None
+        problem = None
+        try:
+            value = work(*args, **options)
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            problem = " ".join(str(error).split())
+        self.agree(problem)
+        return cast(T, value)
 
     def all_gather(self, value: Any) -> list[Any]:
         """Give every rank the values of all ranks through the process group; ranks meet in the store before they enter it."""
@@ -180,7 +209,9 @@ class World:
         found = {}
         for rank in range(self.world_size):
             key = f"status/{rank}"
-            found[rank] = WorkerStatus[self._store.get(key).decode()] if self._store.check([key]) else WorkerStatus.IDLE
+            found[rank] = (
+                WorkerStatus[self._store.get(key).decode()] if self._store.check([key]) else WorkerStatus.IDLE
+            )
         return found
 
     def is_complete(self) -> bool:
@@ -195,7 +226,9 @@ class World:
             wait_for(lambda: unless() or self.is_complete(), self._working)
 
     def _working(self) -> list[int]:
-        return [rank for rank, status in self.get_worker_status().items() if status is WorkerStatus.PROCESSING]
+        return [
+            rank for rank, status in self.get_worker_status().items() if status is WorkerStatus.PROCESSING
+        ]
 
     def request_stop(self, reason: str) -> None:
         """Ask every rank to take no further unit."""
@@ -204,7 +237,11 @@ class World:
 
     def stop_reason(self) -> str | None:
         """The reason of a stop that some rank requested, if any."""
-        return self._store.get("stop").decode() if self._store is not None and self._store.check(["stop"]) else None
+        return (
+            self._store.get("stop").decode()
+            if self._store is not None and self._store.check(["stop"])
+            else None
+        )
 
     def collect_in_haste(self, value: Any) -> list[Any]:
         """On rank 0, what the ranks that can still answer within `HASTE_SECONDS` have to say; for runs that are being ended."""
@@ -219,7 +256,11 @@ class World:
             deadline = time.monotonic() + HASTE_SECONDS
             while not self._store.check(keys) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
-            return [pickle.loads(bytes.fromhex(self._store.get(key).decode())) for key in keys if self._store.check([key])]
+            return [
+                pickle.loads(bytes.fromhex(self._store.get(key).decode()))
+                for key in keys
+                if self._store.check([key])
+            ]
         except DistError:
             log.warning(LOST)
             return [value]
@@ -258,7 +299,12 @@ class World:
             self._store.set(f"left/{self.rank}", "")
             keys = [f"left/{rank}" for rank in range(self.world_size)]
             deadline = time.monotonic() + LEAVE_SECONDS
-            while self.is_main and not self._is_in_haste and not self._store.check(keys) and time.monotonic() < deadline:
+            while (
+                self.is_main
+                and not self._is_in_haste
+                and not self._store.check(keys)
+                and time.monotonic() < deadline
+            ):
                 time.sleep(LEAST_POLL_SECONDS)
 
 
@@ -271,7 +317,10 @@ def own_part(store: Store, rank: int, world_size: int) -> Store:
     if rank == 0:
         keys = [f"dist_esm/{own}/{other}" for other in range(1, world_size)]
         store.set("dist_esm/part", own)
-        wait_for(lambda: store.check(keys), lambda: [number for number, key in enumerate(keys, start=1) if not store.check([key])])
+        wait_for(
+            lambda: store.check(keys),
+            lambda: [number for number, key in enumerate(keys, start=1) if not store.check([key])],
+        )
         store.set(f"dist_esm/{own}/all", json.dumps([store.get(key).decode() for key in keys]))
         return PrefixStore(f"dist_esm/{own}", store)
     part = ""
@@ -284,7 +333,10 @@ def own_part(store: Store, rank: int, world_size: int) -> Store:
         if found != part:
             part = found
             store.set(f"dist_esm/{part}/{rank}", own)
-        return bool(store.check([f"dist_esm/{part}/all"]) and json.loads(store.get(f"dist_esm/{part}/all"))[rank - 1] == own)
+        return bool(
+            store.check([f"dist_esm/{part}/all"])
+            and json.loads(store.get(f"dist_esm/{part}/all"))[rank - 1] == own
+        )
 
     wait_for(is_current, lambda: [0])
     return PrefixStore(f"dist_esm/{part}", store)
@@ -302,18 +354,6 @@ def wait_for(is_there: Callable[[], bool], missing: Callable[[], list[int]]) -> 
         if now - since > NAME_MISSING_SECONDS:
             since = now
             log.info("waiting for ranks %s", missing())
-
-
-def together(world: World, work: Callable[[], T]) -> T:
-    """Do a step of the preparation on every rank; if it fails on one, all ranks refuse with its reason."""
-    value: T | None = None
-    problem = None
-    try:
-        value = work()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        problem = " ".join(str(error).split())
-    world.agree(problem)
-    return cast(T, value)
 
 
 def setup_logging(rank: int) -> None:

@@ -17,16 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.config import Attention, DeviceKind, Dtype, Include, LinearKind, Long, check
-from dist_esm.fasta.parser import make_protein
-from dist_esm.fasta.tokens import tokenize
+from dist_esm.fasta.letters import make_protein
+from dist_esm.fasta.segments import apply_length_policy, make_segments, num_embedded
 from dist_esm.model.engine import make_engine
 from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels
 from dist_esm.model.pool import combine
 from dist_esm.model.weights import architecture, fetch
 from dist_esm.pipeline.packer import Packer
-from dist_esm.pipeline.reader import shape
-from dist_esm.pipeline.worker import embed_pack
-from dist_esm.types import Answer, Pack, Segment
+from dist_esm.pipeline.retry import embed_pack
+from dist_esm.types import Pack, SegmentEmbedding
 
 
 class Embedder:
@@ -68,21 +67,31 @@ class Embedder:
         window_overlap: int = 256,
         toks_per_batch: int | None = None,
     ) -> None:
-        from dist_esm.__main__ import compose_config
+        from dist_esm.cli import compose_config
 
         config = compose_config(["input=sequences", f"model={model}"])
         config.model.weights = None if weights is None else os.fspath(weights)
         config.repr_layers = [layer]
-        config.device, config.dtype, config.attention = named(DeviceKind, device), named(Dtype, dtype), named(Attention, attention)
+        config.device, config.dtype, config.attention = (
+            named(DeviceKind, device),
+            named(Dtype, dtype),
+            named(Attention, attention),
+        )
         config.linear = named(LinearKind, linear)
-        config.truncation_seq_length, config.window_overlap, config.long = truncation_seq_length, window_overlap, named(Long, long)
+        config.truncation_seq_length, config.window_overlap, config.long = (
+            truncation_seq_length,
+            window_overlap,
+            named(Long, long),
+        )
         config.toks_per_batch = toks_per_batch
         check(config)
         self.config = config
         (self.layer,) = config.resolved_layers()
         place = choose_device(config.device, 0, 1, "this machine")
         precision = choose_dtype(config.dtype, place)
-        kernels = choose_kernels(config.attention, config.linear, place, precision, architecture(config.model).head_dim)
+        kernels = choose_kernels(
+            config.attention, config.linear, place, precision, architecture(config.model).head_dim
+        )
         fetch(config.model)
         self.engine = make_engine(config, place, precision, kernels)
 
@@ -110,28 +119,33 @@ class Embedder:
         kind = named(Include, include)
         self.engine.wants_rows = kind is Include.per_tok
         packer = Packer(self.engine.toks_per_batch)
-        answers: dict[int, list[Answer | None]] = {}
+        answers: dict[int, list[SegmentEmbedding | None]] = {}
         lengths: list[int] = []
         for place, letters in enumerate(sequences):
-            protein, _, spans = shape(make_protein(f"sequence_{place}", "".join(letters.split()), place + 1, self.config.residues), self.config)
+            protein, _, spans = apply_length_policy(
+                make_protein(f"sequence_{place}", "".join(letters.split()), place + 1, self.config.residues),
+                self.config,
+            )
             if protein.skipped is not None:
                 raise ValueError(f"sequence {place} is left out: {protein.skipped}")
-            lengths.append(sum(last - first for _, _, first, last in spans))
+            lengths.append(num_embedded(spans))
             answers[place] = [None] * len(spans)
-            for part, (start, stop, first, last) in enumerate(spans):
-                segment = Segment(place, part, tokenize(protein.residues[start:stop]), (first - start, last - start))
+            for segment in make_segments(place, protein.residues, spans):
                 for pack in packer.add(segment):
                     self._run(pack, answers)
         for pack in packer.flush():
             self._run(pack, answers)
         vectors: list[NDArray[np.float32]] = [
-            combine([one for one in answers[place] if one is not None], length, [(kind, self.layer)])[kind, self.layer] for place, length in enumerate(lengths)
+            combine([one for one in answers[place] if one is not None], length, [(kind, self.layer)])[
+                kind, self.layer
+            ]
+            for place, length in enumerate(lengths)
         ]
         if kind is Include.per_tok:
             return vectors
         return np.stack(vectors) if vectors else np.empty((0, self.config.model.embed_dim), dtype=np.float32)
 
-    def _run(self, pack: Pack, answers: dict[int, list[Answer | None]]) -> None:
+    def _run(self, pack: Pack, answers: dict[int, list[SegmentEmbedding | None]]) -> None:
         found = embed_pack(self.engine, pack)
         for segment, answer in zip(pack.segments, found, strict=True):
             if isinstance(answer, Exception):

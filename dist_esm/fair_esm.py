@@ -29,7 +29,13 @@ def fair_esm_tokens(residues: bytes) -> Tensor:
     return tokens
 
 
-def fair_esm_model(num_layers: int, embed_dim: int, attention_heads: int, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> nn.Module:
+def fair_esm_model(
+    num_layers: int,
+    embed_dim: int,
+    attention_heads: int,
+    tensors: Iterable[tuple[str, Tensor]],
+    device: torch.device,
+) -> nn.Module:
     """fair-esm's own ESM-2 in fp32, without the heads for contacts and masked residues, which no embedding passes through.
 
     Parameters

@@ -7,13 +7,17 @@ laid end to end; an *outcome* is what became of a unit, a value and never an exc
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 
 class WorkerStatus(Enum):
@@ -76,7 +80,12 @@ class Count:
     lines: int = 0
 
     def __add__(self, other: Count) -> Count:
-        return Count(self.sequences + other.sequences, self.residues + other.residues, self.squares + other.squares, self.lines + other.lines)
+        return Count(
+            self.sequences + other.sequences,
+            self.residues + other.residues,
+            self.squares + other.squares,
+            self.lines + other.lines,
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class Unit:
     """Why the scan could not read it; reading it will fail with the same reason."""
 
     @property
-    def is_piece(self) -> bool:
+    def is_shard(self) -> bool:
         """Whether what is written of it is to be joined with others to the one output of its file."""
         return not self.is_whole and self.first_part is None
 
@@ -153,24 +162,36 @@ class Row(NamedTuple):
     replaced: int
 
 
-NOTE_COLUMNS = ("record", "id", "outcome", "residues", "embedded", "windows", "upper_cased", "stops_removed", "gaps_removed", "replaced", "note")
+NOTE_COLUMNS = (
+    "record",
+    "id",
+    "outcome",
+    "residues",
+    "embedded",
+    "windows",
+    "upper_cased",
+    "stops_removed",
+    "gaps_removed",
+    "replaced",
+    "note",
+)
 """Columns of an output's ``.records.tsv``; ``record`` counts from 1."""
 
 
 @dataclass(frozen=True)
-class Announcement:
+class RecordRead:
     """One record as the reader passed it on."""
 
-    ticket: int
+    protein_index: int
     unit: int
     protein: Protein
     outcome: RecordOutcome
     num_embedded: int
     """Residues that get an embedding."""
     num_segments: int
-    like: int | None = None
+    duplicate_of: int | None = None
     """Ticket of the first record with the same residues, whose answer is kept; its own if it is the first."""
-    forgotten: tuple[int, ...] = ()
+    evicted: tuple[int, ...] = ()
     """Tickets whose answers no later record will ask for."""
 
 
@@ -206,7 +227,7 @@ class Pack:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SegmentEmbedding:
     """The wanted representations of one segment, on the host."""
 
     sums: dict[int, NDArray[np.float32]]
@@ -252,7 +273,11 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """Count what another tally counted."""
-        for mine, theirs in ((self.outcomes, other.outcomes), (self.skipped, other.skipped), (self.changed, other.changed)):
+        for mine, theirs in (
+            (self.outcomes, other.outcomes),
+            (self.skipped, other.skipped),
+            (self.changed, other.changed),
+        ):
             for key, number in theirs.items():
                 mine[key] = mine.get(key, 0) + number
         for name in ("residues", "duplicate_ids", "unnamed", "windows", "deduplicated"):
@@ -309,3 +334,50 @@ class UnitFailure:
 
 
 UnitOutcome = UnitResult | UnitFailure
+
+
+@dataclass
+class RankResult:
+    """What one rank did."""
+
+    outcomes: list[UnitOutcome] = field(default_factory=list)
+    num_tokens: int = 0
+    """Tokens that went through the model."""
+    seconds: float = 0.0
+    first_pack_at: float | None = None
+    """Unix time at which the first pack was submitted."""
+    num_split_packs: int = 0
+    """Packs that did not fit, or failed, and were tried again in halves."""
+    num_recomputed: int = 0
+    """Segments that were not finite, and were computed again in a wider dtype."""
+    waits: dict[str, float] = field(
+        default_factory=lambda: {"waited_for_input": 0.0, "waited_for_output": 0.0}
+    )
+    """Seconds in which nothing was submitted to the device: for the reader, and for outputs to be taken off its hands."""
+    device_idle: float | None = None
+    """Seconds between one pack's end on a GPU and the next one's beginning, by the device's own clock."""
+
+    def wait(self, what: str, work: Callable[[], T]) -> T:
+        """Do something that may have to wait, and count the time."""
+        began = time.monotonic()
+        value = work()
+        self.waits[what] += time.monotonic() - began
+        return value
+
+
+@dataclass(frozen=True)
+class RankSummary:
+    """One rank's own account of its work."""
+
+    rank: int
+    host: str
+    device: str
+    status: str
+    seconds: float
+    tokens: int
+    split_packs: int
+    recomputed: int
+    waits: dict[str, float]
+    startup: dict[str, float]
+    """Seconds of loading the weights and of readying the kernels, and the Unix time of the first pack."""
+    outcomes: list[UnitOutcome]

@@ -44,7 +44,7 @@ from esm.data import FastaBatchedDataset
 from esm.model.esm2 import ESM2 as FairESM  # noqa: N811
 from torch import Tensor, nn
 
-from dist_esm.__main__ import compose_config
+from dist_esm.cli import compose_config
 from dist_esm.config import ModelConfig
 from dist_esm.fair_esm import ALPHABET
 from dist_esm.fasta.tokens import tokenize
@@ -93,17 +93,33 @@ Run = Callable[[Sequence[Protein]], dict[str, np.ndarray]]
 
 def main() -> None:
     """Run what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fasta", type=Path, required=True)
-    parser.add_argument("--proteins", type=int, default=10_000, help="repeats the file under other ids if it has fewer")
+    parser.add_argument(
+        "--proteins", type=int, default=10_000, help="repeats the file under other ids if it has fewer"
+    )
     parser.add_argument("--models", nargs="+", default=["esm2_t36_3B_UR50D", "esm2_t33_650M_UR50D"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-tokens", type=int, default=100_000)
     parser.add_argument("--loop-tokens", type=int, default=1_000_000)
-    parser.add_argument("--files", type=int, nargs="+", default=[1, 1000], help="end to end: files that the proteins are spread over")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="end to end: ranks, by torchrun if there are several")
+    parser.add_argument(
+        "--files",
+        type=int,
+        nargs="+",
+        default=[1, 1000],
+        help="end to end: files that the proteins are spread over",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="end to end: ranks, by torchrun if there are several",
+    )
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -116,7 +132,14 @@ def main() -> None:
             try:
                 PARTS[part](bench)
             except Exception as error:
-                rows.append(Row(name, part, "", note=f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
+                rows.append(
+                    Row(
+                        name,
+                        part,
+                        "",
+                        note=f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                    )
+                )
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -124,7 +147,12 @@ def main() -> None:
                 rate = f"{row.tokens_per_second:,.0f} tokens/s " if row.tokens_per_second else ""
                 print(f"{name} {row.name}: {rate}{row.note}", file=sys.stderr, flush=True)
             print(f"{name} {part}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    result = {"command": " ".join(sys.argv), "environment": environment(), "tokens": sum(p.tokens for p in proteins), "rows": [asdict(row) for row in rows]}
+    result = {
+        "command": " ".join(sys.argv),
+        "environment": environment(),
+        "tokens": sum(p.tokens for p in proteins),
+        "rows": [asdict(row) for row in rows],
+    }
     print(table(rows, result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -134,21 +162,64 @@ def main() -> None:
 class Bench:
     """One model, and what its parts share."""
 
-    def __init__(self, options: argparse.Namespace, name: str, proteins: list[Protein], rows: list[Row]) -> None:
+    def __init__(
+        self, options: argparse.Namespace, name: str, proteins: list[Protein], rows: list[Row]
+    ) -> None:
         self.options, self.name, self.proteins, self.rows = options, name, proteins, rows
-        self.config = compose_config(["input=.", f"model={name}", "model.weights=random", f"device={options.device}", f"dtype={options.dtype}", "dedupe=false"])
+        self.config = compose_config(
+            [
+                "input=.",
+                f"model={name}",
+                "model.weights=random",
+                f"device={options.device}",
+                f"dtype={options.dtype}",
+                "dedupe=false",
+            ]
+        )
         self.device = choose_device(self.config.device, 0, 1, "this machine")
         self.dtype = choose_dtype(self.config.dtype, self.device)
         self.layer = self.config.model.num_layers
-        self.kernels = choose_kernels(self.config.attention, self.config.linear, self.device, self.dtype, architecture(self.config.model).head_dim)
+        self.kernels = choose_kernels(
+            self.config.attention,
+            self.config.linear,
+            self.device,
+            self.dtype,
+            architecture(self.config.model).head_dim,
+        )
 
-    def add(self, name: str, dtype: torch.dtype, rates: Sequence[float], means: dict[str, np.ndarray] | None = None, note: str = "", devices: int = 1) -> None:
+    def add(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        rates: Sequence[float],
+        means: dict[str, np.ndarray] | None = None,
+        note: str = "",
+        devices: int = 1,
+    ) -> None:
         """A row from the rates of its runs on so many devices."""
         middle = statistics.median(rates)
-        limit = next((row.tokens_per_second for row in self.rows if row.model == self.name and row.name == "matrix rate"), None)
+        limit = next(
+            (
+                row.tokens_per_second
+                for row in self.rows
+                if row.model == self.name and row.name == "matrix rate"
+            ),
+            None,
+        )
         cosine = self.worst_cosine(means) if means else None
         runs = [round(rate, 1) for rate in rates]
-        self.rows.append(Row(self.name, name, str(dtype).removeprefix("torch."), middle, middle / limit / devices if limit else None, cosine, runs, note))
+        self.rows.append(
+            Row(
+                self.name,
+                name,
+                str(dtype).removeprefix("torch."),
+                middle,
+                middle / limit / devices if limit else None,
+                cosine,
+                runs,
+                note,
+            )
+        )
 
     def worst_cosine(self, means: dict[str, np.ndarray]) -> float:
         """Of a contestant's means with those of fair-esm's own model in fp32."""
@@ -156,7 +227,14 @@ class Bench:
         if reference is None:
             model = fair_esm(self, torch.float32)
             reference = REFERENCE[self.name] = fair_esm_run(self, model)(self.checked())
-        return min(float(F.cosine_similarity(torch.from_numpy(means[id_]).double(), torch.from_numpy(reference[id_]).double(), 0)) for id_ in reference)
+        return min(
+            float(
+                F.cosine_similarity(
+                    torch.from_numpy(means[id_]).double(), torch.from_numpy(reference[id_]).double(), 0
+                )
+            )
+            for id_ in reference
+        )
 
     def checked(self) -> list[Protein]:
         """The first few proteins of the sample."""
@@ -201,7 +279,12 @@ def matrix_rate(bench: Bench) -> None:
     num_rows = 25344 if bench.device.type == "cuda" else 1024
     seconds = 0.0
     flops = 0.0
-    for out_features, in_features in ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width)):
+    for out_features, in_features in (
+        (3 * width, width),
+        (width, width),
+        (4 * width, width),
+        (width, 4 * width),
+    ):
         x = torch.randn(num_rows, in_features, device=bench.device).to(bench.dtype)
         weight = torch.randn(out_features, in_features, device=bench.device).to(bench.dtype)
         seconds += per_call(bench, lambda x=x, weight=weight: F.linear(x, weight))  # type: ignore[misc]
@@ -232,7 +315,10 @@ def kernel_loop(bench: Bench) -> None:
     engine.warm_up()
     checked = bench.checked()
     answers = engine.run(Pack(tuple(segments(checked))))
-    means = {one.id: answer.sums[bench.layer] / len(one.residues) for one, answer in zip(checked, answers, strict=True)}
+    means = {
+        one.id: answer.sums[bench.layer] / len(one.residues)
+        for one, answer in zip(checked, answers, strict=True)
+    }
     packer = Packer(engine.toks_per_batch)
     chosen = bench.sample(bench.options.loop_tokens)
     packs = [pack for segment in segments(chosen) for pack in packer.add(segment)] + list(packer.flush())
@@ -245,7 +331,9 @@ def kernel_loop(bench: Bench) -> None:
     engine.close()
     filled = sum(pack.num_tokens for pack in packs[:-1]) / (engine.toks_per_batch * max(1, len(packs) - 1))
     full = f" filled to {filled:.2%}" if len(packs) > 1 else ""
-    bench.add("kernel loop", bench.dtype, rates, means, f"{bench.kernels}, packs of {engine.toks_per_batch}{full}")
+    bench.add(
+        "kernel loop", bench.dtype, rates, means, f"{bench.kernels}, packs of {engine.toks_per_batch}{full}"
+    )
 
 
 def segments(proteins: Sequence[Protein]) -> Iterator[Segment]:
@@ -274,31 +362,63 @@ def end_to_end(bench: Bench) -> None:
             for number in range(num_files):
                 share = bench.proteins[number::num_files]
                 if share:
-                    (inputs / f"{number:04d}.fasta").write_text("".join(f">{one.id}\n{one.residues}\n" for one in share))
+                    (inputs / f"{number:04d}.fasta").write_text(
+                        "".join(f">{one.id}\n{one.residues}\n" for one in share)
+                    )
             for num_ranks in bench.options.ranks:
                 rates, note = [], ""
                 for repeat in range(bench.options.repeats):
                     out = Path(folder) / f"out{num_files}.{num_ranks}.{repeat}"
                     launched = time.time()
-                    report = launch(bench, num_ranks, f"input={inputs}", f"output_dir={out}", "model.weights=random", "dedupe=false")
+                    report = launch(
+                        bench,
+                        num_ranks,
+                        f"input={inputs}",
+                        f"output_dir={out}",
+                        "model.weights=random",
+                        "dedupe=false",
+                    )
                     ranks = [rank for rank in report["ranks"] if rank["tokens"]]  # one file may be left whole
                     rates.append(sum(rank["tokens"] for rank in ranks) / report["embedding_seconds"])
-                    waited = [rank.get("device_idle", rank["waited_for_input"] + rank["waited_for_output"]) / rank["seconds"] for rank in ranks]
+                    waited = [
+                        rank.get("device_idle", rank["waited_for_input"] + rank["waited_for_output"])
+                        / rank["seconds"]
+                        for rank in ranks
+                    ]
                     first = max(rank["first_pack_at"] for rank in ranks) - launched
                     note = f"idle {max(waited):.1%}; launch to first pack {first:.1f} s; whole command {time.time() - launched:.1f} s"
                 on = f" on {num_ranks} ranks" if num_ranks > 1 else ""
-                bench.add(f"end to end, {num_files} file{'s' if num_files > 1 else ''}{on}", bench.dtype, rates, note=note, devices=num_ranks)
+                bench.add(
+                    f"end to end, {num_files} file{'s' if num_files > 1 else ''}{on}",
+                    bench.dtype,
+                    rates,
+                    note=note,
+                    devices=num_ranks,
+                )
 
 
 def launch(bench: Bench, num_ranks: int, *settings: str) -> dict[str, Any]:
     """Run the real command and return its report."""
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", "-m"] if num_ranks > 1 else []
+    torchrun = (
+        ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", "-m"]
+        if num_ranks > 1
+        else []
+    )
     devices = (f"model={bench.name}", f"device={bench.options.device}", f"dtype={bench.options.dtype}")
-    result = subprocess.run([sys.executable, "-m", *torchrun, "dist_esm", *settings, *devices], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", *torchrun, "dist_esm", *settings, *devices],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if result.returncode:
         lines = result.stderr.strip().splitlines()
-        raise RuntimeError(next((line for line in lines if line.startswith("dist_esm: error:")), lines[-1]))  # torchrun's own come last
-    (output_dir,) = (setting.removeprefix("output_dir=") for setting in settings if setting.startswith("output_dir="))
+        raise RuntimeError(
+            next((line for line in lines if line.startswith("dist_esm: error:")), lines[-1])
+        )  # torchrun's own come last
+    (output_dir,) = (
+        setting.removeprefix("output_dir=") for setting in settings if setting.startswith("output_dir=")
+    )
     report: dict[str, Any] = json.loads((Path(output_dir) / "report.json").read_text())
     return report
 
@@ -307,7 +427,10 @@ def start(bench: Bench) -> None:
     """From launch to the first pack with a checkpoint on disk, in fair-esm's format and in fp32, its pages in memory."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{bench.name}.pt"
-        tensors = {f"encoder.sentence_encoder.{name}": tensor.cpu() for name, tensor in fair_esm_tensors(bench.config.model, bench.device)}
+        tensors = {
+            f"encoder.sentence_encoder.{name}": tensor.cpu()
+            for name, tensor in fair_esm_tensors(bench.config.model, bench.device)
+        }
         settings = argparse.Namespace(arch="esm2", token_dropout=True)
         torch.save({"args": settings, "cfg": {"model": settings}, "model": tensors}, path)
         num_bytes = path.stat().st_size
@@ -316,18 +439,33 @@ def start(bench: Bench) -> None:
         fasta.write_text("".join(f">{one.id}\n{one.residues}\n" for one in bench.proteins[:50]))
         for run in range(2):  # the first compiles, and brings every page to memory
             launched = time.time()
-            (rank,) = launch(bench, 1, f"input={fasta}", f"output_dir={Path(folder) / f'out{run}'}", f"model.weights={path}")["ranks"]
+            (rank,) = launch(
+                bench,
+                1,
+                f"input={fasta}",
+                f"output_dir={Path(folder) / f'out{run}'}",
+                f"model.weights={path}",
+            )["ranks"]
             first = rank["first_pack_at"] - launched
             loading = f"checkpoint of {num_bytes / 1e9:.1f} GB {rank['load_seconds']:.1f} s, kernels {rank['kernels_seconds']:.1f} s"
             note = f"launch to first pack {first:.1f} s: {loading}"
-            bench.rows.append(Row(bench.name, ("start, first", "start, again")[run], str(bench.dtype).removeprefix("torch."), note=note))
+            bench.rows.append(
+                Row(
+                    bench.name,
+                    ("start, first", "start, again")[run],
+                    str(bench.dtype).removeprefix("torch."),
+                    note=note,
+                )
+            )
 
 
 def fair_esm(bench: Bench, dtype: torch.dtype) -> nn.Module:
     """fair-esm's own model as it is shipped, LM head and all, with our weights."""
     config = bench.config.model
     with torch.device(bench.device):
-        model: nn.Module = FairESM(config.num_layers, config.embed_dim, config.attention_heads, ALPHABET, token_dropout=True)
+        model: nn.Module = FairESM(
+            config.num_layers, config.embed_dim, config.attention_heads, ALPHABET, token_dropout=True
+        )
     with torch.no_grad():
         own = model.state_dict(keep_vars=True)
         for name, tensor in fair_esm_tensors(config, bench.device):
@@ -342,10 +480,14 @@ def fair_esm_run(bench: Bench, model: nn.Module) -> Run:
     def run(proteins: Sequence[Protein]) -> dict[str, np.ndarray]:
         dataset = FastaBatchedDataset([one.id for one in proteins], [one.residues for one in proteins])
         batches = dataset.get_batch_indices(4096, extra_toks_per_seq=1)
-        loader = torch.utils.data.DataLoader(dataset, collate_fn=ALPHABET.get_batch_converter(RESIDUES), batch_sampler=batches)
+        loader = torch.utils.data.DataLoader(
+            dataset, collate_fn=ALPHABET.get_batch_converter(RESIDUES), batch_sampler=batches
+        )
         means = {}
         for labels, texts, tokens in loader:
-            hidden = model(tokens.to(bench.device, non_blocking=True), repr_layers=[bench.layer], return_contacts=False)["representations"][bench.layer].cpu()
+            hidden = model(
+                tokens.to(bench.device, non_blocking=True), repr_layers=[bench.layer], return_contacts=False
+            )["representations"][bench.layer].cpu()
             for row, (label, text) in enumerate(zip(labels, texts, strict=True)):
                 means[label] = hidden[row, 1 : min(RESIDUES, len(text)) + 1].float().mean(0).numpy()
         return means
@@ -425,7 +567,9 @@ def peer_transformers(bench: Bench) -> None:
                 for row, each in enumerate(batch):
                     tokens[row, : each.tokens] = torch.from_numpy(tokenize(each.residues.encode()))
                 mask = tokens.ne(1)
-                hidden = model(tokens.to(bench.device), attention_mask=mask.to(bench.device)).last_hidden_state
+                hidden = model(
+                    tokens.to(bench.device), attention_mask=mask.to(bench.device)
+                ).last_hidden_state
                 inner = mask.clone()
                 inner[:, 0] = False
                 for row, each in enumerate(batch):
@@ -443,7 +587,13 @@ def peer_transformers(bench: Bench) -> None:
 
 def esm_efficient_name(name: str) -> str:
     """The name that esm-efficient gives to a tensor of fair-esm's."""
-    for ours, theirs in (("self_attn_layer_norm", "self_attn.norm"), ("_proj", ""), ("final_layer_norm", "final.0"), ("fc1", "final.1"), ("fc2", "final.3")):
+    for ours, theirs in (
+        ("self_attn_layer_norm", "self_attn.norm"),
+        ("_proj", ""),
+        ("final_layer_norm", "final.0"),
+        ("fc1", "final.1"),
+        ("fc2", "final.3"),
+    ):
         name = name.replace(ours, theirs)
     return name
 
@@ -455,14 +605,24 @@ def flash_attention_2() -> str:
     from torch.nn.attention.varlen import varlen_attn
 
     def flash_attn_varlen_func(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, causal: bool
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float,
+        causal: bool,
     ) -> Any:
         assert dropout_p == 0
         assert not causal
         return varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
     package, unused = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
-    vars(package).update(__spec__=ModuleSpec("flash_attn", None), flash_attn_varlen_func=flash_attn_varlen_func)
+    vars(package).update(
+        __spec__=ModuleSpec("flash_attn", None), flash_attn_varlen_func=flash_attn_varlen_func
+    )
     vars(unused).update(pad_input=None, unpad_input=None)
     sys.modules |= {package.__name__: package, unused.__name__: unused}
     return "FlashAttention-2 of torch"
@@ -483,17 +643,25 @@ def peer_esm_efficient(bench: Bench) -> None:
     with torch.no_grad():
         for name, tensor in fair_esm_tensors(config, bench.device):
             if esm_efficient_name(name) in own or not name.endswith("inv_freq"):
-                own[esm_efficient_name(name)].copy_(tensor * TOKEN_DROPOUT_FACTOR if name == "embed_tokens.weight" else tensor)
+                own[esm_efficient_name(name)].copy_(
+                    tensor * TOKEN_DROPOUT_FACTOR if name == "embed_tokens.weight" else tensor
+                )
     model = model.eval()
 
     @torch.inference_mode()
     def run(proteins: Sequence[Protein]) -> dict[str, np.ndarray]:
         means: dict[str, np.ndarray] = {}
         packer = Packer(16384)
-        packs = [pack for segment in segments(proteins) for pack in packer.add(segment)] + list(packer.flush())
+        packs = [pack for segment in segments(proteins) for pack in packer.add(segment)] + list(
+            packer.flush()
+        )
         for pack in packs:
             bounds = np.cumsum([0, *(len(segment.tokens) for segment in pack.segments)])
-            tokens = torch.from_numpy(np.concatenate([segment.tokens for segment in pack.segments])).long().to(bench.device)
+            tokens = (
+                torch.from_numpy(np.concatenate([segment.tokens for segment in pack.segments]))
+                .long()
+                .to(bench.device)
+            )
             lengths = torch.from_numpy(bounds).int().to(bench.device)
             hidden = model.forward_representation(tokens, (lengths, int(np.diff(bounds).max())))
             means |= {
@@ -525,21 +693,50 @@ def read(path: Path, number: int) -> list[Protein]:
 
 def environment() -> dict[str, Any]:
     """What the numbers were taken on."""
-    found: dict[str, Any] = {"python": sys.version.split()[0], "cuda": torch.version.cuda, "cores": len(os.sched_getaffinity(0))}
-    for name in ("dist_esm", "torch", "triton", "fair-esm", "transformers", "quack-kernels", "nvidia-cutlass-dsl", "esm-efficient"):
+    found: dict[str, Any] = {
+        "python": sys.version.split()[0],
+        "cuda": torch.version.cuda,
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    for name in (
+        "dist_esm",
+        "torch",
+        "triton",
+        "fair-esm",
+        "transformers",
+        "quack-kernels",
+        "nvidia-cutlass-dsl",
+        "esm-efficient",
+    ):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
     found["commit"] = commit.stdout.strip() or None
-    found["cpu"] = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    found["cpu"] = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )
     return found
 
 
 def table(rows: Sequence[Row], result: dict[str, Any]) -> str:
     """The table for people."""
-    lines = [", ".join(f"{key} {value}" for key, value in result["environment"].items() if value), result["command"]]
+    lines = [
+        ", ".join(f"{key} {value}" for key, value in result["environment"].items() if value),
+        result["command"],
+    ]
     head = ("model", "what", "dtype", "tokens/s", "of limit", "worst cosine", "")
     body = [
         (
@@ -555,7 +752,10 @@ def table(rows: Sequence[Row], result: dict[str, Any]) -> str:
     ]
     widths = [max(len(line[column]) for line in (head, *body)) for column in range(6)]
     for line in (head, *body):
-        cells = [f"{cell:>{width}}" if 3 <= column <= 5 else f"{cell:<{width}}" for column, (cell, width) in enumerate(zip(line, widths, strict=False))]
+        cells = [
+            f"{cell:>{width}}" if 3 <= column <= 5 else f"{cell:<{width}}"
+            for column, (cell, width) in enumerate(zip(line, widths, strict=False))
+        ]
         lines.append("  ".join((*cells, line[6])).rstrip())
     return "\n".join(lines)
 

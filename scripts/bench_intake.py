@@ -84,7 +84,10 @@ def write_fasta(path: Path, proteins: Iterator[bytes], width: int = 60) -> int:
     with gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else open(path, "wb") as file:
         for number, protein in enumerate(proteins):
             lines = b"\n".join(protein[start : start + width] for start in range(0, len(protein), width))
-            num_bytes += file.write(b">UniRef50_%08d Uncharacterized protein n=%d Tax=root TaxID=1\n%b\n" % (number, number % 97, lines))
+            num_bytes += file.write(
+                b">UniRef50_%08d Uncharacterized protein n=%d Tax=root TaxID=1\n%b\n"
+                % (number, number % 97, lines)
+            )
     return num_bytes
 
 
@@ -97,7 +100,9 @@ def peak_mib() -> float:
         status = Path("/proc/self/status").read_text()
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
     except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            1 << 20 if sys.platform == "darwin" else 1024
+        )
 
 
 def timed(work: Callable[[], Any], repeats: int) -> dict[str, Any]:
@@ -136,9 +141,14 @@ def child_tokens(repeats: int) -> dict[str, Any]:
             _ = [alphabet.cls_idx, *alphabet.encode(text), alphabet.eos_idx]
 
     for protein, text in zip(proteins[:100], texts[:100], strict=True):
-        assert tokenize(protein).tolist() == [alphabet.cls_idx, *alphabet.encode(text), alphabet.eos_idx], text
+        assert tokenize(protein).tolist() == [alphabet.cls_idx, *alphabet.encode(text), alphabet.eos_idx], (
+            text
+        )
     mine, esm = timed(ours, repeats), timed(theirs, repeats)
-    rates = {"dist_esm_per_s": len(proteins) / mine["median_s"], "fair_esm_per_s": num_theirs / esm["median_s"]}
+    rates = {
+        "dist_esm_per_s": len(proteins) / mine["median_s"],
+        "fair_esm_per_s": num_theirs / esm["median_s"],
+    }
     return {**rates, "ratio": rates["dist_esm_per_s"] / rates["fair_esm_per_s"]}
 
 
@@ -146,7 +156,8 @@ def child_count(path: str, how: str, repeats: int) -> dict[str, Any]:
     """One way to count one file."""
     work: Callable[[], Any]
     if how == "dist_esm":
-        from dist_esm.fasta.blocks import count, whole
+        from dist_esm.fasta.blocks import whole
+        from dist_esm.fasta.slices import count
 
         def work() -> tuple[int, int]:
             found = count(whole(Path(path)), 1022)
@@ -182,7 +193,12 @@ def child_count(path: str, how: str, repeats: int) -> dict[str, Any]:
 
     base = peak_mib()
     result = timed(work, repeats)
-    return {**result, "base_mib": base, "peak_mib": peak_mib(), "mb_per_s": os.path.getsize(path) / 1e6 / result["median_s"]}
+    return {
+        **result,
+        "base_mib": base,
+        "peak_mib": peak_mib(),
+        "mb_per_s": os.path.getsize(path) / 1e6 / result["median_s"],
+    }
 
 
 def child_read(path: str, how: str, repeats: int, toks_per_batch: int) -> dict[str, Any]:
@@ -190,10 +206,12 @@ def child_read(path: str, how: str, repeats: int, toks_per_batch: int) -> dict[s
     from dist_esm.config import Config, ModelConfig
     from dist_esm.fasta.parser import read_proteins
     from dist_esm.fasta.tokens import tokenize
+    from dist_esm.pipeline.failures import Failures
     from dist_esm.pipeline.packer import Packer
     from dist_esm.pipeline.reader import Reader
-    from dist_esm.planning.units import count_slice, cut_files, find_files, make_units
-    from dist_esm.stop import Failures, Stop
+    from dist_esm.planning.inputs import find_files
+    from dist_esm.planning.units import count_slice, cut_files, make_units
+    from dist_esm.stop import Stop
     from dist_esm.types import Segment
 
     class Nobody:
@@ -204,7 +222,11 @@ def child_read(path: str, how: str, repeats: int, toks_per_batch: int) -> dict[s
 
     config = Config(input=path, model=ModelConfig("none", 33, 1280, 20))
     files = find_files([path])
-    counted = [(number, *pair, None) for number, piece, _ in cut_files(files, 1) for pair in count_slice(piece, 1022, 1 << 62, False)[0]]
+    counted = [
+        (number, *pair, None)
+        for number, piece, _ in cut_files(files, 1)
+        for pair in count_slice(piece, 1022, 1 << 62, False)[0]
+    ]
     units = make_units(counted, 1 << 62)
     expected = sum(unit.count.residues for unit in units)
 
@@ -213,8 +235,8 @@ def child_read(path: str, how: str, repeats: int, toks_per_batch: int) -> dict[s
 
     def by_hand() -> int:
         packer, num_tokens = Packer(toks_per_batch), 0
-        for ticket, protein in enumerate(read_proteins(units[0], config.residues)):
-            segment = Segment(ticket, 0, tokenize(protein.residues), (0, len(protein.residues)))
+        for protein_index, protein in enumerate(read_proteins(units[0], config.residues)):
+            segment = Segment(protein_index, 0, tokenize(protein.residues), (0, len(protein.residues)))
             num_tokens += sum(pack.num_tokens for pack in packer.add(segment))
         num_tokens += sum(pack.num_tokens for pack in packer.flush())
         return num_tokens - 2 * units[0].count.sequences
@@ -234,14 +256,19 @@ def child_read(path: str, how: str, repeats: int, toks_per_batch: int) -> dict[s
     base = peak_mib()
     result = timed({"read_proteins": parse, "to packs": by_hand, "Reader": in_thread}[how], repeats)
     assert result["answer"] == expected, f"{how}: {result['answer']} residues of {expected}"
-    return {**result, "base_mib": base, "peak_mib": peak_mib(), "residues_per_s": expected / result["median_s"]}
+    return {
+        **result,
+        "base_mib": base,
+        "peak_mib": peak_mib(),
+        "residues_per_s": expected / result["median_s"],
+    }
 
 
 def child_memory(path: str, output_dir: str, width: int, expected: int) -> dict[str, Any]:
     """The whole run over one file with a stand-in engine."""
     from dist_esm.config import Config, DeviceKind, ModelConfig
     from dist_esm.distributed import World
-    from dist_esm.types import Answer, Pack
+    from dist_esm.types import Pack, SegmentEmbedding
 
     class Instant:
         """Answers at once, and each segment with numbers of its own."""
@@ -257,10 +284,13 @@ def child_memory(path: str, output_dir: str, width: int, expected: int) -> dict[
         def submit(self, pack: Pack) -> Any:
             return SimpleNamespace(result=partial(self.run, pack))
 
-        def run(self, pack: Pack) -> list[Answer]:
+        def run(self, pack: Pack) -> list[SegmentEmbedding]:
             self.num_segments += len(pack.segments)
             bos = np.zeros(width, dtype=np.float32)
-            return [Answer({6: np.full(width, segment.protein, dtype=np.float32)}, {6: bos}, {}) for segment in pack.segments]
+            return [
+                SegmentEmbedding({6: np.full(width, segment.protein, dtype=np.float32)}, {6: bos}, {})
+                for segment in pack.segments
+            ]
 
         def free_memory(self) -> None: ...
 
@@ -273,13 +303,17 @@ def child_memory(path: str, output_dir: str, width: int, expected: int) -> dict[
 
     def plan(*args: Any) -> Any:
         agreed = agree_on_plan(*args)
-        plan_agreed.update(plan_s=time.perf_counter() - began, plan_peak_mib=peak_mib(), units=len(agreed.units))
+        plan_agreed.update(
+            plan_s=time.perf_counter() - began, plan_peak_mib=peak_mib(), units=len(agreed.units)
+        )
         return agreed
 
     whole_run.load_engine = lambda *_: engine
     whole_run.agree_on_plan = plan
     logging.getLogger("dist_esm").setLevel(logging.ERROR)
-    model = ModelConfig("esm2_t6_8M_UR50D", num_layers=6, embed_dim=width, attention_heads=1, weights="random")
+    model = ModelConfig(
+        "esm2_t6_8M_UR50D", num_layers=6, embed_dim=width, attention_heads=1, weights="random"
+    )
     config = Config(input=path, output_dir=Path(output_dir), model=model, device=DeviceKind.cpu)
     base, began = peak_mib(), time.perf_counter()
     exit_code = whole_run.run(config, World(None, 0, 1, 0, 1))
@@ -289,9 +323,18 @@ def child_memory(path: str, output_dir: str, width: int, expected: int) -> dict[
     assert exit_code == 0, f"exit code {exit_code}"
     assert found == expected, f"{found} records of {expected}"
     deduplicated = report["records"]["deduplicated"]
-    assert deduplicated + engine.num_segments == expected, f"{deduplicated} deduplicated and {engine.num_segments} embedded of {expected}"
+    assert deduplicated + engine.num_segments == expected, (
+        f"{deduplicated} deduplicated and {engine.num_segments} embedded of {expected}"
+    )
     outputs = len(list(Path(output_dir).glob("*.pt")))
-    return {"seconds": seconds, "base_mib": base, "peak_mib": peak_mib(), **plan_agreed, "outputs": outputs, "deduplicated": deduplicated}
+    return {
+        "seconds": seconds,
+        "base_mib": base,
+        "peak_mib": peak_mib(),
+        **plan_agreed,
+        "outputs": outputs,
+        "deduplicated": deduplicated,
+    }
 
 
 CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {
@@ -305,7 +348,13 @@ CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {
 def in_child(name: str, **kwargs: Any) -> dict[str, Any]:
     """One measurement in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__, "--child", name, json.dumps(kwargs)], env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", name, json.dumps(kwargs)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
         raise SystemExit(f"{name} {kwargs} failed, see above\n{done.stdout}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -331,8 +380,16 @@ def bench_count(folder: Path, megabytes: int, repeats: int) -> dict[str, Any]:
     print(f"count: a plain FASTA file of {num_bytes / 1e6:.0f} MB, proteins of {LENGTH} residues on average")
     found: dict[str, Any] = {"bytes": num_bytes}
     for how in ("read only", "dist_esm", "SimpleFastaParser", "SeqIO.parse"):
-        result = found[how] = in_child("count", path=str(path), how=how, repeats=repeats if how in ("read only", "dist_esm") else max(3, repeats // 2))
-        print(f"  {how:28} {result['mb_per_s']:12,.0f} MB/s   peak {result['peak_mib']:6.0f} MiB, base {result['base_mib']:6.0f}", flush=True)
+        result = found[how] = in_child(
+            "count",
+            path=str(path),
+            how=how,
+            repeats=repeats if how in ("read only", "dist_esm") else max(3, repeats // 2),
+        )
+        print(
+            f"  {how:28} {result['mb_per_s']:12,.0f} MB/s   peak {result['peak_mib']:6.0f} MiB, base {result['base_mib']:6.0f}",
+            flush=True,
+        )
     answers = {json.dumps(found[how]["answer"]) for how in ("dist_esm", "SimpleFastaParser", "SeqIO.parse")}
     assert len(answers) == 1, f"the counts differ: {answers}"
     for how in ("SeqIO.parse", "SimpleFastaParser"):
@@ -353,7 +410,10 @@ def bench_read(folder: Path, repeats: int) -> dict[str, Any]:
     for how in ("read_proteins", "to packs", "Reader"):
         result = found[how] = in_child("read", path=str(path), how=how, repeats=repeats, toks_per_batch=16384)
         rate = result["residues_per_s"]
-        print(f"  {how:28} {rate:12,.0f} residues/s   {rate / GPU_TOKENS_PER_SECOND:5.0f} GPUs' worth", flush=True)
+        print(
+            f"  {how:28} {rate:12,.0f} residues/s   {rate / GPU_TOKENS_PER_SECOND:5.0f} GPUs' worth",
+            flush=True,
+        )
     print()
     path.unlink()
     return found
@@ -361,15 +421,23 @@ def bench_read(folder: Path, repeats: int) -> dict[str, Any]:
 
 def bench_memory(folder: Path, records: int, width: int) -> dict[str, Any]:
     """The table of whole runs."""
-    print(f"memory: whole runs, proteins of {SHORT} residues on average, D = {width}, an engine that answers at once")
-    print(f"  {'input':22} {'records':>10} {'MB':>7} {'units':>6} {'seconds':>8} {'per s':>9} {'base':>6} {'plan':>6} {'peak MiB':>9} {'deduplicated':>13}")
+    print(
+        f"memory: whole runs, proteins of {SHORT} residues on average, D = {width}, an engine that answers at once"
+    )
+    print(
+        f"  {'input':22} {'records':>10} {'MB':>7} {'units':>6} {'seconds':>8} {'per s':>9} {'base':>6} {'plan':>6} {'peak MiB':>9} {'deduplicated':>13}"
+    )
     pool = list(random_proteins(NUM_DISTINCT, SHORT, seed=3))
     found: dict[str, Any] = {}
     for name in ("plain", "gzip", "1,000 sequences"):
         for num in (max(1, records // 100), max(1, records // 10), records):
             path = folder / ("memory.fasta.gz" if name == "gzip" else "memory.fasta")
             picks = np.random.default_rng(num).integers(0, NUM_DISTINCT, size=num)
-            proteins = (pool[pick] for pick in picks) if name == "1,000 sequences" else random_proteins(num, SHORT, seed=4)
+            proteins = (
+                (pool[pick] for pick in picks)
+                if name == "1,000 sequences"
+                else random_proteins(num, SHORT, seed=4)
+            )
             write_fasta(path, proteins)
             size = path.stat().st_size / 1e6
             with tempfile.TemporaryDirectory(dir=folder) as output_dir:
@@ -389,7 +457,11 @@ def hardware() -> dict[str, Any]:
     """What the numbers were measured on and with."""
     cpu = platform.processor()
     with contextlib.suppress(OSError, StopIteration):
-        cpu = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        cpu = next(
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": cpu,
@@ -401,13 +473,23 @@ def hardware() -> dict[str, Any]:
 
 def main() -> None:
     """Measure what is asked for."""
-    parser = argparse.ArgumentParser(description="Speed and memory of the FASTA intake on this CPU; no model runs.")
+    parser = argparse.ArgumentParser(
+        description="Speed and memory of the FASTA intake on this CPU; no model runs."
+    )
     parser.add_argument("--only", default=",".join(PARTS), help="some of %(default)s")
-    parser.add_argument("--records", type=int, default=2_000_000, help="records of the largest file of `memory` (%(default)s)")
-    parser.add_argument("--megabytes", type=int, default=300, help="size of the file of `count` (%(default)s)")
+    parser.add_argument(
+        "--records", type=int, default=2_000_000, help="records of the largest file of `memory` (%(default)s)"
+    )
+    parser.add_argument(
+        "--megabytes", type=int, default=300, help="size of the file of `count` (%(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each measurement (%(default)s)")
-    parser.add_argument("--width", type=int, default=8, help="D of the stand-in model of `memory` (%(default)s)")
-    parser.add_argument("--dir", type=Path, help="where the generated files go; default: a new temporary directory")
+    parser.add_argument(
+        "--width", type=int, default=8, help="D of the stand-in model of `memory` (%(default)s)"
+    )
+    parser.add_argument(
+        "--dir", type=Path, help="where the generated files go; default: a new temporary directory"
+    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -415,7 +497,9 @@ def main() -> None:
         return
     wanted = args.only.split(",")
     if unknown := set(wanted) - set(PARTS):
-        parser.error(f"--only={args.only}: there is no {', '.join(sorted(unknown))}; use some of {', '.join(PARTS)}")
+        parser.error(
+            f"--only={args.only}: there is no {', '.join(sorted(unknown))}; use some of {', '.join(PARTS)}"
+        )
     results: dict[str, Any] = {"hardware": hardware()}
     print(", ".join(f"{key} {value}" for key, value in results["hardware"].items()) + "\n", flush=True)
     with tempfile.TemporaryDirectory(dir=args.dir) as name:

@@ -40,8 +40,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def random_state(arch: Architecture, seed: int = 0, hard: bool = False) -> dict[str, torch.Tensor]:
     """Seeded tensors under fair-esm's names. Hard ones have peaky attention, outlier channels and large LayerNorm gains."""
     generator = torch.Generator().manual_seed(seed)
-    state = {name: random_tensor(name, shape, arch.num_layers, generator) for name, shape in tensor_shapes(arch).items()}
-    state |= {f"layers.{n}.self_attn.rot_emb.inv_freq": state["layers.0.self_attn.rot_emb.inv_freq"] for n in range(arch.num_layers)}
+    state = {
+        name: random_tensor(name, shape, arch.num_layers, generator)
+        for name, shape in tensor_shapes(arch).items()
+    }
+    state |= {
+        f"layers.{n}.self_attn.rot_emb.inv_freq": state["layers.0.self_attn.rot_emb.inv_freq"]
+        for n in range(arch.num_layers)
+    }
     if hard:
         channels = torch.randperm(arch.embed_dim, generator=generator)[:4]
         for name, tensor in state.items():
@@ -66,12 +72,21 @@ def fair_esm_model(arch: Architecture, state: dict[str, torch.Tensor]) -> fair_e
 def write_checkpoint(path: Path, arch: Architecture, state: dict[str, torch.Tensor]) -> Path:
     """A file as fair-esm ships them: Namespace, prefixes, LM head."""
     width = arch.embed_dim
-    head = {"weight": state["embed_tokens.weight"], "bias": torch.zeros(33), "dense.weight": torch.eye(width), "dense.bias": torch.zeros(width)}
+    head = {
+        "weight": state["embed_tokens.weight"],
+        "bias": torch.zeros(33),
+        "dense.weight": torch.eye(width),
+        "dense.bias": torch.zeros(width),
+    }
     head |= {"layer_norm.weight": torch.ones(width), "layer_norm.bias": torch.zeros(width)}
     tensors = {f"encoder.sentence_encoder.{name}": tensor for name, tensor in state.items()}
     tensors |= {f"encoder.lm_head.{name}": tensor for name, tensor in head.items()}
     settings = argparse.Namespace(
-        arch="esm2", encoder_layers=arch.num_layers, encoder_embed_dim=width, encoder_attention_heads=arch.attention_heads, token_dropout=True
+        arch="esm2",
+        encoder_layers=arch.num_layers,
+        encoder_embed_dim=width,
+        encoder_attention_heads=arch.attention_heads,
+        token_dropout=True,
     )
     torch.save({"args": argparse.Namespace(arch="esm2"), "cfg": {"model": settings}, "model": tensors}, path)
     return path
@@ -85,7 +100,11 @@ def checkpoint_8m(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def environment(**extra: str) -> dict[str, str]:
     """The environment for a rank: no torchrun variables of ours, no user's hub cache."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    }
     return {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **extra}
 
 
@@ -97,14 +116,29 @@ def command(num_ranks: int | None, *overrides: object) -> list[str]:
     return [*launcher, "dist_esm", *(str(item) for item in overrides)]
 
 
-def run_ranks(num_ranks: int | None, *overrides: object, timeout: float = 120, **extra: str) -> subprocess.CompletedProcess[str]:
+def run_ranks(
+    num_ranks: int | None, *overrides: object, timeout: float = 120, **extra: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
-    return subprocess.run(command(num_ranks, *overrides), capture_output=True, text=True, timeout=timeout, env=environment(**extra), check=False)
+    return subprocess.run(
+        command(num_ranks, *overrides),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(**extra),
+        check=False,
+    )
 
 
 def run_meanwhile(place: str, shell: str, *overrides: object) -> subprocess.CompletedProcess[str]:
     """Run the command without torchrun, and the shell command when it comes to a function."""
-    line = [sys.executable, str(Path(__file__).parent / "helpers" / "meanwhile.py"), place, shell, *map(str, overrides)]
+    line = [
+        sys.executable,
+        str(Path(__file__).parent / "helpers" / "meanwhile.py"),
+        place,
+        shell,
+        *map(str, overrides),
+    ]
     return subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment(), check=False)
 
 

@@ -6,9 +6,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from conftest import PROTEINS
-from dist_esm.__main__ import compose_config, main
+from dist_esm.__main__ import main
+from dist_esm.cli import compose_config
 from dist_esm.config import Dtype, Include, check
-from dist_esm.planning.units import find_files
+from dist_esm.planning.inputs import find_files
 
 REFUSED = {
     "input=x dtype=foo": r"dtype=foo.*expected one of \[auto, fp32, bf16, fp16\]",
@@ -46,8 +47,18 @@ def test_wrong_input_is_one_line_with_the_remedy(line):
 def test_defaults_are_those_of_the_contract():
     config = compose_config(["input=x"])
     check(config)
-    assert (config.truncation_seq_length, config.repr_layers, config.include, config.max_consecutive_failures) == (1022, [-1], [Include.mean], 3)
-    assert (config.model.name, config.model.weights, config.toks_per_batch, config.dtype) == ("esm2_t36_3B_UR50D", None, None, Dtype.auto)
+    assert (
+        config.truncation_seq_length,
+        config.repr_layers,
+        config.include,
+        config.max_consecutive_failures,
+    ) == (1022, [-1], [Include.mean], 3)
+    assert (config.model.name, config.model.weights, config.toks_per_batch, config.dtype) == (
+        "esm2_t36_3B_UR50D",
+        None,
+        None,
+        Dtype.auto,
+    )
     assert config.resolved_layers() == [36]
 
 
@@ -67,9 +78,16 @@ def test_yaml_and_schema_name_the_same_keys_and_defaults():
 
 
 def test_a_users_own_config_file_starts_from_ours(tmp_path):
-    (tmp_path / "mine.yaml").write_text("defaults:\n  - config\n  - override model: esm2_t6_8M_UR50D\n  - _self_\ninput: proteins/\ntoks_per_batch: 512\n")
+    (tmp_path / "mine.yaml").write_text(
+        "defaults:\n  - config\n  - override model: esm2_t6_8M_UR50D\n  - _self_\ninput: proteins/\ntoks_per_batch: 512\n"
+    )
     config = compose_config(["dtype=fp32"], str(tmp_path), "mine")
-    assert (config.model.name, config.toks_per_batch, config.dtype, config.input) == ("esm2_t6_8M_UR50D", 512, Dtype.fp32, "proteins/")
+    assert (config.model.name, config.toks_per_batch, config.dtype, config.input) == (
+        "esm2_t6_8M_UR50D",
+        512,
+        Dtype.fp32,
+        "proteins/",
+    )
 
 
 def test_the_configuration_that_would_run_is_printed_as_plain_yaml(capsys):
@@ -80,4 +98,9 @@ def test_the_configuration_that_would_run_is_printed_as_plain_yaml(capsys):
 
 def test_outputs_mirror_the_tree():
     files = find_files([str(PROTEINS)])
-    assert [str(file.output) for file in files] == ["large_ESM", "medium_ESM", "viruses/small_ESM", "viruses/tiny_ESM"]
+    assert [str(file.output) for file in files] == [
+        "large_ESM",
+        "medium_ESM",
+        "viruses/small_ESM",
+        "viruses/tiny_ESM",
+    ]

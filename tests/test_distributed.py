@@ -34,20 +34,39 @@ def test_a_rank_whose_launcher_is_gone_does_not_wait_for_it_for_long(monkeypatch
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    settings = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("dist_esm.distributed.CONNECT_SECONDS", 1.0)
     began = time.monotonic()
-    with pytest.raises(SystemExit, match=f"torchrun's store at 127.0.0.1:{port} does not answer"), World.connect():
+    with (
+        pytest.raises(SystemExit, match=f"torchrun's store at 127.0.0.1:{port} does not answer"),
+        World.connect(),
+    ):
         pass
     assert time.monotonic() - began < 30
 
 
 @pytest.mark.distributed
 def test_ranks_see_each_other_and_wait_longer_than_the_timeout_of_a_collective(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "helpers" / "ranks_status.py"), str(tmp_path)]
-    result = subprocess.run(launch, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(HERE / "helpers" / "ranks_status.py"),
+        str(tmp_path),
+    ]
+    result = subprocess.run(
+        launch, capture_output=True, text=True, timeout=120, env=environment(), check=False
+    )
     assert result.returncode == 0, result.stderr
     for rank in (0, 1):
         seen = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -64,12 +83,32 @@ def test_ranks_that_see_different_inputs_stop_and_say_who_saw_what(tmp_path, che
     for rank, text in enumerate((">a\nMKT\n", ">a\nMKTAYI\n")):
         (tmp_path / str(rank)).mkdir()
         (tmp_path / str(rank) / "a.fasta").write_text(text)
-    overrides = ["output_dir=" + str(tmp_path / "out"), "model=esm2_t6_8M_UR50D", f"model.weights={checkpoint_8m}"]
+    overrides = [
+        "output_dir=" + str(tmp_path / "out"),
+        "model=esm2_t6_8M_UR50D",
+        f"model.weights={checkpoint_8m}",
+    ]
     ranks = []
     for rank in (0, 1):
-        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29561"}
+        variables = {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29561",
+        }
         line = command(None, "input=a.fasta", *overrides)
-        ranks.append(subprocess.Popen(line, cwd=tmp_path / str(rank), env=environment(**variables), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        ranks.append(
+            subprocess.Popen(
+                line,
+                cwd=tmp_path / str(rank),
+                env=environment(**variables),
+                stderr=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
     ends = [process.communicate(timeout=120) for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
     said = ends[0][1]

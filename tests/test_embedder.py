@@ -23,14 +23,20 @@ WINDOWS = {"long": "window", "truncation_seq_length": 60, "window_overlap": 20}
 def test_same_bits_as_the_command(checkpoint_8m, tmp_path, options):
     source = PROTEINS / "medium.faa"
     settings = ["include=[mean,bos,per_tok]", *(f"{key}={value}" for key, value in options.items())]
-    result = run_ranks(None, f"input={source}", f"output_dir={tmp_path}", MODEL, f"model.weights={checkpoint_8m}", *settings)
+    result = run_ranks(
+        None, f"input={source}", f"output_dir={tmp_path}", MODEL, f"model.weights={checkpoint_8m}", *settings
+    )
     assert result.returncode == 0, result.stderr
     content = torch.load(tmp_path / "medium_ESM.pt", weights_only=True)
-    embedder = Embedder("esm2_t6_8M_UR50D", weights=checkpoint_8m, device="cpu", toks_per_batch=300, **options)
+    embedder = Embedder(
+        "esm2_t6_8M_UR50D", weights=checkpoint_8m, device="cpu", toks_per_batch=300, **options
+    )
     letters = list(sequences(source).values())
     np.testing.assert_array_equal(embedder.embed(letters), content["mean_representations"][6])
     np.testing.assert_array_equal(embedder.embed(letters, include="bos"), content["bos_representations"][6])
-    for mine, theirs in zip(embedder.embed(letters, include="per_tok"), content["representations"][6], strict=True):
+    for mine, theirs in zip(
+        embedder.embed(letters, include="per_tok"), content["representations"][6], strict=True
+    ):
         np.testing.assert_array_equal(mine, theirs)
 
 

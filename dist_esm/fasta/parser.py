@@ -13,20 +13,20 @@ from collections.abc import Iterator
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
-from dist_esm.config import Letter, ResidueConfig, Unknown
+from dist_esm.config import ResidueConfig
 from dist_esm.fasta.blocks import FastaError, Tee, lines
-from dist_esm.fasta.tokens import RESIDUES
-from dist_esm.types import NO_CHANGES, Changes, Protein, Unit
+from dist_esm.fasta.letters import make_protein
+from dist_esm.types import Protein, Unit
 
 MAX_RESIDUES = 1_000_000
 """A longer record is no protein (the longest known has 45,212 residues, doi:10.1126/science.ado3290): most often a genome."""
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
-_BRACKETED = re.compile(r"<[^<>]*>")  # such as <mask>, which has no special meaning: unknown letters like others
+_BRACKETED = re.compile(
+    r"<[^<>]*>"
+)  # such as <mask>, which has no special meaning: unknown letters like others
 _BLANK = re.compile(r"\s")
 _LETTERS = string.ascii_letters.encode()
-_LOWER = bytes(range(ord("a"), ord("z") + 1))
-_REPLACE = bytes(letter if letter in RESIDUES else ord("X") for letter in range(256))
 
 
 def read_proteins(unit: Unit, policy: ResidueConfig, tee: Tee | None = None) -> Iterator[Protein]:
@@ -43,54 +43,10 @@ def read_proteins(unit: Unit, policy: ResidueConfig, tee: Tee | None = None) -> 
     """
     if unit.unreadable:
         raise FastaError(unit.unreadable)
-    for number, (header, letters) in enumerate(SimpleFastaParser(_checked_lines(unit, tee)), start=unit.before.sequences + 1):
+    for number, (header, letters) in enumerate(
+        SimpleFastaParser(_checked_lines(unit, tee)), start=unit.before.sequences + 1
+    ):
         yield make_protein(header, letters, number, policy)
-
-
-def make_protein(header: str, letters: str, number: int, policy: ResidueConfig) -> Protein:
-    """One record under the residue policy; `number` is its own in its file, from 1.
-
-    Raises
-    ------
-    FastaError
-        If it has a letter that the policy does not let pass.
-    """
-    words = header.split(None, 1)
-    name = words[0] if words else f"unnamed_{number}"
-    residues, changes = put_right(letters.encode("ascii", "replace"), policy)
-    strange = residues.translate(None, RESIDUES)
-    skipped = None
-    if strange:
-        kinds = ", ".join(repr(chr(letter)) for letter in sorted(set(strange)))
-        if policy.unknown is Unknown.fail:
-            raise FastaError(f"record {number} ({name}) has letters outside the alphabet: {kinds}; residues.unknown=replace makes them X")
-        if policy.unknown is Unknown.skip:
-            residues, skipped = b"", "unknown letters"
-        else:
-            residues = residues.translate(_REPLACE)
-            changes = changes._replace(replaced=len(strange))
-    if not residues and skipped is None:
-        skipped = "no residues left" if letters else "empty sequence"
-    return Protein(name, header, residues, changes, is_unnamed=not words, skipped=skipped)
-
-
-def put_right(letters: bytes, policy: ResidueConfig) -> tuple[bytes, Changes]:
-    """Apply what the policy can put right without loss: case, gaps, and stops at the end."""
-    if not letters.translate(None, RESIDUES):
-        return letters, NO_CHANGES
-    upper_cased = stops_removed = gaps_removed = 0
-    if policy.lower_case is Letter.fix:
-        upper_cased = len(letters) - len(letters.translate(None, _LOWER))
-        letters = letters.upper()
-    if policy.gaps is Letter.fix:
-        without = letters.translate(None, b"-.")
-        gaps_removed = len(letters) - len(without)
-        letters = without
-    if policy.trailing_stop is Letter.fix:
-        without = letters.rstrip(b"*")
-        stops_removed = len(letters) - len(without)
-        letters = without
-    return letters, Changes(upper_cased, stops_removed, gaps_removed)
 
 
 def _checked_lines(unit: Unit, tee: Tee | None) -> Iterator[str]:
@@ -99,7 +55,9 @@ def _checked_lines(unit: Unit, tee: Tee | None) -> Iterator[str]:
     length: int | None = None  # residues of the record so far; None: no record yet
     for raw in lines(unit.slice, tee):
         number += 1
-        if raw and length is not None and not raw.translate(None, _LETTERS):  # nearly every line: there is nothing in it to check
+        if (
+            raw and length is not None and not raw.translate(None, _LETTERS)
+        ):  # nearly every line: there is nothing in it to check
             length = _longer(length, len(raw), number)
             yield raw.decode("ascii")
             continue
@@ -121,7 +79,9 @@ def _checked_lines(unit: Unit, tee: Tee | None) -> Iterator[str]:
         if not line or line.startswith(";"):
             continue
         if length is None:
-            raise FastaError(f"line {number} has text before the first '>' ({line[:40]!r}): this is no FASTA file, or its first header is missing")
+            raise FastaError(
+                f"line {number} has text before the first '>' ({line[:40]!r}): this is no FASTA file, or its first header is missing"
+            )
         if "\ufeff" in line or ">" in _BRACKETED.sub("", line):
             raise FastaError(
                 f"line {number} has a '>' or a byte order mark inside a sequence: a line end is missing before it, as when files are joined with cat"
@@ -133,5 +93,7 @@ def _checked_lines(unit: Unit, tee: Tee | None) -> Iterator[str]:
 def _longer(length: int, more: int, number: int) -> int:
     """The length of a record with the line of this number."""
     if length + more > MAX_RESIDUES:
-        raise FastaError(f"the record that reaches line {number} has more than {MAX_RESIDUES} letters: no protein, perhaps a genome")
+        raise FastaError(
+            f"the record that reaches line {number} has more than {MAX_RESIDUES} letters: no protein, perhaps a genome"
+        )
     return length + more

@@ -9,9 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.fair_esm import ALPHABET
-
-RESIDUES = b"ACDEFGHIKLMNPQRSTVWYXBUZO"
-"""The letters that a protein may have once the residue policy has been applied."""
+from dist_esm.fasta.letters import RESIDUES
 
 BOS: int = ALPHABET.cls_idx
 EOS: int = ALPHABET.eos_idx

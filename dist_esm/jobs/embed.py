@@ -11,22 +11,40 @@ from functools import partial
 from typing import IO, Any
 
 from dist_esm.atomic import atomically, written_file
-from dist_esm.attempt import attempt
+from dist_esm.attempt import as_value
 from dist_esm.config import Config, to_dict
-from dist_esm.distributed import World, together
-from dist_esm.jobs.report import RankSummary, fail_what_vanished, failures_by_file, make_report, summary, versions, write_report
-from dist_esm.jobs.setup import Setup, describe, find_inputs, load_engine, prepare
+from dist_esm.distributed import World
+from dist_esm.jobs.report import (
+    fail_what_vanished,
+    failures_by_file,
+    make_report,
+    summary,
+    versions,
+    write_report,
+)
+from dist_esm.jobs.setup import Setup, choose_setup, describe, find_inputs, load_engine
 from dist_esm.model.engine import Engine
 from dist_esm.model.weights import locate
 from dist_esm.outputs.formats.registry import write_output
-from dist_esm.outputs.journal import Entry, Journal, check_settings, clean, entry_of, finished_outputs, lock, new_launch, start_over, write_settings
+from dist_esm.outputs.journal import (
+    Entry,
+    Journal,
+    check_settings,
+    clean,
+    entry_of,
+    finished_outputs,
+    lock,
+    new_launch,
+    start_over,
+    write_settings,
+)
 from dist_esm.outputs.journal import read as read_journal
-from dist_esm.outputs.row_buffer import join
-from dist_esm.pipeline.worker import RankResult, embed_units
+from dist_esm.outputs.shards import join
+from dist_esm.pipeline.worker import embed_units
 from dist_esm.planning.agree import agree_on_plan, since
 from dist_esm.planning.units import Plan
 from dist_esm.stop import Stop, on_signals
-from dist_esm.types import Failure, JoinedFile, Tally, Unit, UnitResult, WorkerStatus
+from dist_esm.types import Failure, JoinedFile, RankResult, RankSummary, Tally, Unit, UnitResult, WorkerStatus
 
 log = logging.getLogger("dist_esm")
 
@@ -47,15 +65,15 @@ def run(config: Config, world: World) -> int:
         If it is interrupted before it is known what there is to do.
     """
     started = loaded = time.monotonic()
-    files = together(world, lambda: find_inputs(config))
-    setup = prepare(config, world)
+    files = world.all_or_none(find_inputs, config)
+    setup = choose_setup(config, world)
     with output_directory(config, setup, world) as journal:
         entries = read_journal(config.output_dir) if config.resume else []
         plan = agree_on_plan(config, files, world, entries)
         units = [plan.units[index] for index in plan.bins[world.rank]]
         stop, mine = Stop(), account(world, setup, WorkerStatus.FAILED)
         try:
-            engine = together(world, lambda: load_engine(config, setup, world) if units else None)
+            engine = world.all_or_none(lambda: load_engine(config, setup, world) if units else None)
             loaded = time.monotonic()
             mine = embed_bin(config, setup, world, plan, units, engine, journal, stop)
             if not stop.at_once:
@@ -72,7 +90,16 @@ def run(config: Config, world: World) -> int:
         return conclude(config, setup, plan, ranks, joined, journal, reason, now - started, now - loaded)
 
 
-def embed_bin(config: Config, setup: Setup, world: World, plan: Plan, units: list[Unit], engine: Engine | None, journal: Journal, stop: Stop) -> RankSummary:
+def embed_bin(
+    config: Config,
+    setup: Setup,
+    world: World,
+    plan: Plan,
+    units: list[Unit],
+    engine: Engine | None,
+    journal: Journal,
+    stop: Stop,
+) -> RankSummary:
     """Embed this rank's units, and wait until all ranks have done so or the run is to end at once."""
     num_files, num_proteins = len({unit.file for unit in units}), sum(unit.count.sequences for unit in units)
     log.info("bin: %d units of %d files, %d proteins", len(units), num_files, num_proteins)
@@ -81,7 +108,16 @@ def embed_bin(config: Config, setup: Setup, world: World, plan: Plan, units: lis
     with on_signals(partial(stop.set, at_once=True)), world.watching(stop.set):
         if engine is not None:
             stop.when_at_once(engine.abandon)
-            result = embed_units(units, plan.files, config, engine, world.rank, stop, setup.provenance, journal_writer(journal, plan))
+            result = embed_units(
+                units,
+                plan.files,
+                config,
+                engine,
+                world.rank,
+                stop,
+                setup.provenance,
+                journal_writer(journal, plan),
+            )
             engine.close()
         if stop.reason is not None and not stop.at_once:
             world.request_stop(stop.reason)
@@ -93,21 +129,37 @@ def embed_bin(config: Config, setup: Setup, world: World, plan: Plan, units: lis
     return mine
 
 
-def account(world: World, setup: Setup, status: WorkerStatus, result: RankResult | None = None, engine: Engine | None = None) -> RankSummary:
+def account(
+    world: World,
+    setup: Setup,
+    status: WorkerStatus,
+    result: RankResult | None = None,
+    engine: Engine | None = None,
+) -> RankSummary:
     """This rank's own account of its work."""
     result = result or RankResult()
-    waits = result.waits if result.device_idle is None else {**result.waits, "device_idle": result.device_idle}
+    waits = (
+        result.waits if result.device_idle is None else {**result.waits, "device_idle": result.device_idle}
+    )
     startup = engine.startup if engine is not None else {}
     if result.first_pack_at is not None:
         startup = {**startup, "first_pack_at": result.first_pack_at}
-    work = (result.seconds, result.num_tokens, result.num_split_packs, result.num_recomputed, waits, startup, result.outcomes)
+    work = (
+        result.seconds,
+        result.num_tokens,
+        result.num_split_packs,
+        result.num_recomputed,
+        waits,
+        startup,
+        result.outcomes,
+    )
     return RankSummary(world.rank, world.host, describe(setup.device), status.name, *work)
 
 
 @contextmanager
 def output_directory(config: Config, setup: Setup, world: World) -> Iterator[Journal]:
     """Hold the output directory, refuse to mix settings in it, clear what killed runs left, and open this rank's journal."""
-    held = together(world, lambda: hold(config, setup.settings) if world.is_main else None)
+    held = world.all_or_none(lambda: hold(config, setup.settings) if world.is_main else None)
     (launch, *_) = world.exchange(new_launch())
     journal = Journal(config.output_dir, launch, world.rank)
     try:
@@ -126,7 +178,12 @@ def hold(config: Config, settings: dict[str, Any]) -> IO[str]:
         there = finished_outputs(config.output_dir)
         if there:
             shown = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
-            log.warning("resume=false: starting over, %d finished outputs in %s are removed: %s", len(there), config.output_dir, shown)
+            log.warning(
+                "resume=false: starting over, %d finished outputs in %s are removed: %s",
+                len(there),
+                config.output_dir,
+                shown,
+            )
         start_over(config.output_dir)
     write_settings(config.output_dir, settings)
     clean(config.output_dir, (one.path for entry in read_journal(config.output_dir) for one in entry.written))
@@ -139,7 +196,9 @@ def journal_writer(journal: Journal, plan: Plan) -> Callable[[Sequence[UnitResul
     def entry(result: UnitResult) -> Entry:
         pieces = [plan.unit(result.file, result.ordinal).slice]
         output = str(plan.files[result.file].output)
-        return entry_of(output, pieces, [result.digest], list(result.pieces), result.tally, result.rank, result.seconds)
+        return entry_of(
+            output, pieces, [result.digest], list(result.pieces), result.tally, result.rank, result.seconds
+        )
 
     def record(results: Sequence[UnitResult]) -> None:
         journal.append([entry(result) for result in results])
@@ -147,21 +206,29 @@ def journal_writer(journal: Journal, plan: Plan) -> Callable[[Sequence[UnitResul
     return record
 
 
-def join_cut_files(config: Config, plan: Plan, ranks: list[RankSummary], journal: Journal, world: World) -> dict[int, JoinedFile | Failure]:
+def join_cut_files(
+    config: Config, plan: Plan, ranks: list[RankSummary], journal: Journal, world: World
+) -> dict[int, JoinedFile | Failure]:
     """Join the pieces of every file that was cut, is whole again and is small enough for one output; the ranks share the files."""
     outcomes = [*plan.done, *(outcome for rank in ranks for outcome in rank.outcomes)]
     failed = failures_by_file(outcomes)
     results: dict[int, dict[int, UnitResult]] = {}
     for outcome in outcomes:
         unit = plan.unit(outcome.file, outcome.ordinal)
-        if isinstance(outcome, UnitResult) and outcome.file not in failed and unit.is_piece:
+        if isinstance(outcome, UnitResult) and outcome.file not in failed and unit.is_shard:
             results.setdefault(outcome.file, {})[outcome.ordinal] = outcome
-    ready = sorted(file for file, found in results.items() if len(found) == len(plan.units_of(file)) and file not in plan.joined)
+    ready = sorted(
+        file
+        for file, found in results.items()
+        if len(found) == len(plan.units_of(file)) and file not in plan.joined
+    )
     joined: dict[int, JoinedFile | Failure] = {}
     for file in ready[world.rank :: world.world_size]:
         parts = [results[file][ordinal] for ordinal in sorted(results[file])]
-        output = attempt(lambda file=file, parts=parts: join_file(config, plan, file, parts, journal))  # type: ignore[misc]
-        joined[file] = Failure.of(plan.files[file].path, output, world.rank) if isinstance(output, Exception) else output
+        output = as_value(lambda file=file, parts=parts: join_file(config, plan, file, parts, journal))  # type: ignore[misc]
+        joined[file] = (
+            Failure.of(plan.files[file].path, output, world.rank) if isinstance(output, Exception) else output
+        )
     return {**plan.joined, **{file: end for ends in world.all_gather(joined) for file, end in ends.items()}}
 
 
@@ -179,7 +246,20 @@ def join_file(config: Config, plan: Plan, file: int, parts: list[UnitResult], jo
     slices = [unit.slice for unit in plan.units_of(file)]
     seconds = sum(part.seconds for part in parts)
     digests = [part.digest for part in parts]
-    journal.append([entry_of(str(plan.files[file].output), slices, digests, [written], tally, journal.rank, seconds, is_joined=True)])
+    journal.append(
+        [
+            entry_of(
+                str(plan.files[file].output),
+                slices,
+                digests,
+                [written],
+                tally,
+                journal.rank,
+                seconds,
+                is_joined=True,
+            )
+        ]
+    )
     for path in paths:
         path.unlink(missing_ok=True)
     return JoinedFile(written, duplicate_ids)
@@ -207,7 +287,11 @@ def conclude(
     report = make_report(plan, ranks, joined, reason, seconds, embedding_seconds, others)
     fail_what_vanished(report, config.output_dir)
     report.config = to_dict(config)
-    report.model = {"name": config.model.name, "weights": config.model.weights or str(locate(config.model)), **setup.provenance}
+    report.model = {
+        "name": config.model.name,
+        "weights": config.model.weights or str(locate(config.model)),
+        **setup.provenance,
+    }
     report.kernels = str(setup.kernels)
     report.versions = versions()
     try:
@@ -215,6 +299,9 @@ def conclude(
             beside.write_text(json.dumps(report.config, indent=1) + "\n", encoding="utf-8")
         write_report(report, config.output_dir)
     except OSError as error:
-        report.status, report.reason = "aborted", f"the report cannot be written to {config.output_dir} ({error.strerror})"
+        report.status, report.reason = (
+            "aborted",
+            f"the report cannot be written to {config.output_dir} ({error.strerror})",
+        )
     print(summary(report, config.output_dir), flush=True)
     return report.exit_code

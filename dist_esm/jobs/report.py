@@ -15,25 +15,7 @@ from typing import Any
 
 from dist_esm.atomic import atomically
 from dist_esm.planning.units import Plan
-from dist_esm.types import Failure, JoinedFile, RecordOutcome, Tally, UnitFailure, UnitOutcome
-
-
-@dataclass(frozen=True)
-class RankSummary:
-    """One rank's own account of its work."""
-
-    rank: int
-    host: str
-    device: str
-    status: str
-    seconds: float
-    tokens: int
-    split_packs: int
-    recomputed: int
-    waits: dict[str, float]
-    startup: dict[str, float]
-    """Seconds of loading the weights and of readying the kernels, and the Unix time of the first pack."""
-    outcomes: list[UnitOutcome]
+from dist_esm.types import Failure, JoinedFile, RankSummary, RecordOutcome, Tally, UnitFailure, UnitOutcome
 
 
 @dataclass(frozen=True)
@@ -120,7 +102,9 @@ def make_report(
     """
     outcomes = [*plan.done, *others, *(outcome for rank in ranks for outcome in rank.outcomes)]
     resumed = {(result.file, result.ordinal) for result in plan.done}
-    failed = failures_by_file(outcomes) | {file: end for file, end in joined.items() if isinstance(end, Failure)}
+    failed = failures_by_file(outcomes) | {
+        file: end for file, end in joined.items() if isinstance(end, Failure)
+    }
     done: dict[int, list[Any]] = {}
     for outcome in sorted(outcomes, key=lambda outcome: (outcome.file, outcome.ordinal)):
         if not isinstance(outcome, UnitFailure):
@@ -133,7 +117,7 @@ def make_report(
         results = done.get(number, [])
         if number in failed:
             total.outcomes["failed"] += num_records
-        elif len(results) < len(units) or (units[0].is_piece and number not in joined):
+        elif len(results) < len(units) or (units[0].is_shard and number not in joined):
             not_attempted.append(str(file.path))
             num_not_attempted += num_records
         else:
@@ -145,7 +129,9 @@ def make_report(
                 tally.duplicate_ids = whole.duplicate_ids
             total.add(tally)
             pieces = [piece for result in results for piece in result.pieces]
-            outputs = [whole.written.path] if isinstance(whole, JoinedFile) else [piece.path for piece in pieces]
+            outputs = (
+                [whole.written.path] if isinstance(whole, JoinedFile) else [piece.path for piece in pieces]
+            )
             took = sum(result.seconds for result in results)
             truncated = tally.outcomes.get("truncated", 0)
             files.append(
@@ -177,7 +163,17 @@ def make_report(
         "deduplicated": total.deduplicated,
     }
     failures, entries = [failed[file] for file in sorted(failed)], [rank_entry(rank) for rank in ranks]
-    return Report(status, reason, files, failures, not_attempted, records, entries, round(seconds, 3), max(0.001, round(embedding_seconds, 3)))
+    return Report(
+        status,
+        reason,
+        files,
+        failures,
+        not_attempted,
+        records,
+        entries,
+        round(seconds, 3),
+        max(0.001, round(embedding_seconds, 3)),
+    )
 
 
 def fail_what_vanished(report: Report, output_dir: Path) -> None:
@@ -186,7 +182,14 @@ def fail_what_vanished(report: Report, output_dir: Path) -> None:
         gone = [output for output in entry.outputs if not (output_dir / output).exists()]
         if gone:
             report.files.remove(entry)
-            report.failed.append(Failure(entry.path, "FileNotFoundError", f"its output {gone[0]} was removed while the run was under way", entry.rank))
+            report.failed.append(
+                Failure(
+                    entry.path,
+                    "FileNotFoundError",
+                    f"its output {gone[0]} was removed while the run was under way",
+                    entry.rank,
+                )
+            )
             for outcome, number in entry.tally.outcomes.items():
                 report.records[outcome] -= number
             report.records["failed"] += entry.tally.sequences
@@ -222,13 +225,20 @@ def versions() -> dict[str, str]:
 def write_report(report: Report, output_dir: Path) -> None:
     """Write report.json, and failed_files.txt with a line ``path|error_type|error_message`` for each failure."""
     with atomically(output_dir / "failed_files.txt") as beside:
-        lines = [f"{failure.path}|{failure.error_type}|{failure.error_message}\n" for failure in report.failed]
-        beside.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")  # a path may be any bytes
+        lines = [
+            f"{failure.path}|{failure.error_type}|{failure.error_message}\n" for failure in report.failed
+        ]
+        beside.write_text(
+            "".join(lines), encoding="utf-8", errors="backslashreplace"
+        )  # a path may be any bytes
     content = asdict(report)
     for entry in content["files"]:
         tally = entry.pop("tally")
         entry["records"] = tally["outcomes"]
-        entry |= {key: tally[key] for key in ("skipped", "changed", "duplicate_ids", "unnamed", "windows", "deduplicated")}
+        entry |= {
+            key: tally[key]
+            for key in ("skipped", "changed", "duplicate_ids", "unnamed", "windows", "deduplicated")
+        }
     with atomically(output_dir / "report.json") as beside:
         beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -243,24 +253,45 @@ def summary(report: Report, output_dir: Path) -> str:
     lines = [
         f"{report.status}: {len(report.files)} of {num_files} files embedded{earlier} in {report.seconds:.1f} s, outputs in {output_dir}",
         f"proteins: {records['in']} read, "
-        + ", ".join(f"{records[key]} {key}" for key in ("ok", "truncated", "windowed", "skipped", "failed", "not_attempted") if records[key] or key == "ok")
+        + ", ".join(
+            f"{records[key]} {key}"
+            for key in ("ok", "truncated", "windowed", "skipped", "failed", "not_attempted")
+            if records[key] or key == "ok"
+        )
         + f"; {records['residues']} residues embedded",
     ]
     if records["deduplicated"]:
-        lines.append(f"identical sequences: {records['deduplicated']} proteins took the embedding of one already computed")
+        lines.append(
+            f"identical sequences: {records['deduplicated']} proteins took the embedding of one already computed"
+        )
     if changed := {key: number for key, number in records["changed"].items() if key != "records"}:
-        lines.append(f"letters changed in {records['changed']['records']} proteins: " + ", ".join(f"{number} {key}" for key, number in changed.items()))
+        lines.append(
+            f"letters changed in {records['changed']['records']} proteins: "
+            + ", ".join(f"{number} {key}" for key, number in changed.items())
+        )
     for rank in report.ranks:
         split = f", {rank['split_packs']} packs split" if rank["split_packs"] else ""
-        speed = f"{rank['tokens']} tokens in {rank['seconds']:.1f} s, {rank['tokens_per_second']:.0f} tokens/s"
-        lines += [f"rank {rank['rank']} ({rank['device']}): {rank['status']}, {rank['sequences']} proteins, {speed}{split}"]
+        speed = (
+            f"{rank['tokens']} tokens in {rank['seconds']:.1f} s, {rank['tokens_per_second']:.0f} tokens/s"
+        )
+        lines += [
+            f"rank {rank['rank']} ({rank['device']}): {rank['status']}, {rank['sequences']} proteins, {speed}{split}"
+        ]
     if tokens:
-        lines.append(f"all ranks: {tokens} tokens, {tokens / report.embedding_seconds:.0f} tokens/s until all outputs were in place")
+        lines.append(
+            f"all ranks: {tokens} tokens, {tokens / report.embedding_seconds:.0f} tokens/s until all outputs were in place"
+        )
     if report.model.get("weights") == "random":
         lines.append("WEIGHTS ARE RANDOM: these embeddings mean nothing; they are for tests and benchmarks")
     if report.reason:
-        lines += [f"stopped: {report.reason}", "what is embedded is kept: run the same command again to go on from there"]
-    lines += [f"failed: {failure.path}: {failure.error_type}: {failure.error_message}" for failure in report.failed[:20]]
+        lines += [
+            f"stopped: {report.reason}",
+            "what is embedded is kept: run the same command again to go on from there",
+        ]
+    lines += [
+        f"failed: {failure.path}: {failure.error_type}: {failure.error_message}"
+        for failure in report.failed[:20]
+    ]
     if len(report.failed) > 20:
         lines.append(f"and {len(report.failed) - 20} more failures, all in failed_files.txt")
     if report.not_attempted:

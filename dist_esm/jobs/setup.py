@@ -14,11 +14,11 @@ import torch
 
 from dist_esm.atomic import atomically
 from dist_esm.config import Config, Format, to_dict
-from dist_esm.distributed import World, together
+from dist_esm.distributed import World
 from dist_esm.model.engine import Engine, default_toks_per_batch, make_engine, num_cores
 from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, choose_kernels
 from dist_esm.model.weights import RANDOM, architecture, fetch, weights_id
-from dist_esm.planning.units import find_files, refuse_nested
+from dist_esm.planning.inputs import find_files, refuse_nested
 from dist_esm.types import FastaFile
 
 log = logging.getLogger("dist_esm")
@@ -45,18 +45,20 @@ class Setup:
     """All that one output directory must not mix."""
 
 
-def prepare(config: Config, world: World) -> Setup:
+def choose_setup(config: Config, world: World) -> Setup:
     """Choose the device and find the weights: all ranks can, or all refuse."""
-    together(world, lambda: make_output_dir(config.output_dir))
-    device = together(world, lambda: choose_device(config.device, world.local_rank, world.local_world_size, world.host))
+    world.all_or_none(make_output_dir, config.output_dir)
+    device = world.all_or_none(
+        choose_device, config.device, world.local_rank, world.local_world_size, world.host
+    )
     dtype = choose_dtype(config.dtype, device)
     head_dim = architecture(config.model).head_dim
-    kernels = together(world, lambda: choose_kernels(config.attention, config.linear, device, dtype, head_dim))
-    together(world, lambda: fetch(config.model) if world.local_rank == 0 else None)
+    kernels = world.all_or_none(choose_kernels, config.attention, config.linear, device, dtype, head_dim)
+    world.all_or_none(lambda: fetch(config.model) if world.local_rank == 0 else None)
     world.start_process_group(device)
     provenance = {
         "model": config.model.name,
-        "weights": together(world, lambda: weights_id(config.model)),
+        "weights": world.all_or_none(weights_id, config.model),
         "layers": config.resolved_layers(),
         "dtype": str(dtype).removeprefix("torch."),
         "save_dtype": config.save_dtype.name,
@@ -65,10 +67,24 @@ def prepare(config: Config, world: World) -> Setup:
         "dist_esm": version("dist_esm"),
     }
     values = to_dict(config)
-    settings = {key: values[key] for key in ("format", "include", "window_overlap", "residues", "max_proteins_per_output")}
+    settings = {
+        key: values[key]
+        for key in ("format", "include", "window_overlap", "residues", "max_proteins_per_output")
+    }
     # On a GPU the rows of a pack choose the matrix kernels, so they are part of what the bits depend on.
-    shape = {"toks_per_batch": config.toks_per_batch or default_toks_per_batch("cuda", config.model.embed_dim)} if device.type == "cuda" else {}
-    settings = {**provenance, **settings, **shape, "device": device.type, "attention": kernels.attention, "linear": kernels.linear.name}
+    shape = (
+        {"toks_per_batch": config.toks_per_batch or default_toks_per_batch("cuda", config.model.embed_dim)}
+        if device.type == "cuda"
+        else {}
+    )
+    settings = {
+        **provenance,
+        **settings,
+        **shape,
+        "device": device.type,
+        "attention": kernels.attention,
+        "linear": kernels.linear.name,
+    }
     del settings["dist_esm"]
     return Setup(device, dtype, kernels, provenance, settings)
 
@@ -88,13 +104,17 @@ def make_output_dir(output_dir: Path) -> None:
             beside.write_text("")
         (scratch / f"writable.{os.getpid()}").unlink()
     except OSError as error:
-        raise ValueError(f"output_dir={output_dir} cannot be written to ({error.strerror}): name a directory that can") from None
+        raise ValueError(
+            f"output_dir={output_dir} cannot be written to ({error.strerror}): name a directory that can"
+        ) from None
 
 
 def load_engine(config: Config, setup: Setup, world: World) -> Engine:
     """The model on this rank's device, its kernels compiled."""
     began = time.monotonic()
-    engine = make_engine(config, setup.device, setup.dtype, setup.kernels, max(1, num_cores() // world.local_world_size))
+    engine = make_engine(
+        config, setup.device, setup.dtype, setup.kernels, max(1, num_cores() // world.local_world_size)
+    )
     loaded = time.monotonic()
     engine.warm_up()
     engine.startup = {"load_seconds": loaded - began, "kernels_seconds": time.monotonic() - loaded}

@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,17 @@ import numpy as np
 import torch
 
 from dist_esm.atomic import atomically, fingerprint
-from dist_esm.attempt import attempt
+from dist_esm.attempt import as_value
 from dist_esm.config import Config, Include, from_dict
-from dist_esm.distributed import World, together
+from dist_esm.distributed import World
 from dist_esm.fasta.blocks import Digests, Tee, whole
 from dist_esm.fasta.parser import read_proteins
+from dist_esm.fasta.segments import apply_length_policy, num_embedded
 from dist_esm.outputs.journal import Entry
 from dist_esm.outputs.journal import read as read_journal
 from dist_esm.outputs.load import EmbeddingSet, load
-from dist_esm.pipeline.reader import shape
-from dist_esm.planning.units import assign, find_files
+from dist_esm.planning.assign import assign
+from dist_esm.planning.inputs import find_files
 from dist_esm.types import Count, FastaFile, Unit
 
 log = logging.getLogger("dist_esm")
@@ -56,39 +56,63 @@ def verify(config: Config, world: World) -> int:
     RefusedError
         On every rank, if there is nothing to check.
     """
-    files = together(world, lambda: find_files(config.input_list()))
-    report, settings = together(world, lambda: read_report(config))
+    files = world.all_or_none(find_files, config.input_list())
+    report, settings = world.all_or_none(read_report, config)
     world.start_process_group(torch.device("cpu"))
     journal = {one.path: entry for entry in read_journal(config.output_dir) for one in entry.written}
     done = {entry["path"]: entry for entry in report["files"]}
     # Inputs that were moved are told by where their outputs are.
-    moved = {journal[entry["outputs"][0]].output: entry for entry in report["files"] if entry["outputs"][0] in journal}
-    reasons = {failure["path"]: f"failed: {failure['error_type']}: {failure['error_message']}" for failure in report["failed"]}
+    moved = {
+        journal[entry["outputs"][0]].output: entry
+        for entry in report["files"]
+        if entry["outputs"][0] in journal
+    }
+    reasons = {
+        failure["path"]: f"failed: {failure['error_type']}: {failure['error_message']}"
+        for failure in report["failed"]
+    }
     reasons |= dict.fromkeys(report["not_attempted"], "not attempted: the run was stopped before it")
     findings: list[Finding] = []
     num_proteins = 0
-    mine = assign([file.num_bytes for file in files], [str(file.path) for file in files], world.world_size)[world.rank]
+    mine = assign([file.num_bytes for file in files], [str(file.path) for file in files], world.world_size)[
+        world.rank
+    ]
     for number in mine:
         path = str(files[number].path)
         entry = done.get(path) or moved.get(str(files[number].output))
         if path in reasons or entry is None:
-            findings.append(Finding(path, reasons.get(path, "not in report.json: it was not part of the run")))
+            findings.append(
+                Finding(path, reasons.get(path, "not in report.json: it was not part of the run"))
+            )
             continue
-        found = attempt(lambda number=number, entry=entry: list(check_file(files[number], entry["outputs"], journal, settings)))  # type: ignore[misc]
+        found = as_value(
+            lambda number=number, entry=entry: list(
+                check_file(files[number], entry["outputs"], journal, settings)
+            )
+        )  # type: ignore[misc]
         problems = [f"{type(found).__name__}: {found}"] if isinstance(found, Exception) else found
         findings += [Finding(path, problem) for problem in problems]
         num_proteins += entry["sequences"]
     told = world.all_gather((findings, len(mine), num_proteins))
     if not world.is_main:
         return 0
-    everything = sorted((finding for share, _, _ in told for finding in share), key=lambda finding: finding.path)
+    everything = sorted(
+        (finding for share, _, _ in told for finding in share), key=lambda finding: finding.path
+    )
     total = {"files": sum(share for _, share, _ in told), "proteins": sum(share for _, _, share in told)}
     with atomically(config.output_dir / "verify.json") as beside:
-        content = {"status": "wrong" if everything else "ok", **total, "findings": [vars(finding) for finding in everything]}
+        content = {
+            "status": "wrong" if everything else "ok",
+            **total,
+            "findings": [vars(finding) for finding in everything],
+        }
         beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for finding in everything:
         print(f"{finding.path}: {finding.problem}")
-    print(f"{'wrong' if everything else 'ok'}: {total['files']} files, {total['proteins']} proteins checked, {len(everything)} findings", flush=True)
+    print(
+        f"{'wrong' if everything else 'ok'}: {total['files']} files, {total['proteins']} proteins checked, {len(everything)} findings",
+        flush=True,
+    )
     return 2 if everything else 0
 
 
@@ -102,17 +126,25 @@ def read_report(config: Config) -> tuple[dict[str, Any], Config]:
     """
     path = config.output_dir / "report.json"
     if not path.is_file():
-        raise ValueError(f"output_dir={config.output_dir} has no report.json: there is no finished run to verify")
+        raise ValueError(
+            f"output_dir={config.output_dir} has no report.json: there is no finished run to verify"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        settings = from_dict({**content["config"], "input": config.input, "output_dir": str(config.output_dir)})
+        settings = from_dict(
+            {**content["config"], "input": config.input, "output_dir": str(config.output_dir)}
+        )
     except (ValueError, KeyError, TypeError) as error:
         problem = " ".join(str(error).split())
-        raise ValueError(f"{path} is no report of this version ({type(error).__name__}: {problem}): run again, which does again only what is missing") from None
+        raise ValueError(
+            f"{path} is no report of this version ({type(error).__name__}: {problem}): run again, which does again only what is missing"
+        ) from None
     return content, settings
 
 
-def check_file(file: FastaFile, outputs: Sequence[str], journal: Mapping[str, Entry], settings: Config) -> Iterator[str]:
+def check_file(
+    file: FastaFile, outputs: Sequence[str], journal: Mapping[str, Entry], settings: Config
+) -> Iterator[str]:
     """What is missing or wrong about the outputs of one file.
 
     Parameters
@@ -143,7 +175,11 @@ def check_file(file: FastaFile, outputs: Sequence[str], journal: Mapping[str, En
         elif found != written[output]:
             yield f"{output} has {found.num_bytes} bytes with another checksum than the {written[output].num_bytes} that were written"
             return
-    texts = sorted((slice_, digest) for entry in entries for slice_, digest in zip(entry.slices, entry.digests, strict=True))
+    texts = sorted(
+        (slice_, digest)
+        for entry in entries
+        for slice_, digest in zip(entry.slices, entry.digests, strict=True)
+    )
     seen = Digests([slice_ for slice_, _ in texts])
     ids, lengths = expected_records(file, settings, seen.update)
     if seen.hexdigests() != [digest for _, digest in texts]:
@@ -155,7 +191,9 @@ def check_file(file: FastaFile, outputs: Sequence[str], journal: Mapping[str, En
         yield difference(found_ids, ids)
         return
     if found_lengths != lengths:
-        place = next(i for i, (one, other) in enumerate(zip(found_lengths, lengths, strict=True)) if one != other)
+        place = next(
+            i for i, (one, other) in enumerate(zip(found_lengths, lengths, strict=True)) if one != other
+        )
         yield f"protein {place + 1} ({ids[place]}) has {found_lengths[place]} embedded residues, {lengths[place]} are expected"
         return
     for part, output in zip(sets, outputs, strict=True):
@@ -167,10 +205,10 @@ def expected_records(file: FastaFile, settings: Config, tee: Tee) -> tuple[list[
     unit = Unit(0, 0, whole(file.path), Count(), Count(), is_whole=True)
     ids, lengths = [], []
     for protein in read_proteins(unit, settings.residues, tee):
-        shaped, _, spans = shape(protein, settings)
+        shaped, _, spans = apply_length_policy(protein, settings)
         if spans:
             ids.append(shaped.id)
-            lengths.append(sum(stop - first for _, _, first, stop in spans))
+            lengths.append(num_embedded(spans))
     return ids, lengths
 
 
@@ -185,9 +223,9 @@ def difference(found: list[str], expected: list[str]) -> str:
 def check_numbers(part: EmbeddingSet, output: str, settings: Config) -> Iterator[str]:
     """Shapes and finite values of every representation in one output."""
     width = settings.model.embed_dim
-    for kind, layer in settings.wanted():
+    for kind, layer in settings.output_representations():
         if kind is not Include.per_tok:
-            values = attempt(partial(part.vectors_of, kind.name, layer))
+            values = as_value(part.vectors_of, kind.name, layer)
             if isinstance(values, Exception):
                 yield f"{output}: {kind.name} of layer {layer} cannot be read: {values}"
             elif values.shape != (len(part), width):

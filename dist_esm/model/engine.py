@@ -27,7 +27,7 @@ from dist_esm.model.kernels.attention import Seqlens, tiles
 from dist_esm.model.kernels.choose import PLAIN, Kernels
 from dist_esm.model.pool import GpuPool, kept_rows, pool
 from dist_esm.model.weights import load_model
-from dist_esm.types import Answer, Pack, Segment
+from dist_esm.types import Pack, Segment, SegmentEmbedding
 
 WAVE = 25344
 """Rows of matrix products that are tiles of 128 and of 192 rows, a whole number for each of an H100's 132 multiprocessors, so that no
@@ -61,7 +61,7 @@ def is_out_of_memory(error: Exception) -> bool:
 class Submitted(Protocol):
     """A pack on its way through the device."""
 
-    def result(self) -> list[Answer]:
+    def result(self) -> list[SegmentEmbedding]:
         """Wait for the answers of its segments, in their order."""
 
 
@@ -101,7 +101,9 @@ class Engine:
         self.wants_rows = wants_rows
         self.rows_dtype = rows_dtype
         self.is_gpu = model.device.type == "cuda"
-        self.toks_per_batch = toks_per_batch or default_toks_per_batch(model.device.type, model.arch.embed_dim)
+        self.toks_per_batch = toks_per_batch or default_toks_per_batch(
+            model.device.type, model.arch.embed_dim
+        )
         self.num_threads = num_threads or num_cores()
         self.idle_seconds = 0.0
         """GPU only: time between one pack's end on the device and the next one's beginning."""
@@ -116,7 +118,9 @@ class Engine:
         if self.is_gpu:
             self._copies = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
         else:
-            self._threads = ThreadPoolExecutor(self.num_threads, "forward", initializer=torch.set_num_threads, initargs=(1,))
+            self._threads = ThreadPoolExecutor(
+                self.num_threads, "forward", initializer=torch.set_num_threads, initargs=(1,)
+            )
 
     def submit(self, pack: Pack, num_rows: int | None = None) -> Submitted:
         """Begin with a pack.
@@ -146,24 +150,28 @@ class Engine:
             rows //= 2
         return rows
 
-    def run(self, pack: Pack, num_rows: int | None = None) -> list[Answer]:
-        """Answer the segments of a pack, in their order; see `submit`."""
+    def run(self, pack: Pack, num_rows: int | None = None) -> list[SegmentEmbedding]:
+        """SegmentEmbedding the segments of a pack, in their order; see `submit`."""
         return self.submit(pack, num_rows).result()
 
     def warm_up(self) -> None:
         """Compile the kernels, or load them, before the first pack."""
         if self.is_gpu:
-            self.run(Pack((Segment(0, 0, np.array([0, 20, 2], dtype=np.uint8), (0, 1)),)), self.toks_per_batch)
+            self.run(
+                Pack((Segment(0, 0, np.array([0, 20, 2], dtype=np.uint8), (0, 1)),)), self.toks_per_batch
+            )
             self._last = None
 
-    def recompute(self, segment: Segment) -> Answer:
-        """Answer one segment in the next wider dtype."""
+    def recompute(self, segment: Segment) -> SegmentEmbedding:
+        """SegmentEmbedding one segment in the next wider dtype."""
         if self.is_abandoned:
             raise CancelledError
         if self._wider is None:
             if self._load_wider is None:
                 raise FloatingPointError("the embedding is not finite, and no wider dtype is at hand")
-            self._wider = Engine(self._load_wider(), self.layers, self.wants_rows, num_threads=1, rows_dtype=self.rows_dtype)
+            self._wider = Engine(
+                self._load_wider(), self.layers, self.wants_rows, num_threads=1, rows_dtype=self.rows_dtype
+            )
         self._wider.wants_rows = self.wants_rows
         (answer,) = self._wider.run(Pack((segment,)), num_rows=0)
         return answer
@@ -191,12 +199,17 @@ class Engine:
         return self.rows_dtype if self.wants_rows else None
 
     @torch.inference_mode()
-    def _on_cpu(self, segments: Sequence[Segment], num_rows: int) -> list[Answer]:
+    def _on_cpu(self, segments: Sequence[Segment], num_rows: int) -> list[SegmentEmbedding]:
         """Embed segments in one forward over at least `num_rows` rows; rows without a protein cost time and nothing else."""
         if self.is_abandoned:
             raise CancelledError
         tokens, positions, bounds = lay_out(segments, num_rows)
-        hidden = self.model(torch.from_numpy(tokens), torch.from_numpy(positions), Seqlens.of(bounds, self.model.device), self.layers)
+        hidden = self.model(
+            torch.from_numpy(tokens),
+            torch.from_numpy(positions),
+            Seqlens.of(bounds, self.model.device),
+            self.layers,
+        )
         return pool(hidden, bounds, [segment.keep for segment in segments], self._rows_dtype)
 
     @torch.inference_mode()
@@ -205,19 +218,37 @@ class Engine:
         tokens, positions, bounds = lay_out(segments, num_rows)
         spans, tiles_C3 = kept_rows(bounds, [segment.keep for segment in segments]), tiles(bounds)
         starts, stops = zip(*spans, strict=True)
-        parts = [np.asarray(part, dtype=np.int32) for part in (tiles_C3.ravel(), bounds[: len(spans)], starts, stops, tokens, positions)]
+        parts = [
+            np.asarray(part, dtype=np.int32)
+            for part in (tiles_C3.ravel(), bounds[: len(spans)], starts, stops, tokens, positions)
+        ]
         began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         began.record()
-        on_device = torch.from_numpy(np.concatenate(parts)).pin_memory().to(self.model.device, non_blocking=True)
-        tiles_C, bos_B, starts_B, stops_B, tokens_T, positions_T = torch.split(on_device, [len(part) for part in parts])
+        on_device = (
+            torch.from_numpy(np.concatenate(parts)).pin_memory().to(self.model.device, non_blocking=True)
+        )
+        tiles_C, bos_B, starts_B, stops_B, tokens_T, positions_T = torch.split(
+            on_device, [len(part) for part in parts]
+        )
         hidden = self.model(tokens_T, positions_T, Seqlens(bounds, tiles_C.view(tiles_C3.shape)), self.layers)
-        pooled = GpuPool(hidden, bos_B, starts_B, stops_B, spans, self.model.kernels.linear.segment_sum, self._rows_dtype, self._copies)
+        pooled = GpuPool(
+            hidden,
+            bos_B,
+            starts_B,
+            stops_B,
+            spans,
+            self.model.kernels.linear.segment_sum,
+            self._rows_dtype,
+            self._copies,
+        )
         submitted = OnDevice(self, pooled, began, self._last)
         self._last = pooled.ended
         return submitted
 
 
-def make_engine(config: Config, device: torch.device, dtype: torch.dtype, kernels: Kernels, num_threads: int | None = None) -> Engine:
+def make_engine(
+    config: Config, device: torch.device, dtype: torch.dtype, kernels: Kernels, num_threads: int | None = None
+) -> Engine:
     """The engine that a configuration asks for, with fp32 behind bf16 and fp16, and fp64 behind fp32."""
     wider = torch.float64 if dtype is torch.float32 else torch.float32
     return Engine(
@@ -254,9 +285,9 @@ class Computing:
     """A pack on a CPU: one future for each segment."""
 
     engine: Engine
-    futures: Sequence[Future[list[Answer]]]
+    futures: Sequence[Future[list[SegmentEmbedding]]]
 
-    def result(self) -> list[Answer]:
+    def result(self) -> list[SegmentEmbedding]:
         """See `Submitted`.
 
         Raises
@@ -280,7 +311,7 @@ class OnDevice:
     before: torch.cuda.Event | None
     """The end of the pack before it."""
 
-    def result(self) -> list[Answer]:
+    def result(self) -> list[SegmentEmbedding]:
         """See `Submitted`."""
         answers = self.pooled.answers()
         if self.before is not None:

@@ -116,7 +116,9 @@ class ESM2(nn.Module):
         """The dtype of matrix products."""
         return self.layers[0].qkv.weight.dtype  # type: ignore[return-value, union-attr]
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, seqlens: Seqlens, repr_layers: Collection[int]) -> dict[int, Tensor]:
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, seqlens: Seqlens, repr_layers: Collection[int]
+    ) -> dict[int, Tensor]:
         """Hidden states of a pack.
 
         Parameters
@@ -134,7 +136,12 @@ class ESM2(nn.Module):
         -------
         dict of int to Tensor, shape (T, D), of the residual stream's dtype: fp32, or wider if matrix products are
         """
-        ops, attend, heads, dtype = self.kernels.linear, self.kernels.attend, self.arch.attention_heads, self.dtype
+        ops, attend, heads, dtype = (
+            self.kernels.linear,
+            self.kernels.attend,
+            self.arch.attention_heads,
+            self.dtype,
+        )
         x_TD = F.embedding(tokens_T, self.entry)
         rotary = ops.rotary(positions_T, self.inv_freq)
         last = max(repr_layers)
@@ -147,5 +154,9 @@ class ESM2(nn.Module):
             following = layers[number].attention_norm if number < last else None
             x_TD, h_TD = ops.residual(x_TD, ops.gelu(h_TD, layer.fc1), layer.fc2, following)
             if number in repr_layers:
-                hidden[number] = ops.norm(x_TD, self.final_norm, self.embed_tokens.weight.dtype) if number == self.arch.num_layers else ops.leave(x_TD)
+                hidden[number] = (
+                    ops.norm(x_TD, self.final_norm, self.embed_tokens.weight.dtype)
+                    if number == self.arch.num_layers
+                    else ops.leave(x_TD)
+                )
         return hidden

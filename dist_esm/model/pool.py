@@ -15,13 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.config import Include
-from dist_esm.types import Answer
+from dist_esm.types import SegmentEmbedding
 
-Vectors = dict[tuple[Include, int], NDArray[Any]]
+ProteinEmbedding = dict[tuple[Include, int], NDArray[Any]]
 """A protein's finished representations by kind and layer: mean and bos (D,), per_tok (L, D)."""
 
 
-def pool(hidden: dict[int, Tensor], bounds: Sequence[int], keeps: Sequence[tuple[int, int]], rows_dtype: torch.dtype | None) -> list[Answer]:
+def pool(
+    hidden: dict[int, Tensor],
+    bounds: Sequence[int],
+    keeps: Sequence[tuple[int, int]],
+    rows_dtype: torch.dtype | None,
+) -> list[SegmentEmbedding]:
     """Reduce the hidden states of a pack.
 
     Parameters
@@ -44,9 +49,11 @@ def pool(hidden: dict[int, Tensor], bounds: Sequence[int], keeps: Sequence[tuple
     for layer, x_TD in hidden.items():
         sums[layer] = torch.stack([x_TD[first:stop].sum(0) for first, stop in spans]).cpu().numpy()
         bos[layer] = x_TD[list(bounds[: len(keeps)])].cpu().numpy()
-        rows[layer] = [x_TD[first:stop].to(rows_dtype).cpu().numpy() for first, stop in spans] if rows_dtype else []
+        rows[layer] = (
+            [x_TD[first:stop].to(rows_dtype).cpu().numpy() for first, stop in spans] if rows_dtype else []
+        )
     return [
-        Answer(
+        SegmentEmbedding(
             {layer: sums[layer][i] for layer in hidden},
             {layer: bos[layer][i] for layer in hidden},
             {layer: rows[layer][i] for layer in hidden} if rows_dtype else {},
@@ -57,7 +64,9 @@ def pool(hidden: dict[int, Tensor], bounds: Sequence[int], keeps: Sequence[tuple
 
 def kept_rows(bounds: Sequence[int], keeps: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """First and one past the last row of the kept residues of each segment; `bounds` and `keeps` as of `pool`."""
-    return [(start + 1 + first, start + 1 + stop) for start, (first, stop) in zip(bounds, keeps, strict=False)]
+    return [
+        (start + 1 + first, start + 1 + stop) for start, (first, stop) in zip(bounds, keeps, strict=False)
+    ]
 
 
 class GpuPool:
@@ -93,21 +102,29 @@ class GpuPool:
         self.spans = spans
         sums = {layer: segment_sum(x_TD, starts_B, stops_B) for layer, x_TD in hidden.items()}
         bos = {layer: x_TD[bos_B] for layer, x_TD in hidden.items()}
-        rows = {layer: x_TD[: spans[-1][1]].to(rows_dtype) for layer, x_TD in hidden.items()} if rows_dtype else {}
+        rows = (
+            {layer: x_TD[: spans[-1][1]].to(rows_dtype) for layer, x_TD in hidden.items()}
+            if rows_dtype
+            else {}
+        )
         self.ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self.ended.record()
         copies.wait_event(self.ended)
         with torch.cuda.stream(copies):
-            self.sums, self.bos, self.rows = ({layer: to_host(x, copies) for layer, x in found.items()} for found in (sums, bos, rows))
+            self.sums, self.bos, self.rows = (
+                {layer: to_host(x, copies) for layer, x in found.items()} for found in (sums, bos, rows)
+            )
             self.copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self.copied.record()
 
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[SegmentEmbedding]:
         """Wait for the copies; the arrays are views of them."""
         self.copied.synchronize()
-        sums, bos, rows = ({layer: x.numpy() for layer, x in tensors.items()} for tensors in (self.sums, self.bos, self.rows))
+        sums, bos, rows = (
+            {layer: x.numpy() for layer, x in tensors.items()} for tensors in (self.sums, self.bos, self.rows)
+        )
         return [
-            Answer(
+            SegmentEmbedding(
                 {layer: x[i] for layer, x in sums.items()},
                 {layer: x[i] for layer, x in bos.items()},
                 {layer: x[first:stop] for layer, x in rows.items()},
@@ -122,9 +139,11 @@ def to_host(x: Tensor, stream: torch.cuda.Stream) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
-def combine(answers: Sequence[Answer], num_embedded: int, wanted: Sequence[tuple[Include, int]]) -> Vectors:
+def combine(
+    answers: Sequence[SegmentEmbedding], num_embedded: int, wanted: Sequence[tuple[Include, int]]
+) -> ProteinEmbedding:
     """The segments of a protein as one: sums added in order and divided once, rows end to end, BOS of the first."""
-    vectors: Vectors = {}
+    vectors: ProteinEmbedding = {}
     for kind, layer in wanted:
         if kind is Include.mean:
             total = answers[0].sums[layer]
@@ -134,5 +153,9 @@ def combine(answers: Sequence[Answer], num_embedded: int, wanted: Sequence[tuple
         elif kind is Include.bos:
             vectors[kind, layer] = answers[0].bos[layer]
         else:
-            vectors[kind, layer] = answers[0].rows[layer] if len(answers) == 1 else np.concatenate([answer.rows[layer] for answer in answers])
+            vectors[kind, layer] = (
+                answers[0].rows[layer]
+                if len(answers) == 1
+                else np.concatenate([answer.rows[layer] for answer in answers])
+            )
     return vectors

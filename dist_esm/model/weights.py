@@ -64,7 +64,9 @@ def fetch(config: ModelConfig) -> None:
     if path is None or path.is_file():
         return
     if config.weights is not None:
-        raise ValueError(f"model.weights={config.weights} is not a file: name a fair-esm checkpoint, or use null (download) or random")
+        raise ValueError(
+            f"model.weights={config.weights} is not a file: name a fair-esm checkpoint, or use null (download) or random"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     url = URL.format(name=config.name)
     try:
@@ -84,7 +86,9 @@ def weights_id(config: ModelConfig) -> str:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for entry in sorted(archive.infolist(), key=lambda entry: entry.filename.partition("/")[2]):
-                digest.update(f"{entry.filename.partition('/')[2]} {entry.file_size} {entry.CRC:08x}\n".encode())
+                digest.update(
+                    f"{entry.filename.partition('/')[2]} {entry.file_size} {entry.CRC:08x}\n".encode()
+                )
     else:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
@@ -158,7 +162,9 @@ def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         layer |= {f"{name}.{part}": shape for part, shape in norm.items()}
     layer["self_attn.rot_emb.inv_freq"] = (arch.head_dim // 2,)
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (NUM_TOKENS, width)}
-    shapes |= {f"layers.{number}.{name}": shape for number in range(arch.num_layers) for name, shape in layer.items()}
+    shapes |= {
+        f"layers.{number}.{name}": shape for number in range(arch.num_layers) for name, shape in layer.items()
+    }
     return shapes | {f"emb_layer_norm_after.{part}": shape for part, shape in norm.items()}
 
 
@@ -174,12 +180,16 @@ def read_checkpoint(path: Path, arch: Architecture, name: str) -> Mapping[str, T
         starts_as_zip = file.read(2) == b"PK"
     is_zip = zipfile.is_zipfile(path)
     if starts_as_zip and not is_zip:
-        raise ValueError(f"{path} is truncated: {path.stat().st_size} bytes without the end of the archive; remove it and fetch it again")
+        raise ValueError(
+            f"{path} is truncated: {path.stat().st_size} bytes without the end of the archive; remove it and fetch it again"
+        )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as a fair-esm checkpoint: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"{path} cannot be read as a fair-esm checkpoint: {str(error).splitlines()[0]}"
+        ) from None
     tensors = content.get("model") if isinstance(content, dict) else None
     if not isinstance(tensors, dict):
         raise ValueError(f"{path} is no fair-esm checkpoint: it has no entry 'model'")
@@ -192,10 +202,14 @@ def read_checkpoint(path: Path, arch: Architecture, name: str) -> Mapping[str, T
         raise ValueError(f"{path} lacks {shown}: it is not a whole {name}")
     wrong = next((key for key, shape in shapes.items() if tuple(state[key].shape) != shape), None)
     if wrong is not None:
-        raise ValueError(f"{path}: {wrong} has shape {tuple(state[wrong].shape)}, {name} wants {shapes[wrong]}")
+        raise ValueError(
+            f"{path}: {wrong} has shape {tuple(state[wrong].shape)}, {name} wants {shapes[wrong]}"
+        )
     settings = content.get("cfg", {}).get("model") if isinstance(content.get("cfg"), dict) else None
     if not getattr(settings, "token_dropout", True):
-        raise ValueError(f"{path} was trained without token dropout: no ESM-2 is, and its embeddings would be scaled wrongly")
+        raise ValueError(
+            f"{path} was trained without token dropout: no ESM-2 is, and its embeddings would be scaled wrongly"
+        )
     return state
 
 
@@ -204,13 +218,17 @@ def _check_architecture(path: Path, state: Mapping[str, Tensor], arch: Architect
     numbers = [int(key.split(".")[1]) for key in state if re.match(r"layers\.\d+\.", key)]
     frequencies = state.get("layers.0.self_attn.rot_emb.inv_freq")
     if embedding is None or embedding.ndim != 2 or not numbers or frequencies is None:
-        raise ValueError(f"{path} is no ESM-2 checkpoint: it lacks embed_tokens, layers or rotary frequencies")
+        raise ValueError(
+            f"{path} is no ESM-2 checkpoint: it lacks embed_tokens, layers or rotary frequencies"
+        )
     width = embedding.shape[1]
     found = Architecture(max(numbers) + 1, width, width // (2 * len(frequencies)))
     if found != arch:
         known = KNOWN.get(found)
         remedy = f"use model={known}" if known else "name the checkpoint of that model"
-        raise ValueError(f"{path} holds {known or 'another model'} ({found}), but model={name} has {arch}: {remedy}")
+        raise ValueError(
+            f"{path} holds {known or 'another model'} ({found}), but model={name} has {arch}: {remedy}"
+        )
 
 
 def random_tensor(name: str, shape: tuple[int, ...], num_layers: int, generator: torch.Generator) -> Tensor:
@@ -239,7 +257,9 @@ def fill(model: ESM2, tensor: Callable[[str], Tensor], device: torch.device, dty
         return tensor(name).to(device)
 
     def put(module: nn.Module, part: str, to: torch.dtype, *sources: Tensor) -> None:
-        target = torch.empty((sum(len(source) for source in sources), *sources[0].shape[1:]), dtype=to, device=device)
+        target = torch.empty(
+            (sum(len(source) for source in sources), *sources[0].shape[1:]), dtype=to, device=device
+        )
         first = 0
         for source in sources:
             target[first : first + len(source)].copy_(source)
@@ -249,7 +269,11 @@ def fill(model: ESM2, tensor: Callable[[str], Tensor], device: torch.device, dty
     def turned(name: str) -> Tensor:
         """Rows of queries or keys; those that are rotated against each other side by side if that is wanted."""
         rows = get(name).to(wide)
-        return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).flatten(0, 2) if ops.interleaves else rows
+        return (
+            rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).flatten(0, 2)
+            if ops.interleaves
+            else rows
+        )
 
     put(model.embed_tokens, "weight", wide, get("embed_tokens.weight").to(wide) * TOKEN_DROPOUT_FACTOR)
     model.entry = ops.enter(model.embed_tokens.weight)
@@ -257,7 +281,10 @@ def fill(model: ESM2, tensor: Callable[[str], Tensor], device: torch.device, dty
         assert isinstance(layer, Layer)
         prefix = f"layers.{number}"
         for part, to in (("weight", dtype), ("bias", ops.bias_dtype or dtype)):
-            queries, keys = turned(f"{prefix}.self_attn.q_proj.{part}") * scale, turned(f"{prefix}.self_attn.k_proj.{part}")
+            queries, keys = (
+                turned(f"{prefix}.self_attn.q_proj.{part}") * scale,
+                turned(f"{prefix}.self_attn.k_proj.{part}"),
+            )
             put(layer.qkv, part, to, queries, keys, get(f"{prefix}.self_attn.v_proj.{part}"))
             put(layer.out, part, to, get(f"{prefix}.self_attn.out_proj.{part}"))
             put(layer.fc1, part, to, get(f"{prefix}.fc1.{part}"))

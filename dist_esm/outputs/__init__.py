@@ -1,1 +1,1 @@
-"""Embeddings to files and back. Starts no thread that outlives a call."""
+"""OutputTable to files and back. Starts no thread that outlives a call."""

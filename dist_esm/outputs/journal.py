@@ -72,7 +72,9 @@ class Journal:
         if self._file is None:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         if not self.path.exists():
-            raise FileNotFoundError(f"{self.path} is gone: was output_dir removed while the run was under way?")
+            raise FileNotFoundError(
+                f"{self.path} is gone: was output_dir removed while the run was under way?"
+            )
         deadline = time.monotonic() + ROOM_SECONDS
         while not self._write(b"".join(map(encode, entries))):
             # A full disk: a piece that is being written may fail and give its room back.
@@ -143,10 +145,16 @@ def check_settings(output_dir: Path, settings: dict[str, Any], resume: bool) -> 
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(settings))
-    changed = [f"{key}={before.get(key)!r} before, {now.get(key)!r} now" for key in {**before, **now} if before.get(key) != now.get(key)]
+    changed = [
+        f"{key}={before.get(key)!r} before, {now.get(key)!r} now"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    ]
     if changed:
         remedy = "name another output_dir, or start over with resume=false"
-        raise ValueError(f"output_dir={output_dir} holds embeddings made under other settings ({'; '.join(changed)}): {remedy}")
+        raise ValueError(
+            f"output_dir={output_dir} holds embeddings made under other settings ({'; '.join(changed)}): {remedy}"
+        )
 
 
 def write_settings(output_dir: Path, settings: dict[str, Any]) -> None:
@@ -204,14 +212,25 @@ def lock(output_dir: Path) -> IO[str]:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 file.close()
-                raise ValueError(f"output_dir={output_dir} is in use by another run: wait for its end, or name another output_dir") from None
+                raise ValueError(
+                    f"output_dir={output_dir} is in use by another run: wait for its end, or name another output_dir"
+                ) from None
             time.sleep(0.2)
         else:
             return file
 
 
 def entry_of(
-    output: str, slices: Sequence[Slice], digests: list[str], written: list[WrittenFile], tally: Tally, rank: int, seconds: float, is_joined: bool = False
+    output: str,
+    slices: Sequence[Slice],
+    digests: list[str],
+    written: list[WrittenFile],
+    tally: Tally,
+    rank: int,
+    seconds: float,
+    is_joined: bool = False,
 ) -> Entry:
     """An entry for slices of a file."""
-    return Entry(output, [(one.start, one.stop) for one in slices], digests, written, tally, rank, seconds, is_joined)
+    return Entry(
+        output, [(one.start, one.stop) for one in slices], digests, written, tally, rank, seconds, is_joined
+    )

@@ -1,4 +1,4 @@
-"""Embeddings read back, the same for every format: one output, or all of a run in input order."""
+"""OutputTable read back, the same for every format: one output, or all of a run in input order."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_esm.attempt import attempt
+from dist_esm.attempt import as_value
 from dist_esm.outputs.formats.base import About, Opened
+from dist_esm.outputs.formats.fair_esm import ABOUT, MAP, OpenedFairEsm
 from dist_esm.outputs.formats.h5 import OpenedH5
 from dist_esm.outputs.formats.parquet import OpenedParquet
-from dist_esm.outputs.formats.pt import ABOUT, MAP, OpenedFairEsm, OpenedPt
+from dist_esm.outputs.formats.pt import OpenedPt
 from dist_esm.outputs.formats.safetensors import OpenedSafetensors
 
 OPENERS: dict[str, Callable[[Path], Opened]] = {
@@ -34,7 +35,7 @@ MAX_OPEN = 8
 
 
 def load(path: str | os.PathLike[str]) -> EmbeddingSet:
-    """Embeddings of one output, or of a whole run.
+    """OutputTable of one output, or of a whole run.
 
     Parameters
     ----------
@@ -57,14 +58,20 @@ def load(path: str | os.PathLike[str]) -> EmbeddingSet:
         raise ValueError(f"{path} is not there: name an output_dir or one output in it")
     report = path / "report.json"
     if report.is_file():
-        files = attempt(lambda: json.loads(report.read_text(encoding="utf-8"))["files"])
+        files = as_value(lambda: json.loads(report.read_text(encoding="utf-8"))["files"])
         if isinstance(files, Exception):
-            raise ValueError(f"{report} is no report of dist_esm ({type(files).__name__}): run again, or name one output")
+            raise ValueError(
+                f"{report} is no report of dist_esm ({type(files).__name__}): run again, or name one output"
+            )
         return EmbeddingSet([path / output for entry in files for output in entry["outputs"]])
     if path.is_dir() and not (path / MAP).is_file():
-        raise ValueError(f"{path} has neither a report.json nor an {MAP}: name the output_dir of a run that has ended, or one output")
+        raise ValueError(
+            f"{path} has neither a report.json nor an {MAP}: name the output_dir of a run that has ended, or one output"
+        )
     if path.is_file() and path.suffix not in OPENERS:
-        raise ValueError(f"{path} is no output of dist_esm: name an output_dir, or a file that ends in {', '.join(filter(None, OPENERS))}")
+        raise ValueError(
+            f"{path} is no output of dist_esm: name an output_dir, or a file that ends in {', '.join(filter(None, OPENERS))}"
+        )
     return EmbeddingSet([path])
 
 
@@ -78,12 +85,14 @@ def open_output(path: Path) -> Opened:
     """
     if not (path / ABOUT if path.is_dir() else path).is_file():
         raise ValueError(f"{path} is not there or not whole: run again with resume=true, which does it again")
-    opened = attempt(lambda: OPENERS["" if path.is_dir() else path.suffix](path))
+    opened = as_value(lambda: OPENERS["" if path.is_dir() else path.suffix](path))
     if isinstance(opened, ModuleNotFoundError):
         raise ValueError(f"reading {path} needs {opened.name}: pip install 'dist_esm[formats]'")
     if isinstance(opened, Exception):
         reason = " ".join(str(opened).split())
-        raise ValueError(f"{path} is damaged or no output of dist_esm ({type(opened).__name__}: {reason}): embed its input again")
+        raise ValueError(
+            f"{path} is damaged or no output of dist_esm ({type(opened).__name__}: {reason}): embed its input again"
+        )
     return opened
 
 
@@ -91,7 +100,7 @@ class EmbeddingSet:
     """N proteins in input order, from one output or many. It reads what is asked for when it is asked for, and is for one thread.
 
     ``set[3]`` and ``set["P12345"]`` are a protein's vector, shape (D,); of an id that is there more than once, the first's, and `positions` names
-    all of them. Vectors are the mean over residues of the last requested layer; `vectors_of` has the others.
+    all of them. ProteinEmbedding are the mean over residues of the last requested layer; `vectors_of` has the others.
 
     Parameters
     ----------
@@ -132,7 +141,9 @@ class EmbeddingSet:
     @property
     def headers(self) -> list[str]:
         """Whole headers. Read from disk each time."""
-        return [header for output in range(len(self._outputs)) for header in self._opened(output).records()[1]]
+        return [
+            header for output in range(len(self._outputs)) for header in self._opened(output).records()[1]
+        ]
 
     @property
     def sources(self) -> list[str]:
@@ -159,7 +170,9 @@ class EmbeddingSet:
             If there are no outputs.
         """
         if not self._index:
-            raise ValueError("the run has no outputs, so there is nothing to say of them: see failed_files.txt")
+            raise ValueError(
+                "the run has no outputs, so there is nothing to say of them: see failed_files.txt"
+            )
         return self._index[0][0]
 
     def vectors_of(self, kind: str, layer: int) -> NDArray[np.float32]:
@@ -194,8 +207,12 @@ class EmbeddingSet:
     def _check(self, kind: str, layer: int) -> None:
         kinds = self.about.kinds
         if layer not in kinds.get(kind, []):
-            there = ", ".join(f"{one} of layer {number}" for one, layers in kinds.items() for number in layers)
-            raise ValueError(f"{kind} of layer {layer} is not there, but {there}: embed with include=[{kind}] and repr_layers=[{layer}]")
+            there = ", ".join(
+                f"{one} of layer {number}" for one, layers in kinds.items() for number in layers
+            )
+            raise ValueError(
+                f"{kind} of layer {layer} is not there, but {there}: embed with include=[{kind}] and repr_layers=[{layer}]"
+            )
 
     def _find(self, protein: str | SupportsIndex) -> tuple[int, int]:
         """An output and the position in it."""
@@ -225,7 +242,9 @@ class EmbeddingSet:
             opened = self._opened(output)
             about, first = opened.about, index[0][0] if index else opened.about
             if (about.provenance, about.kinds, about.width) != (first.provenance, first.kinds, first.width):
-                raise ValueError(f"{path} and {self._outputs[0]} were made under different settings: load them one by one")
+                raise ValueError(
+                    f"{path} and {self._outputs[0]} were made under different settings: load them one by one"
+                )
             ids, _, lengths = opened.records()
             index.append((about, list(ids), list(lengths)))
         return index

@@ -64,15 +64,21 @@ class _Pickler:
         elif type(content) is Tensor:
             self._file.write(self._tensor(content))
         elif type(content) is RowsOf:
-            self._file.write(b"".join([pickle.EMPTY_LIST, pickle.MARK, *self._rows(content.matrix), pickle.APPENDS]))
+            self._file.write(
+                b"".join([pickle.EMPTY_LIST, pickle.MARK, *self._rows(content.matrix), pickle.APPENDS])
+            )
         elif type(content) is list and content and type(content[0]) is Tensor:
-            self._file.write(b"".join([pickle.EMPTY_LIST, pickle.MARK, *map(self._tensor, content), pickle.APPENDS]))
+            self._file.write(
+                b"".join([pickle.EMPTY_LIST, pickle.MARK, *map(self._tensor, content), pickle.APPENDS])
+            )
         else:
             self._file.write(plain(content))
 
     def _tensor(self, tensor: Tensor) -> bytes:
         """A tensor as every checkpoint of torch has it, rebuilt from its storage, offset, shape, strides and an empty dict of hooks."""
-        return whole_number(int(tensor.storage_offset())).join(self._around(tensor, tuple(tensor.shape), tensor.stride()))
+        return whole_number(int(tensor.storage_offset())).join(
+            self._around(tensor, tuple(tensor.shape), tensor.stride())
+        )
 
     def _rows(self, matrix: Tensor) -> Iterator[bytes]:
         """What `_tensor` gives for each row."""
@@ -100,7 +106,18 @@ class _Pickler:
     def _storage(self, tensor: Tensor) -> bytes:
         kind, storage_type, key, location, size = self.persistent_id(tensor.__reduce_ex__(2)[1][0])  # type: ignore[no-untyped-call]
         of_type = name_of(storage_type.__module__, storage_type.__name__)
-        return b"".join((pickle.MARK, plain(kind), of_type, plain(key), plain(location), plain(size), pickle.TUPLE, pickle.BINPERSID))
+        return b"".join(
+            (
+                pickle.MARK,
+                plain(kind),
+                of_type,
+                plain(key),
+                plain(location),
+                plain(size),
+                pickle.TUPLE,
+                pickle.BINPERSID,
+            )
+        )
 
     def _once(self, what: Any, make: Any) -> bytes:
         """What pushes a value: made and remembered the first time, recalled from then on."""

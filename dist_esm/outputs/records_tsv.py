@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dist_esm.types import Announcement, RecordOutcome, Tally
+from dist_esm.types import RecordOutcome, RecordRead, Tally
 
 
-def note(record: Announcement, number: int, tally: Tally, notes: list[str]) -> None:
+def note(record: RecordRead, number: int, tally: Tally, notes: list[str]) -> None:
     """Count a record, the one of this number in its file from 1, and add a line of `NOTE_COLUMNS` if anything about it is not as it came."""
     protein, changes = record.protein, record.protein.changes
     outcome = record.outcome.name
@@ -23,5 +23,14 @@ def note(record: Announcement, number: int, tally: Tally, notes: list[str]) -> N
     if changes or protein.is_unnamed or record.outcome is not RecordOutcome.ok:
         remark = protein.skipped or ("no id in the header" if protein.is_unnamed else "")
         windows = record.num_segments if is_windowed else 0
-        columns = (number, protein.id, outcome, len(protein.residues), record.num_embedded, windows, *changes, remark)
+        columns = (
+            number,
+            protein.id,
+            outcome,
+            len(protein.residues),
+            record.num_embedded,
+            windows,
+            *changes,
+            remark,
+        )
         notes.append("\t".join(map(str, columns)))

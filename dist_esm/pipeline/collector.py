@@ -6,7 +6,7 @@ handled by one thread, so there is nothing to lock; `outputs` writes what is com
 the queue and slows the others down.
 
 Memory is the announced proteins that are not answered yet, the answers kept for identical sequences (`DEDUPE_BYTES`), and the
-in-memory part of the spools of the units in flight.
+in-memory part of the buffers of the units in flight.
 """
 
 from __future__ import annotations
@@ -24,13 +24,26 @@ from typing import Any
 import numpy as np
 
 from dist_esm.atomic import remove
-from dist_esm.attempt import attempt
+from dist_esm.attempt import as_value
 from dist_esm.config import Include
-from dist_esm.model.pool import Vectors, combine
+from dist_esm.model.pool import ProteinEmbedding, combine
 from dist_esm.outputs.records_tsv import note
-from dist_esm.outputs.row_buffer import Memory, Spool, are_finite
-from dist_esm.pipeline.writer_pool import Job, OutputSettings, Piece, Writers, write_piece_of
-from dist_esm.types import Announcement, Answer, Failure, FastaFile, RecordOutcome, Row, Segment, Tally, Unit, UnitFailure, UnitResult, WrittenFile
+from dist_esm.outputs.row_buffer import Memory, RowBuffer, are_finite
+from dist_esm.pipeline.writer_pool import Job, OutputBuilder, OutputSettings, Writers, write_built
+from dist_esm.types import (
+    Failure,
+    FastaFile,
+    RecordOutcome,
+    RecordRead,
+    Row,
+    Segment,
+    SegmentEmbedding,
+    Tally,
+    Unit,
+    UnitFailure,
+    UnitResult,
+    WrittenFile,
+)
 
 Message = tuple[Callable[..., None], tuple[Any, ...]]
 MAX_ANSWERED = 3
@@ -43,7 +56,7 @@ class UnitState:
 
     unit: Unit
     started: float
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[OutputBuilder] = field(default_factory=list)
     written: dict[int, WrittenFile] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
     num_records: int = 0
@@ -56,11 +69,11 @@ class Waiting:
     """A protein that has a place and no answer yet."""
 
     unit: int
-    piece: Piece
+    piece: OutputBuilder
     index: int
     row: int
     num_embedded: int
-    answers: list[Answer | None]
+    answers: list[SegmentEmbedding | None]
 
     @property
     def name(self) -> str | None:
@@ -100,7 +113,7 @@ class Collector:
         self._units: dict[int, UnitState] = {}
         self._waiting: dict[int, Waiting] = {}
         self._followers: dict[int, list[int]] = {}
-        self._kept: dict[int, Vectors | Exception | None] = {}
+        self._kept: dict[int, ProteinEmbedding | Exception | None] = {}
         self._copiers = ThreadPoolExecutor(max(1, settings.num_writers // 2), "copier")
         self._memory = Memory(copiers=self._copiers)
         self._writers = Writers(settings.output_dir, settings.num_writers, self._on_written)
@@ -115,7 +128,7 @@ class Collector:
         """A unit is being read."""
         self._post(self._on_begin, key, unit, time.monotonic())
 
-    def announce(self, batch: list[Announcement]) -> None:
+    def announce(self, batch: list[RecordRead]) -> None:
         """Records were read."""
         self._post(self._on_announce, batch)
 
@@ -131,7 +144,7 @@ class Collector:
         """A unit was not read to its end; it gets no outcome."""
         self._post(self._on_abandon, key)
 
-    def answer(self, segments: Sequence[Segment], answers: Sequence[Answer | Exception]) -> None:
+    def answer(self, segments: Sequence[Segment], answers: Sequence[SegmentEmbedding | Exception]) -> None:
         """A pack was computed; an exception in an answer's place fails its protein's unit."""
         self._room.acquire()
         self._post(self._on_answers, segments, answers)
@@ -162,10 +175,10 @@ class Collector:
             if handle == self._on_answers:
                 self._room.release()
             if self.crash is None:
-                crash = attempt(partial(self._handle, handle, args))
+                crash = as_value(self._handle, handle, args)
                 self.crash = crash if isinstance(crash, Exception) else None
         while self.crash is None and self._writers.is_busy:
-            crash = attempt(lambda: self._take(self._writers.finished(lambda: False)))
+            crash = as_value(lambda: self._take(self._writers.finished(lambda: False)))
             self.crash = crash if isinstance(crash, Exception) else None
         self._writers.close()
         self._copiers.shutdown()
@@ -182,55 +195,83 @@ class Collector:
     def _on_begin(self, key: int, unit: Unit, started: float) -> None:
         self._units[key] = UnitState(unit, started)
 
-    def _on_announce(self, batch: list[Announcement]) -> None:
+    def _on_announce(self, batch: list[RecordRead]) -> None:
         for record in batch:
-            if record.like == record.ticket:
-                self._kept[record.ticket] = None
+            if record.duplicate_of == record.protein_index:
+                self._kept[record.protein_index] = None
             state = self._units.get(record.unit)
             if state is not None:
                 self._place(state, record)
-            elif record.like == record.ticket:  # its unit has failed, yet records of others may wait for its answer
-                self._waiting[record.ticket] = Waiting(record.unit, Piece(0), 0, 0, record.num_embedded, [None] * record.num_segments)
-            for ticket in record.forgotten:
-                self._kept.pop(ticket, None)
+            elif (
+                record.duplicate_of == record.protein_index
+            ):  # its unit has failed, yet records of others may wait for its answer
+                self._waiting[record.protein_index] = Waiting(
+                    record.unit, OutputBuilder(0), 0, 0, record.num_embedded, [None] * record.num_segments
+                )
+            for protein_index in record.evicted:
+                self._kept.pop(protein_index, None)
 
-    def _place(self, state: UnitState, record: Announcement) -> None:
+    def _place(self, state: UnitState, record: RecordRead) -> None:
         """Give a record its place in its unit's output, and its answer if an identical sequence has one already."""
         piece = self._piece_for(state, record)
         note(record, state.unit.before.sequences + state.num_records, state.tally, piece.notes)
         if record.outcome is RecordOutcome.skipped:
             return
-        self._waiting[record.ticket] = Waiting(record.unit, piece, len(piece.rows), piece.num_residues, record.num_embedded, [None] * record.num_segments)
+        self._waiting[record.protein_index] = Waiting(
+            record.unit,
+            piece,
+            len(piece.rows),
+            piece.num_residues,
+            record.num_embedded,
+            [None] * record.num_segments,
+        )
         protein, number = record.protein, state.unit.before.sequences + state.num_records - 1
-        row = Row(protein.id, protein.header, number, len(protein.residues), record.num_embedded, record.outcome.name, *protein.changes)
+        row = Row(
+            protein.id,
+            protein.header,
+            number,
+            len(protein.residues),
+            record.num_embedded,
+            record.outcome.name,
+            *protein.changes,
+        )
         piece.rows.append(row)
         piece.num_residues += record.num_embedded
-        if record.like in (None, record.ticket):
+        if record.duplicate_of in (None, record.protein_index):
             return
         state.tally.deduplicated += 1
-        answer = self._kept.get(record.like)
+        answer = self._kept.get(record.duplicate_of)
         if isinstance(answer, Exception):
             self._on_fail(record.unit, answer, protein.id)
         elif answer is not None:
-            self._settle(record.ticket, answer)
+            self._settle(record.protein_index, answer)
         else:
-            self._followers.setdefault(record.like, []).append(record.ticket)
+            self._followers.setdefault(record.duplicate_of, []).append(record.protein_index)
 
-    def _piece_for(self, state: UnitState, record: Announcement) -> Piece:
+    def _piece_for(self, state: UnitState, record: RecordRead) -> OutputBuilder:
         """The piece that the next record belongs to; a part that is full is closed."""
         unit = state.unit
-        part, index = divmod(state.num_records, self.settings.max_proteins_per_output) if unit.first_part is not None else (0, state.num_records)
+        part, index = (
+            divmod(state.num_records, self.settings.max_proteins_per_output)
+            if unit.first_part is not None
+            else (0, state.num_records)
+        )
         if index == 0 and state.pieces:
             state.pieces[-1].is_closed = True
             self._write_if_complete(record.unit, state, state.pieces[-1])
         if part == len(state.pieces):
-            state.pieces.append(Piece(part))
+            state.pieces.append(OutputBuilder(part))
         state.num_records += 1
         return state.pieces[part]
 
-    def _on_answers(self, segments: Sequence[Segment], answers: Sequence[Answer | Exception]) -> None:
+    def _on_answers(
+        self, segments: Sequence[Segment], answers: Sequence[SegmentEmbedding | Exception]
+    ) -> None:
         # While outputs are being written their rows are about to leave memory; only what finds no room then has to wait on disk.
-        num_bytes = sum(stop - first for first, stop in (segment.keep for segment in segments)) * self.settings.residue_bytes
+        num_bytes = (
+            sum(stop - first for first, stop in (segment.keep for segment in segments))
+            * self.settings.residue_bytes
+        )
         self._take(self._writers.finished(lambda: self._memory.left >= num_bytes))
         for segment, answer in zip(segments, answers, strict=True):
             waiting = self._waiting.get(segment.protein)
@@ -239,49 +280,63 @@ class Collector:
             if isinstance(answer, Exception):
                 if segment.protein in self._kept:
                     self._kept[segment.protein] = answer
-                for ticket in [segment.protein, *self._followers.pop(segment.protein, [])]:
-                    if ticket in self._waiting:
-                        self._on_fail(self._waiting[ticket].unit, answer, self._waiting[ticket].name)
+                for protein_index in [segment.protein, *self._followers.pop(segment.protein, [])]:
+                    if protein_index in self._waiting:
+                        self._on_fail(
+                            self._waiting[protein_index].unit, answer, self._waiting[protein_index].name
+                        )
                 self._waiting.pop(segment.protein, None)
                 continue
             waiting.answers[segment.part] = answer
             if all(waiting.answers):
-                vectors = combine([one for one in waiting.answers if one is not None], waiting.num_embedded, self.settings.wanted)
+                vectors = combine(
+                    [one for one in waiting.answers if one is not None],
+                    waiting.num_embedded,
+                    self.settings.wanted,
+                )
                 if segment.protein in self._kept:
                     self._kept[segment.protein] = vectors
                 followers = self._followers.pop(segment.protein, [])
-                for ticket in [segment.protein, *followers]:
-                    self._settle(ticket, vectors)
+                for protein_index in [segment.protein, *followers]:
+                    self._settle(protein_index, vectors)
 
-    def _settle(self, ticket: int, vectors: Vectors) -> None:
+    def _settle(self, protein_index: int, vectors: ProteinEmbedding) -> None:
         """Put a protein's vectors in their place."""
-        waiting = self._waiting.pop(ticket, None)
+        waiting = self._waiting.pop(protein_index, None)
         state = self._units.get(waiting.unit) if waiting else None
         if waiting is None or state is None:
             return
         with np.errstate(over="ignore"):  # what is too large for the dtype becomes infinite
             vectors = {key: rows.astype(self.settings.dtype, copy=False) for key, rows in vectors.items()}
         # In fp32 residues are finite if their sums are, and those were looked at before they came here; looking at every number takes time.
-        looked_at = (rows for (kind, _), rows in vectors.items() if kind is not Include.per_tok or rows.dtype == np.float16)
+        looked_at = (
+            rows
+            for (kind, _), rows in vectors.items()
+            if kind is not Include.per_tok or rows.dtype == np.float16
+        )
         if not all(map(are_finite, looked_at)):
-            problem = FloatingPointError(f"save_dtype={self.settings.dtype.name} cannot hold a number of its embedding: use save_dtype=float32")
+            problem = FloatingPointError(
+                f"save_dtype={self.settings.dtype.name} cannot hold a number of its embedding: use save_dtype=float32"
+            )
             self._on_fail(waiting.unit, problem, waiting.name)
             return
-        error = attempt(lambda: self._spool(waiting, vectors))
+        error = as_value(self._spool, waiting, vectors)
         if isinstance(error, Exception):
             self._on_fail(waiting.unit, error)
             return
         waiting.piece.num_answered += 1
         self._write_if_complete(waiting.unit, state, waiting.piece)
 
-    def _spool(self, waiting: Waiting, vectors: Vectors) -> None:
+    def _spool(self, waiting: Waiting, vectors: ProteinEmbedding) -> None:
         settings, count = self.settings, self._units[waiting.unit].unit.count
         for (kind, layer), rows in vectors.items():
-            spool = waiting.piece.spools.get((kind, layer))
-            if spool is None:
+            buffer = waiting.piece.buffers.get((kind, layer))
+            if buffer is None:
                 expected = count.residues if kind is Include.per_tok else count.sequences
-                spool = waiting.piece.spools[kind, layer] = Spool(rows.shape[-1], settings.dtype, settings.scratch, self._memory, expected)
-            spool.write(waiting.row if kind is Include.per_tok else waiting.index, rows)
+                buffer = waiting.piece.buffers[kind, layer] = RowBuffer(
+                    rows.shape[-1], settings.dtype, settings.scratch, self._memory, expected
+                )
+            buffer.write(waiting.row if kind is Include.per_tok else waiting.index, rows)
 
     def _on_end(self, key: int, digest: str) -> None:
         state = self._units.get(key)
@@ -289,7 +344,7 @@ class Collector:
             return
         state.digest = digest
         if not state.pieces:
-            state.pieces.append(Piece(0))
+            state.pieces.append(OutputBuilder(0))
         state.is_closed = state.pieces[-1].is_closed = True
         self._write_if_complete(key, state, state.pieces[-1])
 
@@ -315,13 +370,19 @@ class Collector:
                 remove(self.settings.output_dir / written.path)
         return state
 
-    def _write_if_complete(self, key: int, state: UnitState, piece: Piece) -> None:
+    def _write_if_complete(self, key: int, state: UnitState, piece: OutputBuilder) -> None:
         if piece.is_closed and piece.num_answered == len(piece.rows) and not piece.is_being_written:
             piece.is_being_written = True
             self._take(self._writers.finished(lambda: self._writers.has_room))
-            self._writers.submit(Job(key, piece, partial(write_piece_of, self.settings, self.files[state.unit.file], state.unit, piece)))
+            self._writers.submit(
+                Job(
+                    key,
+                    piece,
+                    partial(write_built, self.settings, self.files[state.unit.file], state.unit, piece),
+                )
+            )
 
-    def _take(self, finished: Iterable[tuple[int, Piece, WrittenFile | Exception]]) -> None:
+    def _take(self, finished: Iterable[tuple[int, OutputBuilder, WrittenFile | Exception]]) -> None:
         """Pieces that were written, or were not. What they complete is passed on together."""
         results: list[UnitResult] = []
         for key, piece, written in finished:

@@ -8,7 +8,6 @@ about the fullest, and no protein waits long for its answer. Memory is the open 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 from dist_esm.types import Pack, Segment
 
@@ -51,7 +50,9 @@ class Packer:
 
     def flush(self) -> Iterator[Pack]:
         """Let all that is held go, in as few packs as first-fit makes of it with the longest segments first."""
-        segments = sorted((segment for pack in self._open for segment in pack), key=lambda segment: -len(segment.tokens))
+        segments = sorted(
+            (segment for pack in self._open for segment in pack), key=lambda segment: -len(segment.tokens)
+        )
         again = Packer(self.capacity, len(segments))
         self._open, self._room = [], []
         for segment in segments:
@@ -62,18 +63,3 @@ class Packer:
     def _close(self, index: int) -> Pack:
         del self._room[index]
         return Pack(tuple(self._open.pop(index)))
-
-
-def windows(num_residues: int, width: int, overlap: int) -> list[tuple[int, int, int, int]]:
-    """Cut a long protein into overlapping windows of equal width.
-
-    Each residue is answered by the window in which it is most central; ties go to the earlier window. The last window is
-    moved back to end with the protein.
-
-    Returns
-    -------
-    list of (start, stop, first kept, one past the last kept), residues counted from 0 in the protein
-    """
-    starts = [*range(0, num_residues - width, width - overlap), num_residues - width]
-    borders = [0, *((a + b + width + 1) // 2 for a, b in pairwise(starts)), num_residues]
-    return [(start, start + width, keep, stop) for start, keep, stop in zip(starts, borders, borders[1:], strict=False)]

@@ -11,17 +11,17 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
-from dist_esm.attempt import attempt
-from dist_esm.config import Config, Include, Long
+from dist_esm.attempt import as_value
+from dist_esm.config import Config, Include
 from dist_esm.fasta.blocks import FastaError
 from dist_esm.fasta.parser import read_proteins
-from dist_esm.fasta.tokens import tokenize
+from dist_esm.fasta.segments import apply_length_policy, make_segments, num_embedded
 from dist_esm.pipeline.collector import Collector
-from dist_esm.pipeline.packer import Packer, windows
-from dist_esm.stop import Failures, Stop
-from dist_esm.types import Announcement, Failure, FastaFile, Pack, Protein, RecordOutcome, Segment, Unit
+from dist_esm.pipeline.failures import Failures
+from dist_esm.pipeline.packer import Packer
+from dist_esm.stop import Stop
+from dist_esm.types import Failure, FastaFile, Pack, Protein, RecordRead, Segment, Unit
 
 PACKS_AHEAD = 4
 DEDUPE_BYTES = 256 << 20
@@ -32,32 +32,6 @@ MAX_HELD = 1 << 14
 """Records that may pass before packs that do not fill are let go: when all that comes is copies, no pack fills."""
 MAX_BATCH = 512
 """Records announced at once."""
-
-
-def shape(protein: Protein, config: Config) -> tuple[Protein, RecordOutcome, list[tuple[int, int, int, int]]]:
-    """Apply the policy for long proteins.
-
-    Returns
-    -------
-    the protein, skipped perhaps; what becomes of it; and (start, stop, first kept, one past the last kept) of each of its segments
-
-    Raises
-    ------
-    FastaError
-        If it is too long and ``long=fail``.
-    """
-    if protein.skipped is not None:
-        return protein, RecordOutcome.skipped, []
-    num_residues, limit = len(protein.residues), config.truncation_seq_length
-    if limit is None or num_residues <= limit:
-        return protein, RecordOutcome.ok, [(0, num_residues, 0, num_residues)]
-    if config.long is Long.truncate:
-        return protein, RecordOutcome.truncated, [(0, limit, 0, limit)]
-    if config.long is Long.window:
-        return protein, RecordOutcome.windowed, windows(num_residues, limit, config.window_overlap)
-    if config.long is Long.fail:
-        raise FastaError(f"{protein.id} has {num_residues} residues, more than truncation_seq_length={limit}: use long=truncate, skip or window")
-    return replace(protein, skipped="too long"), RecordOutcome.skipped, []
 
 
 class Reader(threading.Thread):
@@ -86,7 +60,7 @@ class Reader(threading.Thread):
         self.packs: queue.Queue[Pack | None] = queue.Queue(maxsize=PACKS_AHEAD)
         self.crash: Exception | None = None
         self._packer = Packer(toks_per_batch)
-        self._batch: list[Announcement] = []
+        self._batch: list[RecordRead] = []
         self._next_ticket = 0
         self._leaders: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
         self._kept_bytes = 0
@@ -94,7 +68,7 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         """Read all units, then say so with None in `packs`."""
-        crash = attempt(self._read_all)
+        crash = as_value(self._read_all)
         self.crash = crash if isinstance(crash, Exception) else None
         self.packs.put(None)
 
@@ -105,7 +79,7 @@ class Reader(threading.Thread):
             if unit.file in self.failures.files:
                 continue
             self.collector.begin(key, unit)
-            digest = attempt(lambda key=key, unit=unit: self._read(key, unit))  # type: ignore[misc]
+            digest = as_value(lambda key=key, unit=unit: self._read(key, unit))  # type: ignore[misc]
             self._flush_batch()
             if isinstance(digest, Exception):
                 self.failures.add(key, Failure.of(self.files[unit.file].path, digest, self.failures.rank))
@@ -135,27 +109,35 @@ class Reader(threading.Thread):
                 self._num_held = 0
         file = self.files[unit.file]
         stat = os.stat(file.path)
-        if num_records != unit.count.sequences or (stat.st_size, stat.st_mtime_ns) != (file.num_bytes, file.mtime_ns):
+        if num_records != unit.count.sequences or (stat.st_size, stat.st_mtime_ns) != (
+            file.num_bytes,
+            file.mtime_ns,
+        ):
             raise FastaError("the file was changed while the run was under way: start the run again")
         return digest.hexdigest()
 
     def _announce(self, key: int, protein: Protein) -> Iterator[Segment]:
         """Tell the collector of a record, and give the segments that the device has to see for it."""
-        ticket = self._next_ticket
+        protein_index = self._next_ticket
         self._next_ticket += 1
-        protein, outcome, spans = shape(protein, self.config)
-        num_embedded = sum(stop - first for _, _, first, stop in spans)
-        like = self._leader(ticket, protein.residues[:num_embedded], len(spans)) if spans and self.config.dedupe else None
-        forgotten = tuple(self._forgotten())
-        self._batch.append(Announcement(ticket, key, protein, outcome, num_embedded, len(spans), like, forgotten))
+        protein, outcome, spans = apply_length_policy(protein, self.config)
+        num_residues = num_embedded(spans)
+        like = (
+            self._leader(protein_index, protein.residues[:num_residues], len(spans))
+            if spans and self.config.dedupe
+            else None
+        )
+        evicted = tuple(self._forgotten())
+        self._batch.append(
+            RecordRead(protein_index, key, protein, outcome, num_residues, len(spans), like, evicted)
+        )
         if len(self._batch) >= MAX_BATCH:
             self._flush_batch()
-        if like in (None, ticket):
-            for part, (start, stop, first, last) in enumerate(spans):
-                yield Segment(ticket, part, tokenize(protein.residues[start:stop]), (first - start, last - start))
+        if like in (None, protein_index):
+            yield from make_segments(protein_index, protein.residues, spans)
 
-    def _leader(self, ticket: int, residues: bytes, num_segments: int) -> int | None:
-        """The ticket of the first protein with the same residues, which may be this one; None if keeping its answer is not cheap."""
+    def _leader(self, protein_index: int, residues: bytes, num_segments: int) -> int | None:
+        """The protein_index of the first protein with the same residues, which may be this one; None if keeping its answer is not cheap."""
         include, layers = self.config.include, len(self.config.repr_layers)
         rows = sum(len(residues) if kind is Include.per_tok else 1 for kind in include)
         num_bytes = LEADER_BYTES + 4 * self.config.model.embed_dim * layers * rows
@@ -165,16 +147,16 @@ class Reader(threading.Thread):
         if digest in self._leaders:
             self._leaders.move_to_end(digest)
             return self._leaders[digest][0]
-        self._leaders[digest] = (ticket, num_bytes)
+        self._leaders[digest] = (protein_index, num_bytes)
         self._kept_bytes += num_bytes
-        return ticket
+        return protein_index
 
     def _forgotten(self) -> Iterator[int]:
         """Leaders that make room for newer ones, the least recently asked for first."""
         while self._kept_bytes > DEDUPE_BYTES:
-            _, (ticket, num_bytes) = self._leaders.popitem(last=False)
+            _, (protein_index, num_bytes) = self._leaders.popitem(last=False)
             self._kept_bytes -= num_bytes
-            yield ticket
+            yield protein_index
 
     def _emit(self, pack: Pack) -> None:
         self._num_held = 0

@@ -11,7 +11,6 @@ import errno
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -22,10 +21,12 @@ import torch
 from torch import Tensor
 
 from dist_esm.atomic import Output, together, written_file
-from dist_esm.attempt import attempt
+from dist_esm.attempt import as_value
 from dist_esm.config import Format, Include
+from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
 from dist_esm.outputs.formats.registry import write_output
-from dist_esm.outputs.row_buffer import ChunkedTensor, Embeddings, Spool, torch_dtype, write_piece
+from dist_esm.outputs.row_buffer import RowBuffer, torch_dtype
+from dist_esm.outputs.shards import write_shard
 from dist_esm.types import FastaFile, Row, Unit, WrittenFile
 
 MIN_WRITERS, MAX_WRITERS = 3, 8
@@ -61,7 +62,7 @@ class OutputSettings:
 
     @property
     def scratch(self) -> Path:
-        """Where spools and pieces wait."""
+        """Where buffers and pieces wait."""
         return self.output_dir / ".dist_esm"
 
     @property
@@ -71,13 +72,13 @@ class OutputSettings:
 
 
 @dataclass
-class Piece:
+class OutputBuilder:
     """One output in the making."""
 
     number: int
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    spools: dict[tuple[Include, int], Spool] = field(default_factory=dict)
+    buffers: dict[tuple[Include, int], RowBuffer] = field(default_factory=dict)
     num_residues: int = 0
     num_answered: int = 0
     is_closed: bool = False
@@ -89,21 +90,23 @@ class Piece:
     @property
     def num_bytes(self) -> int:
         """Size of its numbers."""
-        return sum(spool.num_bytes for spool in self.spools.values())
+        return sum(buffer.num_bytes for buffer in self.buffers.values())
 
     def close(self) -> None:
         """Give its rows up."""
-        for spool in self.spools.values():
-            spool.close()
+        for buffer in self.buffers.values():
+            buffer.close()
 
 
-def write_piece_of(settings: OutputSettings, file: FastaFile, unit: Unit, piece: Piece) -> Output:
+def write_built(settings: OutputSettings, file: FastaFile, unit: Unit, piece: OutputBuilder) -> Output:
     """Write a piece: a whole output, a numbered part of one, or what `join` will make one of."""
     tensors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}
     for kind, layer in settings.wanted:
-        spool = piece.spools.get((kind, layer))
-        tensors[kind][layer] = spool.tensor() if spool else torch.empty(0, settings.width, dtype=torch_dtype(settings.dtype))
-    embeddings = Embeddings(
+        buffer = piece.buffers.get((kind, layer))
+        tensors[kind][layer] = (
+            buffer.tensor() if buffer else torch.empty(0, settings.width, dtype=torch_dtype(settings.dtype))
+        )
+    embeddings = OutputTable(
         source=file.source,
         provenance=settings.provenance,
         include=[kind.name for kind in settings.include],
@@ -116,10 +119,14 @@ def write_piece_of(settings: OutputSettings, file: FastaFile, unit: Unit, piece:
     )
     stem = settings.output_dir / file.output
     if unit.first_part is not None:
-        return write_output(settings.format, embeddings, stem.with_name(f"{stem.name}.part{unit.first_part + piece.number + 1:05d}"))
+        return write_output(
+            settings.format,
+            embeddings,
+            stem.with_name(f"{stem.name}.part{unit.first_part + piece.number + 1:05d}"),
+        )
     if unit.is_whole:
         return write_output(settings.format, embeddings, stem)
-    return write_piece(embeddings, settings.scratch / "pieces" / f"{file.output}.{unit.ordinal:06d}.pt")
+    return write_shard(embeddings, settings.scratch / "pieces" / f"{file.output}.{unit.ordinal:06d}.pt")
 
 
 def is_disk_full(written: WrittenFile | Exception) -> bool:
@@ -132,7 +139,7 @@ class Job:
     """A piece of a unit to write; `key` names the unit."""
 
     key: int
-    piece: Piece
+    piece: OutputBuilder
     write: Callable[[], Output]
     is_second_try: bool = False
 
@@ -172,7 +179,9 @@ class Writers:
     @property
     def has_room(self) -> bool:
         """Whether another piece may be submitted."""
-        return self._num_pending < len(self._threads) or (self._num_pending < MAX_PENDING and self._pending_bytes < PENDING_BYTES)
+        return self._num_pending < len(self._threads) or (
+            self._num_pending < MAX_PENDING and self._pending_bytes < PENDING_BYTES
+        )
 
     def submit(self, job: Job) -> None:
         """Write a piece."""
@@ -180,7 +189,9 @@ class Writers:
         self._pending_bytes += job.piece.num_bytes
         self._jobs.put(job)
 
-    def finished(self, until: Callable[[], bool] = lambda: True) -> Iterator[tuple[int, Piece, WrittenFile | Exception]]:
+    def finished(
+        self, until: Callable[[], bool] = lambda: True
+    ) -> Iterator[tuple[int, OutputBuilder, WrittenFile | Exception]]:
         """Pieces that are written, or the error in their place; waits for more until something holds or nothing is being written."""
         while True:
             if self._put_off and not self._num_pending:
@@ -207,7 +218,14 @@ class Writers:
         while (job := self._jobs.get()) is not None:
             jobs = [job, *self._more(job.piece.num_bytes)]
             for one, output in zip(jobs, together([one.write for one in jobs]), strict=True):
-                self._done.put((one, output if isinstance(output, Exception) else attempt(partial(written_file, self.output_dir, output))))
+                self._done.put(
+                    (
+                        one,
+                        output
+                        if isinstance(output, Exception)
+                        else as_value(written_file, self.output_dir, output),
+                    )
+                )
             self.on_written()
 
     def _more(self, num_bytes: int) -> Iterator[Job]:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from dist_esm.attempt import attempt
+from dist_esm.attempt import as_value
 from dist_esm.config import Config
 from dist_esm.distributed import World
 from dist_esm.fasta.blocks import Digests, digest, raw_blocks, whole
 from dist_esm.outputs.journal import Entry, is_intact
-from dist_esm.planning.units import Plan, assign, count_slice, cut_files, make_plan, make_units
+from dist_esm.planning.assign import assign
+from dist_esm.planning.units import Plan, count_slice, cut_files, make_plan, make_units
 from dist_esm.types import Count, FastaFile, JoinedFile, Slice, Tally, Unit, UnitResult
 
 
-def agree_on_plan(config: Config, files: Sequence[FastaFile], world: World, entries: Sequence[Entry] = ()) -> Plan:
+def agree_on_plan(
+    config: Config, files: Sequence[FastaFile], world: World, entries: Sequence[Entry] = ()
+) -> Plan:
     """The same plan on every rank.
 
     Parameters
@@ -41,9 +44,15 @@ def agree_on_plan(config: Config, files: Sequence[FastaFile], world: World, entr
     units = count_together(config, files, world)
     done, joined = check_together(config, files, units, entries, world)
     plan = make_plan(files, units, world.world_size, config.assign_by, config.model.embed_dim, done, joined)
-    seen = world.exchange(f"{plan.digest()} ({len(plan.files)} files, {sum(file.num_bytes for file in plan.files)} bytes)")
+    seen = world.exchange(
+        f"{plan.digest()} ({len(plan.files)} files, {sum(file.num_bytes for file in plan.files)} bytes)"
+    )
     odd = [f"rank {rank} sees {text}" for rank, text in enumerate(seen) if text != seen[0]]
-    world.agree(f"the ranks see different inputs: rank 0 sees {seen[0]}, {', '.join(odd)}: give all ranks the same files" if odd else None)
+    world.agree(
+        f"the ranks see different inputs: rank 0 sees {seen[0]}, {', '.join(odd)}: give all ranks the same files"
+        if odd
+        else None
+    )
     return plan
 
 
@@ -58,13 +67,28 @@ def count_together(config: Config, files: Sequence[FastaFile], world: World) -> 
         number, piece, problem = slices[index]
         found, unreadable = [(piece, Count())], problem
         if problem is None:
-            found, unreadable = count_slice(piece, config.truncation_seq_length, config.max_proteins_per_output, number in is_cut)
-        counted += [(index, one.start, one.stop, one.seek, (n.sequences, n.residues, n.squares, n.lines), unreadable) for one, n in found]
-    everything = sorted((entry for text in world.exchange(json.dumps(counted)) for entry in json.loads(text)), key=lambda entry: entry[:2])
+            found, unreadable = count_slice(
+                piece, config.truncation_seq_length, config.max_proteins_per_output, number in is_cut
+            )
+        counted += [
+            (index, one.start, one.stop, one.seek, (n.sequences, n.residues, n.squares, n.lines), unreadable)
+            for one, n in found
+        ]
+    everything = sorted(
+        (entry for text in world.exchange(json.dumps(counted)) for entry in json.loads(text)),
+        key=lambda entry: entry[:2],
+    )
     merged = []
     for index, start, stop, seek, numbers, unreadable in everything:
         number, piece, _ = slices[index]
-        merged.append((number, Slice(piece.path, start, stop, (seek[0], seek[1]), piece.is_gzip), Count(*numbers), unreadable))
+        merged.append(
+            (
+                number,
+                Slice(piece.path, start, stop, (seek[0], seek[1]), piece.is_gzip),
+                Count(*numbers),
+                unreadable,
+            )
+        )
     return make_units(merged, config.max_proteins_per_output)
 
 
@@ -148,9 +172,11 @@ def is_cut_alike(entry: Entry, units: Sequence[Unit]) -> bool:
 
 def is_done(entry: Entry, units: Sequence[Unit], config: Config) -> bool:
     """Whether the inputs have the text that was embedded, and the outputs the bytes that were written."""
-    if not all((config.output_dir / one.path).exists() for one in entry.written):  # pieces that were joined: no need to read their text
+    if not all(
+        (config.output_dir / one.path).exists() for one in entry.written
+    ):  # pieces that were joined: no need to read their text
         return False
-    return attempt(lambda: digests(entry, units)) == entry.digests and is_intact(entry, config.output_dir)
+    return as_value(digests, entry, units) == entry.digests and is_intact(entry, config.output_dir)
 
 
 def digests(entry: Entry, units: Sequence[Unit]) -> list[str]:

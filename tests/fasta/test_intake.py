@@ -23,13 +23,17 @@ from hypothesis import strategies as st
 
 from dist_esm.config import Include, Letter, Long, ResidueConfig, Unknown
 from dist_esm.fasta import blocks as scan
-from dist_esm.fasta.blocks import FastaError, count, cut, raw_blocks, whole
+from dist_esm.fasta.blocks import FastaError, raw_blocks, whole
+from dist_esm.fasta.letters import RESIDUES
 from dist_esm.fasta.parser import read_proteins
-from dist_esm.fasta.tokens import RESIDUES, tokenize
-from dist_esm.pipeline.packer import Packer, windows
+from dist_esm.fasta.segments import windows
+from dist_esm.fasta.slices import count, cut
+from dist_esm.fasta.tokens import tokenize
+from dist_esm.pipeline.packer import Packer
 from dist_esm.pipeline.reader import Reader
 from dist_esm.planning import units as plan
-from dist_esm.planning.units import assign_files_by_size, count_sequences, find_files, refuse_nested
+from dist_esm.planning.assign import assign_files_by_size, count_sequences
+from dist_esm.planning.inputs import find_files, refuse_nested
 from dist_esm.types import Count, Segment, Slice, Unit
 from standin import FAIR_ESM, Embedded, accounts_add_up, embed_directory, expected, fair_esm_tokens
 
@@ -93,7 +97,9 @@ def check(content: dict, proteins: list[tuple[str, str]], is_each_kind: bool = F
             assert np.array_equal(content["representations"][1][i].numpy(), right.rows)
 
 
-def read(piece: Slice, before: Count | None = None, policy: ResidueConfig | None = None) -> list[tuple[str, bytes]]:
+def read(
+    piece: Slice, before: Count | None = None, policy: ResidueConfig | None = None
+) -> list[tuple[str, bytes]]:
     before = before or Count()
     unit = Unit(0, 0, piece, Count(), before, True)
     return [(protein.header, protein.residues) for protein in read_proteins(unit, policy or ResidueConfig())]
@@ -110,7 +116,10 @@ def test_every_suffix_in_any_case_plain_or_gzip_is_taken_and_embedded(tmp_path):
     suffixes = [".fasta", ".fa", ".faa", ".fas", ".FASTA", ".Fa", ".FaA", ".fAs"]
     for i, suffix in enumerate(suffixes):
         write(tmp_path / f"in/p{i}{suffix}", f">plain{i}\n{sequence(i + 5)}\n")
-        write(tmp_path / f"in/z{i}{suffix}{'.gz' if i % 2 else '.GZ'}", gzip.compress(f">zipped{i}\n{sequence(i + 5, 1)}\n".encode()))
+        write(
+            tmp_path / f"in/z{i}{suffix}{'.gz' if i % 2 else '.GZ'}",
+            gzip.compress(f">zipped{i}\n{sequence(i + 5, 1)}\n".encode()),
+        )
     write(tmp_path / "in/no.txt", ">x\nMK\n")
     write(tmp_path / "in/no.fasta.bz2", ">x\nMK\n")
     done = embed_directory(tmp_path / "in", tmp_path / "out")
@@ -139,7 +148,16 @@ def test_brackets_in_a_real_name_are_no_pattern(tmp_path):
 
 
 def test_hidden_and_temporary_names_are_skipped_unless_named_outright(tmp_path):
-    for name in (".hidden.fasta", "~temp.fasta", ".git/a.fasta", "~x/b.fasta", "kept.fasta", "a.fasta~", "b.fasta.tmp", "#c.fasta#"):
+    for name in (
+        ".hidden.fasta",
+        "~temp.fasta",
+        ".git/a.fasta",
+        "~x/b.fasta",
+        "kept.fasta",
+        "a.fasta~",
+        "b.fasta.tmp",
+        "#c.fasta#",
+    ):
         write(tmp_path / name, GOOD)
     assert found(tmp_path) == found(tmp_path / "*") == ["kept_ESM"]
     assert found(tmp_path / ".hidden.fasta") == [".hidden_ESM"]
@@ -159,7 +177,9 @@ def test_links_are_followed_once_and_real_names_win(tmp_path):
     assert found(tmp_path / "in") == ["real_ESM", "to/far_ESM", "to/sub/farther_ESM"]
     link = tmp_path / "in/a_link.fasta"
     assert found(link) == ["a_link_ESM"]
-    assert found(link, tmp_path / "in/real.fasta") == ["a_link_ESM", "real_ESM"], "what is named outright is what the user wants"
+    assert found(link, tmp_path / "in/real.fasta") == ["a_link_ESM", "real_ESM"], (
+        "what is named outright is what the user wants"
+    )
     assert found(tmp_path / "in" / "*l*.fasta", tmp_path / "in/real.fasta")[-1:] == ["real_ESM"]
     paths = [file.path for file in find_files([str(tmp_path / "in/to"), str(tmp_path / "elsewhere")])]
     assert len({os.path.realpath(path) for path in paths}) == len(paths) == 3
@@ -206,13 +226,30 @@ PLAIN = [("one", "MKVLAAGIVG"), ("two", "ACDEFGHIKLMNPQRSTVWY"), ("three", "XBUZ
         b"; made by hand\n>one first\n;a remark > here\nMKVLA\n ; another\nAGIVG\n>two\nACDEFGHIKLMNPQRSTVWY\n>three\nXBUZO\n;end",
         b"\xef\xbb\xbf>one first\nMKVLAAGIVG\n>two\nACDEFGHIKLMNPQRSTVWY\n>three\nXBUZO",
         b"\xef\xbb\xbf\r\n\r\n>one first\r\nMKVLAAGIVG\r\n>two\r\nACDEFGHIKLMNPQRSTVWY\r\n>three\r\nXBUZO\r",
-        b">one first\n" + b"\n".join(bytes([letter]) for letter in b"MKVLAAGIVG") + b"\n>two\nACDEFGHIKLMNPQRSTVWY\n>three\nXBUZO\n",
+        b">one first\n"
+        + b"\n".join(bytes([letter]) for letter in b"MKVLAAGIVG")
+        + b"\n>two\nACDEFGHIKLMNPQRSTVWY\n>three\nXBUZO\n",
     ],
-    ids=["lf", "crlf", "cr", "mixed", "blank lines", "trailing blanks", "comments", "bom", "bom crlf", "one letter a line"],
+    ids=[
+        "lf",
+        "crlf",
+        "cr",
+        "mixed",
+        "blank lines",
+        "trailing blanks",
+        "comments",
+        "bom",
+        "bom crlf",
+        "one letter a line",
+    ],
 )
 def test_line_ends_blanks_comments_and_marks_change_nothing(tmp_path, monkeypatch, content, block):
     monkeypatch.setattr(scan, "BLOCK", block)
-    for name, data in (("a.fasta", content), ("a.fasta.gz", gzip.compress(content)), ("a.fa.gz", block_gzip(content, 11))):
+    for name, data in (
+        ("a.fasta", content),
+        ("a.fasta.gz", gzip.compress(content)),
+        ("a.fa.gz", block_gzip(content, 11)),
+    ):
         done = embed_one(tmp_path / name, data, name, include=EVERYTHING)
         assert done.report.status == "complete"
         check(done.load("a_ESM"), PLAIN, is_each_kind=True)
@@ -228,14 +265,23 @@ def test_a_line_longer_than_a_block_and_one_of_many_blocks_are_read_whole(tmp_pa
 
 
 def test_headers_in_utf8_and_with_any_punctuation_are_kept_in_full(tmp_path):
-    headers = ["prot\u00e9ine_\u03b1 souche \u2116 5", "sp|P1|A_B desc\x01gi|2|second", "x>y >z ;w", "tab\tafter", "\U0001f9ec"]
+    headers = [
+        "prot\u00e9ine_\u03b1 souche \u2116 5",
+        "sp|P1|A_B desc\x01gi|2|second",
+        "x>y >z ;w",
+        "tab\tafter",
+        "\U0001f9ec",
+    ]
     done = embed_one(tmp_path, "".join(f">{header}\nMK\n" for header in headers))
     content = done.load("a_ESM")
     assert content["headers"] == headers
     assert content["proteins"] == [header.split()[0] for header in headers]
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"\r\n\r\n", b"  \n\t\n", b"; only a remark\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n", b"\r\n\r\n", b"  \n\t\n", b"; only a remark\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"],
+)
 def test_a_file_without_proteins_gives_an_empty_output(tmp_path, content):
     done = embed_one(tmp_path, content, include=EVERYTHING)
     assert done.report.status == "complete"
@@ -264,7 +310,10 @@ ZIPPED = gzip.compress("".join(f">r{i}\n{sequence(50, i)}\n" for i in range(40))
         (b">a\nM\0K\n", r"line 2 holds control characters"),
         (b">a\0\nMK\n", r"line 1 holds control characters"),
         (b">a\nMK\n\x1aMK", r"line 3 holds control characters"),
-        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<< /Type /Catalog >>\n", r"line 1 has text before the first '>' \('%PDF-1.7'\)"),
+        (
+            b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<< /Type /Catalog >>\n",
+            r"line 1 has text before the first '>' \('%PDF-1.7'\)",
+        ),
         (b"\x7fELF\x02\x01\x01\0\0\0", r"line 1 holds control characters"),
         (b"PK\x03\x04\x14\0\0\0", r"line 1 holds control characters"),
         (b"@read\nACGT\n+\nIIII\n", r"line 1 has text before the first '>' \('@read'\)"),
@@ -286,7 +335,10 @@ def test_what_is_no_fasta_fails_with_its_line_and_the_others_go_on(tmp_path, con
         (ZIPPED[: len(ZIPPED) // 2], rf"truncated gzip: the file ends at byte {len(ZIPPED) // 2},"),
         (ZIPPED[:5], "truncated gzip: the file ends at byte 5,"),
         (ZIPPED[:2], "truncated gzip: the file ends at byte 2,"),
-        (ZIPPED[:-8] + b"\0\0\0\0" + ZIPPED[-4:], rf"damaged gzip at or before byte {len(ZIPPED)} of the file: CRC"),
+        (
+            ZIPPED[:-8] + b"\0\0\0\0" + ZIPPED[-4:],
+            rf"damaged gzip at or before byte {len(ZIPPED)} of the file: CRC",
+        ),
         (ZIPPED[:-4] + b"\0\0\0\0", rf"damaged gzip at or before byte {len(ZIPPED)} of the file: .*length"),
         (ZIPPED[:300] + b"\xff" * 20 + ZIPPED[320:], r"(damaged|truncated) gzip"),
         (ZIPPED + b"rubbish", "damaged gzip at or before .*Not a gzipped file"),
@@ -301,7 +353,11 @@ def test_gzip_is_told_by_its_bytes_and_members_are_read_on(tmp_path):
     check(done.load("a_ESM"), [("a", "MK")])
     done = embed_one(tmp_path / "2", b">a\nMK\n", "a.fasta.gz")
     check(done.load("a_ESM"), [("a", "MK")])
-    done = embed_one(tmp_path / "3", gzip.compress(b">a\nM") + gzip.compress(b"") + gzip.compress(b"K\n>b\nKM") + bytes(64), "a.fasta.gz")
+    done = embed_one(
+        tmp_path / "3",
+        gzip.compress(b">a\nM") + gzip.compress(b"") + gzip.compress(b"K\n>b\nKM") + bytes(64),
+        "a.fasta.gz",
+    )
     check(done.load("a_ESM"), [("a", "MK"), ("b", "KM")])
 
 
@@ -327,10 +383,31 @@ def changes_of(done: Embedded) -> dict[str, int]:
 
 
 def test_by_default_letters_are_put_right_and_every_change_is_counted(tmp_path):
-    done = embed_one(tmp_path, ">a\nmkVl*\n>b\nM-K..V\n>c\nM*KJ?1 V\n>d\nMKV\n>e\nmk-*j**\n", include=EVERYTHING)
-    check(done.load("a_ESM"), [("a", "MKVL"), ("b", "MKV"), ("c", "MXKXXXXV"), ("d", "MKV"), ("e", "MKXX")], is_each_kind=True)
-    assert changes_of(done) == {"upper_cased": 3 + 3, "stops_removed": 1 + 2, "gaps_removed": 3 + 1, "replaced": 5 + 2, "records": 4}
-    keys = ("record", "id", "residues", "embedded", "upper_cased", "stops_removed", "gaps_removed", "replaced")
+    done = embed_one(
+        tmp_path, ">a\nmkVl*\n>b\nM-K..V\n>c\nM*KJ?1 V\n>d\nMKV\n>e\nmk-*j**\n", include=EVERYTHING
+    )
+    check(
+        done.load("a_ESM"),
+        [("a", "MKVL"), ("b", "MKV"), ("c", "MXKXXXXV"), ("d", "MKV"), ("e", "MKXX")],
+        is_each_kind=True,
+    )
+    assert changes_of(done) == {
+        "upper_cased": 3 + 3,
+        "stops_removed": 1 + 2,
+        "gaps_removed": 3 + 1,
+        "replaced": 5 + 2,
+        "records": 4,
+    }
+    keys = (
+        "record",
+        "id",
+        "residues",
+        "embedded",
+        "upper_cased",
+        "stops_removed",
+        "gaps_removed",
+        "replaced",
+    )
     assert [tuple(note[key] for key in keys) for note in done.notes("a_ESM")] == [
         ("1", "a", "4", "4", "3", "1", "0", "0"),
         ("2", "b", "3", "3", "0", "0", "3", "0"),
@@ -343,9 +420,21 @@ def test_by_default_letters_are_put_right_and_every_change_is_counted(tmp_path):
     ("policy", "residues", "changed"),
     [
         ({}, "MKLVX", {"upper_cased": 2, "gaps_removed": 2, "replaced": 1, "stops_removed": 1}),
-        ({"lower_case": Letter.unknown}, "MXXVX", {"upper_cased": 0, "gaps_removed": 2, "replaced": 3, "stops_removed": 1}),
-        ({"gaps": Letter.unknown}, "MKXLVXX", {"upper_cased": 2, "gaps_removed": 0, "replaced": 3, "stops_removed": 1}),
-        ({"trailing_stop": Letter.unknown}, "MKLVXX", {"upper_cased": 2, "gaps_removed": 2, "replaced": 2, "stops_removed": 0}),
+        (
+            {"lower_case": Letter.unknown},
+            "MXXVX",
+            {"upper_cased": 0, "gaps_removed": 2, "replaced": 3, "stops_removed": 1},
+        ),
+        (
+            {"gaps": Letter.unknown},
+            "MKXLVXX",
+            {"upper_cased": 2, "gaps_removed": 0, "replaced": 3, "stops_removed": 1},
+        ),
+        (
+            {"trailing_stop": Letter.unknown},
+            "MKLVXX",
+            {"upper_cased": 2, "gaps_removed": 2, "replaced": 2, "stops_removed": 0},
+        ),
     ],
 )
 def test_each_key_of_the_policy_decides_on_its_own_letters(tmp_path, policy, residues, changed):
@@ -363,7 +452,9 @@ def test_unknown_letters_become_x_or_skip_the_record_or_fail_the_file(tmp_path, 
     policy = ResidueConfig(unknown=unknown, **({} if key == "none" else {key: Letter.unknown}))
     done = embed_one(tmp_path, f">a\nMK\n>b\n{text}\n>c\nKM\n", residues=policy)
     if unknown is Unknown.fail:
-        assert re.search(rf"record 2 \(b\) has letters outside the alphabet: '{letter}'", done.failure("a.fasta"))
+        assert re.search(
+            rf"record 2 \(b\) has letters outside the alphabet: '{letter}'", done.failure("a.fasta")
+        )
     else:
         middle = [("b", replaced)] if unknown is Unknown.replace else []
         check(done.load("a_ESM"), [("a", "MK"), *middle, ("c", "KM")])
@@ -419,13 +510,20 @@ def test_records_without_an_id_get_one_that_is_stable_and_says_so(tmp_path, monk
         done = embed_one(tmp_path / str(number), text, unit_share=share)
         check(done.load("a_ESM"), right)
         assert done.report.records["unnamed"] == 21
-        assert [note["id"] for note in done.notes("a_ESM")] == [name for name, _ in right if name.startswith("unnamed")]
+        assert [note["id"] for note in done.notes("a_ESM")] == [
+            name for name, _ in right if name.startswith("unnamed")
+        ]
         assert {note["note"] for note in done.notes("a_ESM")} == {"no id in the header"}
 
 
 # Long proteins.
 
-LONG = [("short", sequence(30)), ("limit", sequence(50, 1)), ("long", sequence(51, 2)), ("longer", sequence(333, 3))]
+LONG = [
+    ("short", sequence(30)),
+    ("limit", sequence(50, 1)),
+    ("long", sequence(51, 2)),
+    ("longer", sequence(333, 3)),
+]
 LONG_TEXT = "".join(f">{name}\n{residues}\n" for name, residues in LONG)
 
 
@@ -440,7 +538,9 @@ def most_central(length: int, width: int, overlap: int) -> list[int]:
     best = []
     for residue in range(length):
         inside = [start for start in starts if start <= residue < start + width]
-        best.append(max(inside, key=lambda start: (min(residue - start, start + width - 1 - residue), -start)))
+        best.append(
+            max(inside, key=lambda start: (min(residue - start, start + width - 1 - residue), -start))
+        )
     return best
 
 
@@ -449,8 +549,13 @@ def test_windows_answer_each_residue_where_it_is_most_central():
         for overlap in range(width):
             for length in range(width + 1, 70):
                 spans = windows(length, width, overlap)
-                assert all(stop - start == width and start <= first < last <= stop for start, stop, first, last in spans[:-1])
-                assert [start for start, _, first, last in spans for _ in range(first, last)] == most_central(length, width, overlap)
+                assert all(
+                    stop - start == width and start <= first < last <= stop
+                    for start, stop, first, last in spans[:-1]
+                )
+                assert [start for start, _, first, last in spans for _ in range(first, last)] == most_central(
+                    length, width, overlap
+                )
                 assert [first for _, _, first, _ in spans] == [0, *(last for *_, last in spans[:-1])]
                 assert spans[-1][3] == length
 
@@ -459,7 +564,9 @@ def test_truncate_embeds_the_first_residues_and_lists_the_records(tmp_path):
     done = embed_one(tmp_path, LONG_TEXT, truncation_seq_length=50, long=Long.truncate, include=EVERYTHING)
     check(done.load("a_ESM"), [(name, residues[:50]) for name, residues in LONG], is_each_kind=True)
     assert done.report.records["truncated"] == done.report.files[0].truncated == 2
-    assert [(note["id"], note["outcome"], note["residues"], note["embedded"]) for note in done.notes("a_ESM")] == [
+    assert [
+        (note["id"], note["outcome"], note["residues"], note["embedded"]) for note in done.notes("a_ESM")
+    ] == [
         ("long", "truncated", "51", "50"),
         ("longer", "truncated", "333", "50"),
     ]
@@ -483,13 +590,22 @@ def test_fail_fails_the_file_and_names_the_record(tmp_path):
 
 @pytest.mark.parametrize("overlap", [0, 1, 16, 25, 49])
 def test_windows_are_stitched_from_the_right_windows_and_averaged_over_all_residues(tmp_path, overlap):
-    done = embed_one(tmp_path, LONG_TEXT, truncation_seq_length=50, long=Long.window, window_overlap=overlap, include=EVERYTHING)
+    done = embed_one(
+        tmp_path,
+        LONG_TEXT,
+        truncation_seq_length=50,
+        long=Long.window,
+        window_overlap=overlap,
+        include=EVERYTHING,
+    )
     content = done.load("a_ESM")
     assert content["lengths"] == [len(residues) for _, residues in LONG]
     num_windows = []
     for i, (_, residues) in enumerate(LONG):
         spans: list[tuple[int, int, int, int]] = []
-        for residue, start in enumerate(most_central(len(residues), 50, overlap) if len(residues) > 50 else []):
+        for residue, start in enumerate(
+            most_central(len(residues), 50, overlap) if len(residues) > 50 else []
+        ):
             if spans and spans[-1][0] == start:
                 spans[-1] = (*spans[-1][:3], residue + 1)
             else:
@@ -513,7 +629,10 @@ def test_counts_are_those_of_the_parser_wherever_blocks_end(tmp_path, monkeypatc
     records = [(f"r{i} >;x", sequence(rng.randrange(40), i)) for i in range(30)]
     end = rng.choice(["\n", "\r\n", "\r"])
     width = rng.choice([1, 7, 60])
-    text = "".join(f">{name}{end}" + "".join(residues[i : i + width] + end for i in range(0, len(residues), width)) for name, residues in records)
+    text = "".join(
+        f">{name}{end}" + "".join(residues[i : i + width] + end for i in range(0, len(residues), width))
+        for name, residues in records
+    )
     path = write(tmp_path / "a.fasta", text.removesuffix(end) if seed % 2 else text)
     parsed = list(SeqIO.parse(open(path, newline=None), "fasta"))  # noqa: SIM115
     lengths = [len(record.seq) for record in parsed]
@@ -524,12 +643,17 @@ def test_counts_are_those_of_the_parser_wherever_blocks_end(tmp_path, monkeypatc
             squares = sum(min(length, limit or length) ** 2 for length in lengths)
             assert count(whole(path), limit) == Count(len(parsed), sum(lengths), squares, num_lines)
         assert count_sequences(path) == len(parsed)
-        assert count_sequences(write(tmp_path / "a.fasta.gz", gzip.compress(path.read_bytes()))) == len(parsed)
+        assert count_sequences(write(tmp_path / "a.fasta.gz", gzip.compress(path.read_bytes()))) == len(
+            parsed
+        )
 
 
 def cut_text(seed: int, end: str) -> bytes:
     rng = random.Random(seed)
-    records = [f">r{i} a>b{end}" + "".join(sequence(rng.randrange(30), i + k) + end for k in range(rng.randrange(3))) for i in range(25)]
+    records = [
+        f">r{i} a>b{end}" + "".join(sequence(rng.randrange(30), i + k) + end for k in range(rng.randrange(3)))
+        for i in range(25)
+    ]
     records[7] = f">huge{end}" + "".join(sequence(60, k) + end for k in range(30))
     return f"{end};remark{end}{''.join(records)}{rng.choice(['', end, end * 3])}".encode()
 
@@ -587,7 +711,9 @@ def test_block_gzip_of_empty_blocks_only_is_an_empty_gzip(tmp_path, monkeypatch)
     monkeypatch.setattr(plan, "MIN_UNIT_BYTES", 100)
     empty = write(tmp_path / "a.fasta.gz", bgzf._bgzf_eof * 50)
     assert cut(whole(empty), empty.stat().st_size, 5) == [whole(empty)]
-    assert "decompresses to nothing" in failure_of(tmp_path, bgzf._bgzf_eof * 50, "a.fasta.gz", unit_share=0.1)
+    assert "decompresses to nothing" in failure_of(
+        tmp_path, bgzf._bgzf_eof * 50, "a.fasta.gz", unit_share=0.1
+    )
     tiny = write(tmp_path / "b.fasta.gz", bgzf._bgzf_eof * 50 + block_gzip(b">\n"))
     assert cut(whole(tiny), tiny.stat().st_size, 9)[0].start == 0
     assert [record for piece in cut(whole(tiny), 0, 9) for record in read(piece)] == [("", b"")]
@@ -613,7 +739,9 @@ def test_block_gzip_with_any_damage_fails_cut_or_not(tmp_path, monkeypatch, fiel
         for number, block in enumerate({0, 1, num_blocks // 2, num_blocks - 2, num_blocks - 1}):
             for share in (1.0, 0.1):
                 place = tmp_path / f"{size} {number} {share}"
-                if field == "block size":  # gzip itself does not need it: no reason to fail, but every record must be there
+                if (
+                    field == "block size"
+                ):  # gzip itself does not need it: no reason to fail, but every record must be there
                     done = embed_one(place, damage(content, field, block), "a.fasta.gz", unit_share=share)
                     check(done.load("a_ESM"), [(f"r{i}", sequence(20, i)) for i in range(40)])
                 else:
@@ -633,7 +761,10 @@ def test_a_failing_line_of_a_cut_file_is_counted_from_the_files_first_line(tmp_p
 # Parts, joins and identical sequences: other ways to the same numbers.
 
 MANY = [(f"p{i % 37}", sequence(5 + (i * 7) % 40, i % 50)) for i in range(120)]
-MANY_TEXT = "".join(f">{name} no {i}\n{residues}\n" + (">empty\n" if i % 10 == 9 else "") for i, (name, residues) in enumerate(MANY))
+MANY_TEXT = "".join(
+    f">{name} no {i}\n{residues}\n" + (">empty\n" if i % 10 == 9 else "")
+    for i, (name, residues) in enumerate(MANY)
+)
 
 
 def same(one: object, other: object) -> bool:
@@ -641,7 +772,11 @@ def same(one: object, other: object) -> bool:
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) else one == other
+    return (
+        torch.equal(one, other)
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+        else one == other
+    )
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.01])
@@ -683,11 +818,20 @@ def test_a_file_of_exactly_as_many_proteins_as_a_part_holds_is_in_one(tmp_path):
     assert done.outputs() == ["a_ESM", "zz_good_ESM"]
 
 
-@pytest.mark.parametrize("overrides", [{}, {"truncation_seq_length": 20}, {"truncation_seq_length": 20, "long": Long.window, "window_overlap": 5}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"truncation_seq_length": 20},
+        {"truncation_seq_length": 20, "long": Long.window, "window_overlap": 5},
+    ],
+)
 def test_dedupe_changes_no_bit_and_its_saving_is_counted(tmp_path, overrides):
     for name, seed in (("a", 1), ("b", 2), ("c", 3)):
         rng = random.Random(seed)
-        text = "".join(f">{name}{i}\n{sequence(rng.randrange(1, 45), rng.randrange(4))}\n" for i in range(150))
+        text = "".join(
+            f">{name}{i}\n{sequence(rng.randrange(1, 45), rng.randrange(4))}\n" for i in range(150)
+        )
         write(tmp_path / "in" / f"{name}.fasta", text)
     off = embed_directory(tmp_path / "in", tmp_path / "off", dedupe=False, include=EVERYTHING, **overrides)
     on = embed_directory(tmp_path / "in", tmp_path / "on", dedupe=True, include=EVERYTHING, **overrides)
@@ -698,7 +842,9 @@ def test_dedupe_changes_no_bit_and_its_saving_is_counted(tmp_path, overrides):
     assert kept == {key: value for key, value in off.report.records.items() if key != "deduplicated"}
     assert off.report.records["deduplicated"] == 0
     saved = on.report.records["deduplicated"]
-    distinct = {residues for path in (tmp_path / "in").iterdir() for residues in path.read_text().split("\n")[1::2]}
+    distinct = {
+        residues for path in (tmp_path / "in").iterdir() for residues in path.read_text().split("\n")[1::2]
+    }
     if not overrides:
         assert saved == 450 - len(distinct) > 0
         assert on.engine.num_segments == len(distinct)
@@ -708,7 +854,9 @@ def test_dedupe_changes_no_bit_and_its_saving_is_counted(tmp_path, overrides):
 
 def test_dedupe_forgets_old_answers_and_stays_right(tmp_path, monkeypatch):
     module = sys.modules[Reader.__module__]
-    monkeypatch.setattr(module, "DEDUPE_BYTES", 16 * (module.LEADER_BYTES + 24))  # room for 16 answers of one vector of 6 numbers
+    monkeypatch.setattr(
+        module, "DEDUPE_BYTES", 16 * (module.LEADER_BYTES + 24)
+    )  # room for 16 answers of one vector of 6 numbers
     rng = random.Random(0)
     records = [(f"r{i}", sequence(3 + rng.randrange(40))) for i in range(400)]
     done = embed_one(tmp_path, "".join(f">{name}\n{residues}\n" for name, residues in records))
@@ -725,8 +873,8 @@ def test_dedupe_forgets_old_answers_and_stays_right(tmp_path, monkeypatch):
 def test_packs_hold_every_segment_once_and_no_more_than_fits(sizes, capacity, max_open):
     packer = Packer(capacity, max_open)
     packs = []
-    for ticket, size in enumerate(sizes):
-        packs += packer.add(Segment(ticket, 0, np.empty(size, np.uint8), (0, size - 2)))
+    for protein_index, size in enumerate(sizes):
+        packs += packer.add(Segment(protein_index, 0, np.empty(size, np.uint8), (0, size - 2)))
     last = list(packer.flush())
     assert all(one.num_tokens + other.num_tokens > capacity for one, other in itertools.combinations(last, 2))
     packs += last
@@ -738,13 +886,17 @@ def test_packs_hold_every_segment_once_and_no_more_than_fits(sizes, capacity, ma
 def test_no_pack_is_left_open_for_ever():
     packer = Packer(100, max_open=4)
     packs = list(packer.add(Segment(0, 0, np.empty(55, np.uint8), (0, 53))))
-    for ticket in range(1, 20):
-        packs += packer.add(Segment(ticket, 0, np.empty(60, np.uint8), (0, 58)))
+    for protein_index in range(1, 20):
+        packs += packer.add(Segment(protein_index, 0, np.empty(60, np.uint8), (0, 58)))
     assert 0 in [segment.protein for pack in packs for segment in pack.segments]
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.dictionaries(st.text("abc/", min_size=1, max_size=4), st.integers(0, 50), max_size=30), st.integers(1, 12), st.randoms(use_true_random=False))
+@given(
+    st.dictionaries(st.text("abc/", min_size=1, max_size=4), st.integers(0, 50), max_size=30),
+    st.integers(1, 12),
+    st.randoms(use_true_random=False),
+)
 def test_every_file_goes_to_the_worker_with_the_fewest_sequences_so_far(given_counts, num_workers, rng):
     counts = {Path(name): number for name, number in given_counts.items()}
     bins = assign_files_by_size(counts, num_workers)

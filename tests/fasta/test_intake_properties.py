@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from dist_esm.config import Include, Letter, Long, ResidueConfig, Unknown
 from dist_esm.fasta import blocks as scan
-from dist_esm.pipeline.packer import windows
+from dist_esm.fasta.segments import windows
 from dist_esm.planning import units as plan
-from dist_esm.planning.units import count_sequences
+from dist_esm.planning.assign import count_sequences
 from standin import Embedded, accounts_add_up, embed_directory, expected
 from test_intake import LETTERS, block_gzip
 
@@ -62,7 +62,11 @@ def written(records: list[Record], layout: Layout) -> bytes:
         for line in wrapped:
             lines += rng.choices([[], [""], ["  "], ["; a remark > not a header"]], [12, 1, 1, 1])[0]
             # A blank that a line break falls on is not in the line any more: only write blanks around what begins and ends with none.
-            lines.append(line if line[0] in BLANKS or line[-1] in BLANKS else rng.choices(["", " "], [9, 1])[0] + line + rng.choices(["", " \t"], [5, 1])[0])
+            lines.append(
+                line
+                if line[0] in BLANKS or line[-1] in BLANKS
+                else rng.choices(["", " "], [9, 1])[0] + line + rng.choices(["", " \t"], [5, 1])[0]
+            )
     text = layout.end.join(lines) + (layout.end if layout.last_end else "")
     content = (b"\xef\xbb\xbf" if layout.has_mark else b"") + text.encode()
     if layout.compression == "plain" or not content:
@@ -92,17 +96,25 @@ def modelled(record: Record, number: int, policy: ResidueConfig, width: int) -> 
     return name, residues, "" if residues else "no residues left"
 
 
-WORDS = st.text(alphabet="abAB01|._:<>=;\u03b1\u20ac", min_size=1, max_size=6).filter(lambda word: word.strip() == word)
+WORDS = st.text(alphabet="abAB01|._:<>=;\u03b1\u20ac", min_size=1, max_size=6).filter(
+    lambda word: word.strip() == word
+)
 HEADERS = st.one_of(
     WORDS,
-    st.tuples(WORDS, st.text(alphabet="ab >;\t\u00e9[]<mask>", max_size=12)).map(lambda pair: f"{pair[0]} {pair[1]}".rstrip()),
+    st.tuples(WORDS, st.text(alphabet="ab >;\t\u00e9[]<mask>", max_size=12)).map(
+        lambda pair: f"{pair[0]} {pair[1]}".rstrip()
+    ),
     st.sampled_from(["", "", "same", "same again", "unnamed_2"]),
 )
 SEQUENCES = st.one_of(
     st.text(alphabet=LETTERS, max_size=LIMIT + 2),
     st.text(alphabet=LETTERS + "acdxz*-.J?17 <", max_size=30),
-    st.tuples(st.text(alphabet=LETTERS, max_size=20), st.sampled_from(["*", "**", "-", "", "*-", " *"])).map("".join),
-    st.tuples(st.text(alphabet=LETTERS, min_size=1, max_size=5), st.integers(9, 60)).map(lambda pair: pair[0] * pair[1]),
+    st.tuples(st.text(alphabet=LETTERS, max_size=20), st.sampled_from(["*", "**", "-", "", "*-", " *"])).map(
+        "".join
+    ),
+    st.tuples(st.text(alphabet=LETTERS, min_size=1, max_size=5), st.integers(9, 60)).map(
+        lambda pair: pair[0] * pair[1]
+    ),
     st.sampled_from(["", "", "MKV", "MKV", "-", "*", "mkv", "\u00e9M", "<mask"]),
 )
 RECORDS = st.lists(st.builds(Record, HEADERS, SEQUENCES), max_size=14)
@@ -115,7 +127,10 @@ LAYOUTS = st.builds(
     st.integers(0, 1 << 16),
     st.sampled_from(["plain", "plain", "gzip", "blocks"]),
 )
-LETTER, UNKNOWN = st.sampled_from(Letter), st.sampled_from([Unknown.replace, Unknown.replace, Unknown.skip, Unknown.fail])
+LETTER, UNKNOWN = (
+    st.sampled_from(Letter),
+    st.sampled_from([Unknown.replace, Unknown.replace, Unknown.skip, Unknown.fail]),
+)
 POLICIES = st.one_of(st.just(ResidueConfig()), st.builds(ResidueConfig, LETTER, LETTER, LETTER, UNKNOWN))
 SETTINGS = st.fixed_dictionaries(
     {
@@ -130,19 +145,38 @@ SETTINGS = st.fixed_dictionaries(
 
 def well_formed(record: Record, layout: Layout) -> bool:
     """No line of the record would read as a comment or hold a '>': those fail the file or vanish, by rule, and have tests of their own."""
-    return not any(record.letters[i : i + layout.width].strip().startswith(";") for i in range(0, len(record.letters), layout.width))
+    return not any(
+        record.letters[i : i + layout.width].strip().startswith(";")
+        for i in range(0, len(record.letters), layout.width)
+    )
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.tuples(RECORDS, LAYOUTS), min_size=1, max_size=4), POLICIES, SETTINGS, st.sampled_from([1, 7, 1 << 20]))
+@given(
+    st.lists(st.tuples(RECORDS, LAYOUTS), min_size=1, max_size=4),
+    POLICIES,
+    SETTINGS,
+    st.sampled_from([1, 7, 1 << 20]),
+)
 def test_every_record_of_every_file_comes_out_as_its_author_meant_it(files, policy, overrides, block):
-    with tempfile.TemporaryDirectory() as folder, patch.object(scan, "BLOCK", block), patch.object(plan, "MIN_UNIT_BYTES", 40):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(scan, "BLOCK", block),
+        patch.object(plan, "MIN_UNIT_BYTES", 40),
+    ):
         inputs = Path(folder) / "in"
         inputs.mkdir()
         for number, (records, layout) in enumerate(files):
             (inputs / f"f{number}.fasta").write_bytes(written(records, layout))
         include = [Include.mean, Include.bos, Include.per_tok]
-        done = embed_directory(inputs, Path(folder) / "out", residues=policy, include=include, window_overlap=OVERLAP, **overrides)
+        done = embed_directory(
+            inputs,
+            Path(folder) / "out",
+            residues=policy,
+            include=include,
+            window_overlap=OVERLAP,
+            **overrides,
+        )
         assert accounts_add_up(done.report)
         assert done.report.records["in"] == sum(len(records) for records, _ in files)
         outcomes: Counter[str] = Counter()
@@ -151,15 +185,17 @@ def test_every_record_of_every_file_comes_out_as_its_author_meant_it(files, poli
             outcome = check_file(done, f"f{number}", records, layout, policy, overrides)
             outcomes.update(outcome[0])
             reasons.update(outcome[1])
-        assert {key: done.report.records[key] for key in ("ok", "truncated", "windowed", "skipped", "failed")} == {
-            key: outcomes[key] for key in ("ok", "truncated", "windowed", "skipped", "failed")
-        }
+        assert {
+            key: done.report.records[key] for key in ("ok", "truncated", "windowed", "skipped", "failed")
+        } == {key: outcomes[key] for key in ("ok", "truncated", "windowed", "skipped", "failed")}
         assert Counter(done.report.records["skipped_by_reason"]) == reasons
         assert done.report.records["not_attempted"] == 0
         assert done.report.status == ("partial" if outcomes["failed"] else "complete")
 
 
-def check_file(done: Embedded, stem: str, records: list[Record], layout: Layout, policy: ResidueConfig, overrides: dict) -> tuple[Counter[str], Counter[str]]:
+def check_file(
+    done: Embedded, stem: str, records: list[Record], layout: Layout, policy: ResidueConfig, overrides: dict
+) -> tuple[Counter[str], Counter[str]]:
     """Hold one file's output to the model; gives the outcomes and the reasons for skipping that its records should have."""
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -236,19 +272,28 @@ def naive(content: bytes) -> list[tuple[str, str]] | None:
                 return None
             is_open = letter == "<" or (is_open and letter != ">")
         found[-1][1] += line
-    records = [modelled(Record(header, letters), number, ResidueConfig(), 10**9) for number, (header, letters) in enumerate(found, 1)]
+    records = [
+        modelled(Record(header, letters), number, ResidueConfig(), 10**9)
+        for number, (header, letters) in enumerate(found, 1)
+    ]
     return [(name, residues) for name, residues, reason in records if not reason]
 
 
 def check_bytes(contents: list[bytes], block: int = 1 << 20, unit_share: float = 1.0) -> list[str | int]:
     """Embed files of any bytes: each ends as the naive reader has it or as a failure; gives its message or its number of proteins."""
     ends: list[str | int] = []
-    with tempfile.TemporaryDirectory() as folder, patch.object(scan, "BLOCK", block), patch.object(plan, "MIN_UNIT_BYTES", 100):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(scan, "BLOCK", block),
+        patch.object(plan, "MIN_UNIT_BYTES", 100),
+    ):
         inputs = Path(folder) / "in"
         inputs.mkdir()
         for number, content in enumerate(contents):
             (inputs / f"f{number:03d}.fasta").write_bytes(content)
-        done = embed_directory(inputs, Path(folder) / "out", truncation_seq_length=None, unit_share=unit_share)
+        done = embed_directory(
+            inputs, Path(folder) / "out", truncation_seq_length=None, unit_share=unit_share
+        )
         assert accounts_add_up(done.report)
         assert done.report.records["not_attempted"] == 0
         failed = {Path(failure.path).name: failure for failure in done.report.failed}
@@ -278,7 +323,9 @@ SEEDS = [
     b">1\rMKV\r>2\r\r>3\rXBUZO\r",
     ">prot\u00e9ine \u03b1\nMKV\n>\U0001f9ec\nVKM\n".encode(),
     b"\n \n>only",
-    b"".join(b">r%d\n%s\n" % (i, bytes(random.Random(i).choices(b"ACDEFGHIKLMNPQRSTVWY", k=30))) for i in range(20)),
+    b"".join(
+        b">r%d\n%s\n" % (i, bytes(random.Random(i).choices(b"ACDEFGHIKLMNPQRSTVWY", k=30))) for i in range(20)
+    ),
 ]
 CHUNKS = [
     b">",
@@ -389,7 +436,9 @@ KEPT: dict[str, list[tuple[str, str]] | str] = {
 @pytest.mark.parametrize("unit_share", [1.0, 0.001])
 def test_kept_files_come_to_what_they_should(block, unit_share):
     contents = [(INTAKE / name).read_bytes() for name in KEPT]
-    for content, end, right in zip(contents, check_bytes(contents, block, unit_share), KEPT.values(), strict=True):
+    for content, end, right in zip(
+        contents, check_bytes(contents, block, unit_share), KEPT.values(), strict=True
+    ):
         if isinstance(right, str):
             assert isinstance(end, str)
             assert re.match(right, end)

@@ -21,14 +21,15 @@ from dist_esm.config import Config, ModelConfig
 from dist_esm.distributed import World
 from dist_esm.fasta.blocks import digest, whole
 from dist_esm.jobs.embed import join_cut_files
-from dist_esm.jobs.report import RankSummary, Report, make_report
+from dist_esm.jobs.report import Report, make_report
 from dist_esm.jobs.setup import make_output_dir
 from dist_esm.outputs.journal import Entry, Journal, new_launch, write_settings
 from dist_esm.pipeline.worker import embed_units
 from dist_esm.planning.agree import agree_on_plan
-from dist_esm.planning.units import Plan, find_files
+from dist_esm.planning.inputs import find_files
+from dist_esm.planning.units import Plan
 from dist_esm.stop import Stop
-from dist_esm.types import Answer, Pack, Segment, Tally
+from dist_esm.types import Pack, RankSummary, Segment, SegmentEmbedding, Tally
 
 WIDTH = 6
 FAIR_ESM = Alphabet.from_architecture("ESM-1b")
@@ -39,7 +40,10 @@ def rows_of(tokens: np.ndarray, layer: int) -> np.ndarray:
     token = tokens[1:-1].astype(np.int64)
     place = np.arange(len(token))
     whole = np.full(len(token), zlib.crc32(tokens.astype(np.uint8).tobytes()) % 251)
-    return np.stack([np.full(len(token), layer + 1), token, token * (place % 61 + 1), place % 127, whole, token**2 % 29], axis=1)
+    return np.stack(
+        [np.full(len(token), layer + 1), token, token * (place % 61 + 1), place % 127, whole, token**2 % 29],
+        axis=1,
+    )
 
 
 def bos_of(tokens: np.ndarray, layer: int) -> np.ndarray:
@@ -61,7 +65,9 @@ class Expected:
     rows: np.ndarray
 
 
-def expected(residues: str, layer: int = 1, spans: Sequence[tuple[int, int, int, int]] | None = None) -> Expected:
+def expected(
+    residues: str, layer: int = 1, spans: Sequence[tuple[int, int, int, int]] | None = None
+) -> Expected:
     """The right answer for a protein; `spans` are its segments as (start, stop, first kept, one past the last kept)."""
     spans = spans or [(0, len(residues), 0, len(residues))]
     kept, sums = [], []
@@ -71,13 +77,17 @@ def expected(residues: str, layer: int = 1, spans: Sequence[tuple[int, int, int,
         sums.append(rows.sum(0).astype(np.float32))
     rows = np.concatenate(kept)
     mean = np.sum(sums, axis=0, dtype=np.float32) / np.float32(len(rows))
-    return Expected(mean, bos_of(fair_esm_tokens(residues[slice(*spans[0][:2])]), layer).astype(np.float32), rows)
+    return Expected(
+        mean, bos_of(fair_esm_tokens(residues[slice(*spans[0][:2])]), layer).astype(np.float32), rows
+    )
 
 
 class StandIn:
     """The interface of `dist_esm.model.engine.Engine`. A segment whose tokens are in `poison` fails its forward."""
 
-    def __init__(self, layers: Sequence[int], wants_rows: bool, toks_per_batch: int, poison: Sequence[str] = ()) -> None:
+    def __init__(
+        self, layers: Sequence[int], wants_rows: bool, toks_per_batch: int, poison: Sequence[str] = ()
+    ) -> None:
         self.layers = list(layers)
         self.wants_rows = wants_rows
         self.toks_per_batch = toks_per_batch
@@ -95,8 +105,8 @@ class StandIn:
         """As on a CPU, where it matters to nothing."""
         return self.toks_per_batch
 
-    def run(self, pack: Pack, num_rows: int | None = None) -> list[Answer]:
-        """Answer the segments of a pack, in their order."""
+    def run(self, pack: Pack, num_rows: int | None = None) -> list[SegmentEmbedding]:
+        """SegmentEmbedding the segments of a pack, in their order."""
         if any(segment.tokens.tobytes() in self.poison for segment in pack.segments):
             raise RuntimeError("poisoned segment")
         assert pack.num_tokens <= self.toks_per_batch or len(pack.segments) == 1
@@ -107,15 +117,17 @@ class StandIn:
             first, last = segment.keep
             rows = {layer: rows_of(segment.tokens, layer)[first:last] for layer in self.layers}
             answers.append(
-                Answer(
+                SegmentEmbedding(
                     {layer: rows[layer].sum(0).astype(np.float32) for layer in self.layers},
                     {layer: bos_of(segment.tokens, layer).astype(np.float32) for layer in self.layers},
-                    {layer: rows[layer].astype(np.float32) for layer in self.layers} if self.wants_rows else {},
+                    {layer: rows[layer].astype(np.float32) for layer in self.layers}
+                    if self.wants_rows
+                    else {},
                 )
             )
         return answers
 
-    def recompute(self, segment: Segment) -> Answer:
+    def recompute(self, segment: Segment) -> SegmentEmbedding:
         """What `run` says: there is no wider dtype."""
         (answer,) = self.run(Pack((segment,)))
         return answer
@@ -134,7 +146,7 @@ class StandInPack:
     engine: StandIn
     pack: Pack
 
-    def result(self) -> list[Answer]:
+    def result(self) -> list[SegmentEmbedding]:
         """Answers in the order of the segments."""
         return self.engine.run(self.pack)
 
@@ -155,7 +167,11 @@ class Embedded:
     def outputs(self) -> list[str]:
         """Paths of all outputs, without suffix."""
         found = self.output_dir.rglob("*.pt")
-        return sorted(str(path.relative_to(self.output_dir).with_suffix("")) for path in found if ".dist_esm" not in path.parts)
+        return sorted(
+            str(path.relative_to(self.output_dir).with_suffix(""))
+            for path in found
+            if ".dist_esm" not in path.parts
+        )
 
     def notes(self, output: str) -> list[dict[str, str]]:
         """The lines of an output's records.tsv; [] if it has none."""
@@ -167,18 +183,31 @@ class Embedded:
 
     def failure(self, name: str) -> str:
         """The message of the failed file of this name."""
-        (message,) = [failure.error_message for failure in self.report.failed if Path(failure.path).name == name]
+        (message,) = [
+            failure.error_message for failure in self.report.failed if Path(failure.path).name == name
+        ]
         return message
 
 
 def make_config(inputs: Any, output_dir: Path, **overrides: Any) -> Config:
     """A configuration for the stand-in: one layer, one pack of few tokens, files that fail do not end the run."""
-    settings: dict[str, Any] = {"toks_per_batch": 200, "max_consecutive_failures": 1_000_000, "unit_share": 1.0, **overrides}
+    settings: dict[str, Any] = {
+        "toks_per_batch": 200,
+        "max_consecutive_failures": 1_000_000,
+        "unit_share": 1.0,
+        **overrides,
+    }
     model = ModelConfig("stand-in", 1, WIDTH, 1, "random")
     return Config(input=inputs, output_dir=output_dir, model=model, **settings)
 
 
-def embed_directory(inputs: Any, output_dir: Path, poison: Sequence[str] = (), after_plan: Callable[[], object] = lambda: None, **overrides: Any) -> Embedded:
+def embed_directory(
+    inputs: Any,
+    output_dir: Path,
+    poison: Sequence[str] = (),
+    after_plan: Callable[[], object] = lambda: None,
+    **overrides: Any,
+) -> Embedded:
     """Embed `inputs` as `dist_esm.jobs.embed.run` does, as a world of one, with the stand-in in place of the model.
 
     `after_plan` is called when the plan is made and nothing has been read for it yet.
@@ -193,10 +222,27 @@ def embed_directory(inputs: Any, output_dir: Path, poison: Sequence[str] = (), a
     plan = agree_on_plan(config, files, world)
     after_plan()
     assert config.toks_per_batch is not None
-    engine = StandIn(config.resolved_layers(), any(kind.name == "per_tok" for kind in config.include), config.toks_per_batch, poison)
+    engine = StandIn(
+        config.resolved_layers(),
+        any(kind.name == "per_tok" for kind in config.include),
+        config.toks_per_batch,
+        poison,
+    )
     stop = Stop()
     result = embed_units([plan.units[index] for index in plan.bins[0]], plan.files, config, engine, 0, stop)  # type: ignore[arg-type]
-    summary = RankSummary(0, "host", "stand-in", "COMPLETED", result.seconds, result.num_tokens, result.num_split_packs, 0, result.waits, {}, result.outcomes)
+    summary = RankSummary(
+        0,
+        "host",
+        "stand-in",
+        "COMPLETED",
+        result.seconds,
+        result.num_tokens,
+        result.num_split_packs,
+        0,
+        result.waits,
+        {},
+        result.outcomes,
+    )
     joined = join_cut_files(config, plan, [summary], journal, world)
     return Embedded(make_report(plan, [summary], joined, stop.reason, 0.0, 0.0), plan, engine, output_dir)
 
@@ -210,4 +256,6 @@ def journal_of(source: Path, output: Path) -> dict[str, Entry]:
 def accounts_add_up(report: Report) -> bool:
     """Records in = ok + truncated + windowed + skipped + failed + not attempted."""
     records = report.records
-    return records["in"] == sum(records[key] for key in ("ok", "truncated", "windowed", "skipped", "failed", "not_attempted"))
+    return records["in"] == sum(
+        records[key] for key in ("ok", "truncated", "windowed", "skipped", "failed", "not_attempted")
+    )

@@ -15,7 +15,16 @@ import torch
 from Bio import SeqIO
 from esm.data import Alphabet
 
-from conftest import A8M, PROTEINS, environment, fair_esm_model, random_state, read_report, relative_error, run_ranks
+from conftest import (
+    A8M,
+    PROTEINS,
+    environment,
+    fair_esm_model,
+    random_state,
+    read_report,
+    relative_error,
+    run_ranks,
+)
 from dist_esm.fasta.blocks import raw_blocks, whole
 
 MODEL = "model=esm2_t6_8M_UR50D"
@@ -23,7 +32,10 @@ OUTPUTS = ["large_ESM.pt", "medium_ESM.pt", "viruses/small_ESM.pt", "viruses/tin
 
 
 def digests(output_dir: Path) -> dict[str, str]:
-    return {str(path.relative_to(output_dir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(output_dir.rglob("*.pt"))}
+    return {
+        str(path.relative_to(output_dir)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(output_dir.rglob("*.pt"))
+    }
 
 
 def sequences(path: Path) -> dict[str, str]:
@@ -51,7 +63,9 @@ def test_every_number_is_fair_esms(alone):
     oracle = fair_esm_model(A8M, random_state(A8M))
     convert = Alphabet.from_architecture("ESM-1b").get_batch_converter()
     num_checked = 0
-    for output, source in zip(OUTPUTS, ("large.fasta", "medium.faa", "viruses/small.fa.gz", "viruses/tiny.fas"), strict=True):
+    for output, source in zip(
+        OUTPUTS, ("large.fasta", "medium.faa", "viruses/small.fa.gz", "viruses/tiny.fas"), strict=True
+    ):
         content = torch.load(output_dir / output, weights_only=True)
         expected = sequences(PROTEINS / source)
         assert content["proteins"] == list(expected)
@@ -89,12 +103,22 @@ def test_any_number_of_ranks_gives_identical_files(alone, num_ranks, tmp_path, c
 def test_a_good_run_leaves_only_what_it_promises(alone, tmp_path, checkpoint_8m):
     output_dir, result = alone
     (journal,) = (output_dir / ".dist_esm" / "journal").iterdir()
-    ours = [journal.relative_to(output_dir), *(f".dist_esm/{name}" for name in ("config.json", "lock", "settings.json"))]
+    ours = [
+        journal.relative_to(output_dir),
+        *(f".dist_esm/{name}" for name in ("config.json", "lock", "settings.json")),
+    ]
     left = sorted(str(path.relative_to(output_dir)) for path in output_dir.rglob("*") if path.is_file())
     assert left == sorted(map(str, [*OUTPUTS, *ours, "failed_files.txt", "report.json"]))
     assert (output_dir / "failed_files.txt").read_text() == ""
     assert result.stdout.startswith("complete: 4 of 4 files embedded")
-    other = run_ranks(None, "input=" + str(PROTEINS / "viruses"), "output_dir=out", MODEL, f"model.weights={checkpoint_8m}", PWD=str(tmp_path))
+    other = run_ranks(
+        None,
+        "input=" + str(PROTEINS / "viruses"),
+        "output_dir=out",
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+        PWD=str(tmp_path),
+    )
     assert other.returncode == 0
     shutil.rmtree("out")
     assert not Path("outputs").exists()
@@ -102,7 +126,17 @@ def test_a_good_run_leaves_only_what_it_promises(alone, tmp_path, checkpoint_8m)
     assert report["records"]["in"] == report["records"]["ok"] == 28
     assert report["files"][0]["path"] == str(PROTEINS / "large.fasta")
     assert (report["files"][0]["sequences"], report["files"][0]["output"]) == (14, "large_ESM.pt")
-    assert set(report) >= {"status", "files", "failed", "not_attempted", "records", "ranks", "config", "model", "versions"}
+    assert set(report) >= {
+        "status",
+        "files",
+        "failed",
+        "not_attempted",
+        "records",
+        "ranks",
+        "config",
+        "model",
+        "versions",
+    }
     assert report["config"]["repr_layers"] == [0, 3, -1]
 
 
@@ -116,9 +150,15 @@ def test_a_file_of_garbage_ends_as_partial_with_the_others_done(alone, tmp_path,
     assert digests(tmp_path / "out") == digests(alone[0])
     report = read_report(tmp_path / "out")
     assert report["status"] == "partial"
-    assert [(Path(f["path"]).name, f["error_type"]) for f in report["failed"]] == [("garbage.fasta", "FastaError")]
+    assert [(Path(f["path"]).name, f["error_type"]) for f in report["failed"]] == [
+        ("garbage.fasta", "FastaError")
+    ]
     assert "line 1" in report["failed"][0]["error_message"]
-    assert (tmp_path / "out" / "failed_files.txt").read_text().startswith(f"{tmp_path / 'in' / 'garbage.fasta'}|FastaError|line 1 ")
+    assert (
+        (tmp_path / "out" / "failed_files.txt")
+        .read_text()
+        .startswith(f"{tmp_path / 'in' / 'garbage.fasta'}|FastaError|line 1 ")
+    )
     assert "dist_esm/" not in result.stderr, "a bad file shows no frame of ours"
 
 
@@ -126,10 +166,18 @@ def test_a_file_of_garbage_ends_as_partial_with_the_others_done(alone, tmp_path,
 def test_three_bad_files_in_a_row_abort_and_name_what_was_not_attempted(tmp_path, checkpoint_8m):
     """One rank meets three bad files first; both ranks stop, and files not begun are listed."""
     (tmp_path / "in").mkdir()
-    for i in range(3):  # many records, so they come first in the bin of rank 0; the other rank has one file, and then nothing
+    for i in range(
+        3
+    ):  # many records, so they come first in the bin of rank 0; the other rank has one file, and then nothing
         (tmp_path / "in" / f"bad{i}.fasta").write_text(">a\nMKT\n" * 20 + ">b\nMK\x02T\n")
     (tmp_path / "in" / "good.fasta").write_text(">a\nMKT\n")
-    result = run_ranks(None, f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}")
+    result = run_ranks(
+        None,
+        f"input={tmp_path / 'in'}",
+        f"output_dir={tmp_path / 'out'}",
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+    )
     assert result.returncode == 1
     report = read_report(tmp_path / "out")
     assert report["status"] == "aborted"
@@ -138,7 +186,14 @@ def test_three_bad_files_in_a_row_abort_and_name_what_was_not_attempted(tmp_path
     assert len(report["failed"]) == 3
     assert report["records"]["in"] == 64 == report["records"]["failed"] + report["records"]["not_attempted"]
     assert "Traceback" not in result.stderr
-    relaxed = run_ranks(2, f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "max_consecutive_failures=4")
+    relaxed = run_ranks(
+        2,
+        f"input={tmp_path / 'in'}",
+        f"output_dir={tmp_path / 'out'}",
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+        "max_consecutive_failures=4",
+    )
     assert relaxed.returncode == 1
     report = read_report(tmp_path / "out")
     assert (report["status"], report["not_attempted"], len(report["files"])) == ("partial", [], 1)
@@ -152,8 +207,17 @@ def test_an_abort_on_one_rank_stops_the_others_between_units(tmp_path, checkpoin
         (tmp_path / "in" / f"bad{i}.fasta").write_text(">a\nMKT\n" * 30 + ">b\nMK\x02T\n")
         (tmp_path / "in" / f"bad{i}_twin.fasta").write_text(">a\nMKT\n" * 30 + ">b\nMK\x02T\n")
     for i in range(60):
-        (tmp_path / "in" / f"good{i:02}.fasta").write_text("".join(f">{j}\n{protein[j + i :]}\n" for j in range(8)))
-    result = run_ranks(2, f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "dedupe=false")
+        (tmp_path / "in" / f"good{i:02}.fasta").write_text(
+            "".join(f">{j}\n{protein[j + i :]}\n" for j in range(8))
+        )
+    result = run_ranks(
+        2,
+        f"input={tmp_path / 'in'}",
+        f"output_dir={tmp_path / 'out'}",
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+        "dedupe=false",
+    )
     assert result.returncode == 1
     report = read_report(tmp_path / "out")
     assert report["status"] == "aborted"
@@ -165,15 +229,29 @@ def test_a_protein_that_does_not_fit_fails_its_file_alone(alone, tmp_path, check
     """Real allocation failures: once the model is loaded the address space is limited, and one protein needs more than is left."""
     shutil.copytree(PROTEINS, tmp_path / "in")
     (tmp_path / "in" / "huge.fasta").write_text(">huge\n" + "MKTAYIAK" * 100_000 + "\n")
-    settings = [*overrides(tmp_path / "out", checkpoint_8m), f"input={tmp_path / 'in'}", "truncation_seq_length=null"]
-    line = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "limited.py"), str(512 << 20), *settings]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=100, env=environment(MALLOC_ARENA_MAX="2"), check=False)
+    settings = [
+        *overrides(tmp_path / "out", checkpoint_8m),
+        f"input={tmp_path / 'in'}",
+        "truncation_seq_length=null",
+    ]
+    line = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "helpers" / "limited.py"),
+        str(512 << 20),
+        *settings,
+    ]
+    result = subprocess.run(
+        line, capture_output=True, text=True, timeout=100, env=environment(MALLOC_ARENA_MAX="2"), check=False
+    )
     assert result.returncode == 2, result.stderr
     report = read_report(tmp_path / "out")
     assert [Path(failure["path"]).name for failure in report["failed"]] == ["huge.fasta"]
     assert "allocate" in report["failed"][0]["error_message"]
     for name in OUTPUTS:
-        mine, theirs = (torch.load(folder / name, weights_only=True)["representations"] for folder in (tmp_path / "out", alone[0]))
+        mine, theirs = (
+            torch.load(folder / name, weights_only=True)["representations"]
+            for folder in (tmp_path / "out", alone[0])
+        )
         for layer, proteins in theirs.items():
             for one, other in zip(mine[layer], proteins, strict=True):
                 assert torch.equal(one, other)
@@ -181,7 +259,13 @@ def test_a_protein_that_does_not_fit_fails_its_file_alone(alone, tmp_path, check
 
 @pytest.mark.distributed
 def test_a_missing_input_or_checkpoint_is_said_once(tmp_path):
-    result = run_ranks(2, f"input={PROTEINS}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={tmp_path / 'none.pt'}")
+    result = run_ranks(
+        2,
+        f"input={PROTEINS}",
+        f"output_dir={tmp_path / 'out'}",
+        MODEL,
+        f"model.weights={tmp_path / 'none.pt'}",
+    )
     assert result.returncode == 1
     assert result.stderr.count("dist_esm: error:") == 1
     assert f"model.weights={tmp_path / 'none.pt'} is not a file" in result.stderr
@@ -192,7 +276,14 @@ def test_a_missing_input_or_checkpoint_is_said_once(tmp_path):
 @pytest.mark.distributed
 def test_more_ranks_than_gpus_is_one_clear_error(tmp_path):
     too_many = torch.cuda.device_count() + 1
-    result = run_ranks(too_many, f"input={PROTEINS}", f"output_dir={tmp_path}", MODEL, "model.weights=random", CUDA_VISIBLE_DEVICES=visible_gpus())
+    result = run_ranks(
+        too_many,
+        f"input={PROTEINS}",
+        f"output_dir={tmp_path}",
+        MODEL,
+        "model.weights=random",
+        CUDA_VISIBLE_DEVICES=visible_gpus(),
+    )
     assert result.returncode == 1
     assert result.stderr.count("dist_esm: error:") == 1
     assert f"start torchrun with --nproc_per_node={too_many - 1}" in result.stderr
@@ -205,10 +296,18 @@ def test_nccl_ranks_give_the_bits_of_one_gpu(model, tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     for num_ranks in (1, 2):
-        settings = [f"input={PROTEINS}", f"output_dir={tmp_path / str(num_ranks)}", f"model={model}", "model.weights=random", "include=[mean,per_tok]"]
+        settings = [
+            f"input={PROTEINS}",
+            f"output_dir={tmp_path / str(num_ranks)}",
+            f"model={model}",
+            "model.weights=random",
+            "include=[mean,per_tok]",
+        ]
         result = run_ranks(num_ranks, *settings, CUDA_VISIBLE_DEVICES=visible_gpus())
         assert result.returncode == 0, result.stderr
-        assert {rank["device"].split()[0] for rank in read_report(tmp_path / str(num_ranks))["ranks"]} == {f"cuda:{rank}" for rank in range(num_ranks)}
+        assert {rank["device"].split()[0] for rank in read_report(tmp_path / str(num_ranks))["ranks"]} == {
+            f"cuda:{rank}" for rank in range(num_ranks)
+        }
     assert digests(tmp_path / "1") == digests(tmp_path / "2")
 
 

@@ -24,20 +24,30 @@ def small_disk(tmp_path):
     place.mkdir()
     if shutil.which("mount") is None or os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, check=False
+    ).returncode:
         pytest.skip("this machine does not let a small file system be mounted")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
 
 
-def test_a_full_disk_fails_the_files_that_do_not_fit_and_resumes_when_there_is_room(small_disk, tmp_path, checkpoint_8m):
+def test_a_full_disk_fails_the_files_that_do_not_fit_and_resumes_when_there_is_room(
+    small_disk, tmp_path, checkpoint_8m
+):
     """One file whose residues are larger than the disk among three that fit."""
     (tmp_path / "in").mkdir()
     protein = next(iter(sequences(PROTEINS / "large.fasta").values()))
     (tmp_path / "in" / "big.fasta").write_text("".join(f">{i}\n{protein}\n" for i in range(20)))
     for i in range(3):
         (tmp_path / "in" / f"small{i}.fasta").write_text(f">a\n{protein[i:]}\n")
-    settings = [f"input={tmp_path / 'in'}", f"output_dir={small_disk / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "include=[per_tok]"]
+    settings = [
+        f"input={tmp_path / 'in'}",
+        f"output_dir={small_disk / 'out'}",
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+        "include=[per_tok]",
+    ]
     result = run_ranks(None, *settings)
     assert result.returncode == 2, result.stderr
     report = read_report(small_disk / "out")
@@ -51,17 +61,30 @@ def test_a_full_disk_fails_the_files_that_do_not_fit_and_resumes_when_there_is_r
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     assert run_ranks(None, *settings).returncode == 0
     report = read_report(small_disk / "out")
-    assert {entry["output"] for entry in report["files"]} == {"big_ESM.pt", *(f"small{i}_ESM.pt" for i in range(3))}
+    assert {entry["output"] for entry in report["files"]} == {
+        "big_ESM.pt",
+        *(f"small{i}_ESM.pt" for i in range(3)),
+    }
     assert {entry["output"] for entry in report["files"] if entry["resumed"]} == set(done)
 
 
 def test_a_disk_without_room_for_the_report_is_one_clear_line(small_disk, checkpoint_8m):
     """The disk is filled when all outputs are in place."""
-    settings = [f"input={PROTEINS}", f"output_dir={small_disk / 'out'}", MODEL, f"model.weights={checkpoint_8m}"]
-    result = run_meanwhile("dist_esm.jobs.embed:conclude", f"head -c 2M /dev/zero > {small_disk}/others", *settings)
+    settings = [
+        f"input={PROTEINS}",
+        f"output_dir={small_disk / 'out'}",
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+    ]
+    result = run_meanwhile(
+        "dist_esm.jobs.embed:conclude", f"head -c 2M /dev/zero > {small_disk}/others", *settings
+    )
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert f"stopped: the report cannot be written to {small_disk / 'out'} (No space left on device)" in result.stdout
+    assert (
+        f"stopped: the report cannot be written to {small_disk / 'out'} (No space left on device)"
+        in result.stdout
+    )
     (small_disk / "others").unlink()
     again = run_ranks(None, *settings)
     assert again.returncode == 0
@@ -70,26 +93,46 @@ def test_a_disk_without_room_for_the_report_is_one_clear_line(small_disk, checkp
 
 def test_a_read_only_output_directory_is_refused_before_any_work(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    result = run_ranks(None, f"input={PROTEINS}", f"output_dir={small_disk / 'out'}", MODEL, "model.weights=random")
+    result = run_ranks(
+        None, f"input={PROTEINS}", f"output_dir={small_disk / 'out'}", MODEL, "model.weights=random"
+    )
     assert result.returncode == 1
-    assert f"output_dir={small_disk / 'out'} cannot be written to (Read-only file system): name a directory that can" in result.stderr
+    assert (
+        f"output_dir={small_disk / 'out'} cannot be written to (Read-only file system): name a directory that can"
+        in result.stderr
+    )
 
 
 def test_an_output_path_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "taken").write_text("")
-    result = run_ranks(None, f"input={PROTEINS}", f"output_dir={tmp_path / 'taken'}", MODEL, "model.weights=random")
+    result = run_ranks(
+        None, f"input={PROTEINS}", f"output_dir={tmp_path / 'taken'}", MODEL, "model.weights=random"
+    )
     assert result.returncode == 1
     assert "taken cannot be written to" in result.stderr
 
 
-def test_an_output_directory_that_is_removed_leaves_no_file_called_done_that_is_not_there(tmp_path, checkpoint_8m):
+def test_an_output_directory_that_is_removed_leaves_no_file_called_done_that_is_not_there(
+    tmp_path, checkpoint_8m
+):
     (tmp_path / "in").mkdir()
     for i in range(30):
-        text = "".join(f">{name}\n{sequence[i:]}{sequence}\n" for name, sequence in sequences(PROTEINS / "medium.faa").items())
+        text = "".join(
+            f">{name}\n{sequence[i:]}{sequence}\n"
+            for name, sequence in sequences(PROTEINS / "medium.faa").items()
+        )
         (tmp_path / "in" / f"{i:02}.fasta").write_text(text)
     out = tmp_path / "out"
-    settings = [f"input={tmp_path / 'in'}", f"output_dir={out}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=1000"]
-    process = subprocess.Popen(command(None, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    settings = [
+        f"input={tmp_path / 'in'}",
+        f"output_dir={out}",
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+        "toks_per_batch=1000",
+    ]
+    process = subprocess.Popen(
+        command(None, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
     deadline = time.monotonic() + 60
     while len(list(out.glob("*.pt"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -124,6 +167,13 @@ def test_an_input_that_goes_away_after_planning_fails_alone(tmp_path, fault):
 
     run = embed_directory(tmp_path / "in", tmp_path / "out", after_plan=tamper)
     assert [Path(failure.path).name for failure in run.report.failed] == ["b.fasta"]
-    assert {"removed": "No such file", "changed": "was changed while", "cut off": "was changed while"}[fault] in run.report.failed[0].error_message
+    assert {"removed": "No such file", "changed": "was changed while", "cut off": "was changed while"}[
+        fault
+    ] in run.report.failed[0].error_message
     for name in "ac":
-        torch.testing.assert_close(run.load(f"{name}_ESM")["data"][0], torch.from_numpy(expected(f"MKTAY{name.upper()}").mean), rtol=0, atol=0)
+        torch.testing.assert_close(
+            run.load(f"{name}_ESM")["data"][0],
+            torch.from_numpy(expected(f"MKTAY{name.upper()}").mean),
+            rtol=0,
+            atol=0,
+        )

@@ -33,12 +33,26 @@ def make_files(folder: Path, number: int) -> None:
         (folder / f"{i:02}.fasta").write_text("".join(f">{j}\n{protein[j + i :]}\n" for j in range(10)))
 
 
-def interrupt(settings: list[str], output_dir: Path, number: signal.Signals, enough: int, rank: int | None = None, is_scheduler: bool = False) -> dict:
+def interrupt(
+    settings: list[str],
+    output_dir: Path,
+    number: signal.Signals,
+    enough: int,
+    rank: int | None = None,
+    is_scheduler: bool = False,
+) -> dict:
     """Start two ranks, send a signal when so many outputs are there, and give the report that the run leaves.
 
     The signal goes to torchrun, as a terminal's does, to one rank alone, or to every process, as a scheduler's: then ranks get torchrun's, too.
     """
-    process = subprocess.Popen(command(2, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
+    process = subprocess.Popen(
+        command(2, *settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
     try:
         deadline = time.monotonic() + 90
         while len(list(output_dir.glob("*.pt"))) < enough and time.monotonic() < deadline:
@@ -62,15 +76,29 @@ def interrupt(settings: list[str], output_dir: Path, number: signal.Signals, eno
 
 def rank_process(output_dir: Path, rank: int) -> int:
     """The process of a rank."""
-    (found,) = [pid for pid in processes_of(output_dir) if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()]
+    (found,) = [
+        pid
+        for pid in processes_of(output_dir)
+        if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    ]
     return found
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("number", "is_scheduler"), [(signal.SIGINT, False), (signal.SIGTERM, True)], ids=["Ctrl-C", "scancel"])
-def test_an_interrupted_run_keeps_what_is_done_and_reports_itself_aborted(number, is_scheduler, tmp_path, checkpoint_8m):
+@pytest.mark.parametrize(
+    ("number", "is_scheduler"), [(signal.SIGINT, False), (signal.SIGTERM, True)], ids=["Ctrl-C", "scancel"]
+)
+def test_an_interrupted_run_keeps_what_is_done_and_reports_itself_aborted(
+    number, is_scheduler, tmp_path, checkpoint_8m
+):
     make_files(tmp_path / "in", 40)
-    settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=2000"]
+    settings = [
+        f"input={tmp_path / 'in'}",
+        f"output_dir={tmp_path / 'out'}",
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+        "toks_per_batch=2000",
+    ]
     report = interrupt(settings, tmp_path / "out", number, enough=2, is_scheduler=is_scheduler)
     assert report["status"] == "aborted"
     assert f"interrupted by {number.name}" in report["reason"]
@@ -98,10 +126,19 @@ print("still here")
 """
 
 
-@pytest.mark.parametrize(("wait", "code", "rest"), [(0, 0, "still here\n"), (1.1, -signal.SIGTERM, "")], ids=["at once", "later"])
+@pytest.mark.parametrize(
+    ("wait", "code", "rest"), [(0, 0, "still here\n"), (1.1, -signal.SIGTERM, "")], ids=["at once", "later"]
+)
 def test_signals_that_come_together_are_one_and_a_later_one_ends_the_process(wait, code, rest):
     """A scheduler signals every process, and torchrun passes its own on to the ranks."""
-    result = subprocess.run([sys.executable, "-c", REPEATED, str(wait)], capture_output=True, text=True, timeout=60, env=environment(), check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", REPEATED, str(wait)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(),
+        check=False,
+    )
     assert (result.returncode, result.stdout) == (code, f"['interrupted by SIGTERM']\n{rest}"), result.stderr
 
 
@@ -112,8 +149,16 @@ def test_a_rank_that_waits_for_the_others_still_reports_when_the_run_is_interrup
     (tmp_path / "in" / "many.fasta").write_text(">a\nMKTAYI\n" * 100)
     protein = "ACDEFGHIKLMNPQRSTVWY" * 50
     for i in range(30):
-        (tmp_path / "in" / f"slow{i:02}.fasta").write_text("".join(f">{j}\n{protein[j + i :]}\n" for j in range(3)))
-    settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=1000"]
+        (tmp_path / "in" / f"slow{i:02}.fasta").write_text(
+            "".join(f">{j}\n{protein[j + i :]}\n" for j in range(3))
+        )
+    settings = [
+        f"input={tmp_path / 'in'}",
+        f"output_dir={tmp_path / 'out'}",
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+        "toks_per_batch=1000",
+    ]
     report = interrupt(settings, tmp_path / "out", signal.SIGTERM, enough=4)
     assert report["status"] == "aborted"
     assert [rank["status"] for rank in report["ranks"]] == ["COMPLETED", "FAILED"]
@@ -127,7 +172,13 @@ def test_a_rank_that_waits_for_the_others_still_reports_when_the_run_is_interrup
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_is_interrupted_alone_ends_the_run(rank, tmp_path, checkpoint_8m):
     make_files(tmp_path / "in", 40)
-    settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=2000"]
+    settings = [
+        f"input={tmp_path / 'in'}",
+        f"output_dir={tmp_path / 'out'}",
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+        "toks_per_batch=2000",
+    ]
     report = interrupt(settings, tmp_path / "out", signal.SIGTERM, enough=2, rank=rank)
     assert report["status"] == "aborted"
     assert report["files"]
@@ -140,9 +191,23 @@ def test_ranks_that_torchrun_starts_again_go_on_from_the_journal(tmp_path, check
     """torchrun's store outlives them, with all that they left in it."""
     make_files(tmp_path / "in", 10)
     out = tmp_path / "out"
-    line = command(2, f"input={tmp_path / 'in'}", f"output_dir={out}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=2000")
+    line = command(
+        2,
+        f"input={tmp_path / 'in'}",
+        f"output_dir={out}",
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+        "toks_per_batch=2000",
+    )
     line.insert(3, "--max-restarts=1")
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
+    process = subprocess.Popen(
+        line,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
     try:
         deadline = time.monotonic() + 90
         while len(list(out.glob("*.pt"))) < 2 and time.monotonic() < deadline:
@@ -164,7 +229,16 @@ def finished(tmp_path_factory, checkpoint_8m):
     """A finished run over a copy of the test proteins."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(PROTEINS, folder / "in")
-    assert run_ranks(None, f"input={folder / 'in'}", f"output_dir={folder / 'out'}", MODEL, f"model.weights={checkpoint_8m}").returncode == 0
+    assert (
+        run_ranks(
+            None,
+            f"input={folder / 'in'}",
+            f"output_dir={folder / 'out'}",
+            MODEL,
+            f"model.weights={checkpoint_8m}",
+        ).returncode
+        == 0
+    )
     return folder
 
 
@@ -173,8 +247,15 @@ def half_done(finished, tmp_path, checkpoint_8m):
     """Settings and output directory of a copy of the finished run, with two more inputs, which are cut in pieces."""
     folder = Path(shutil.copytree(finished, tmp_path / "copy"))
     for name in ("cut_1", "cut_2"):
-        (folder / "in" / f"{name}.fasta").write_text("".join(f">{name}_{i}\n{'MKTAYIAKQR' * 30}\n" for i in range(600)))
-    return [f"input={folder / 'in'}", f"output_dir={folder / 'out'}", MODEL, f"model.weights={checkpoint_8m}"], folder / "out"
+        (folder / "in" / f"{name}.fasta").write_text(
+            "".join(f">{name}_{i}\n{'MKTAYIAKQR' * 30}\n" for i in range(600))
+        )
+    return [
+        f"input={folder / 'in'}",
+        f"output_dir={folder / 'out'}",
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+    ], folder / "out"
 
 
 def test_a_run_that_is_interrupted_while_it_plans_leaves_the_report_of_what_is_done(half_done):
@@ -182,7 +263,10 @@ def test_a_run_that_is_interrupted_while_it_plans_leaves_the_report_of_what_is_d
     before = (out / "report.json").read_bytes()
     result = run_meanwhile("dist_esm.jobs.embed:agree_on_plan", "kill -INT $PPID", *settings)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "dist_esm: interrupted by SIGINT: what is done is kept, run the same command again to go on from there\n"
+    assert (
+        result.stderr
+        == "dist_esm: interrupted by SIGINT: what is done is kept, run the same command again to go on from there\n"
+    )
     assert (out / "report.json").read_bytes() == before
     over = run_meanwhile("dist_esm.jobs.embed:agree_on_plan", "kill -INT $PPID", *settings, "resume=false")
     assert over.returncode == 1
@@ -197,28 +281,50 @@ def test_a_run_that_is_interrupted_while_it_plans_leaves_the_report_of_what_is_d
 def test_a_run_that_is_interrupted_while_it_loads_or_joins_reports_what_is_done(place, joined, half_done):
     settings, out = half_done
     done = digests(out)
-    result = run_meanwhile(f"dist_esm.jobs.embed:{place}", " && ".join([*(f"test -e {out / name}_ESM.pt" for name in joined), "kill -TERM $PPID"]), *settings)
+    result = run_meanwhile(
+        f"dist_esm.jobs.embed:{place}",
+        " && ".join([*(f"test -e {out / name}_ESM.pt" for name in joined), "kill -TERM $PPID"]),
+        *settings,
+    )
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     report = read_report(out)
     assert (report["status"], report["reason"]) == ("aborted", "interrupted by SIGTERM")
-    assert [Path(path).stem for path in report["not_attempted"]] == [name for name in ("cut_1", "cut_2") if name not in joined]
-    assert {entry["output"]: entry["resumed"] for entry in report["files"]} == dict.fromkeys(done, True) | {f"{name}_ESM.pt": False for name in joined}
+    assert [Path(path).stem for path in report["not_attempted"]] == [
+        name for name in ("cut_1", "cut_2") if name not in joined
+    ]
+    assert {entry["output"]: entry["resumed"] for entry in report["files"]} == dict.fromkeys(done, True) | {
+        f"{name}_ESM.pt": False for name in joined
+    }
     assert len(dist_esm.load(out).vectors) == 28 + 600 * len(joined)
     records = report["records"]
-    assert (records["in"], records["ok"], records["not_attempted"]) == (1228, 28 + 600 * len(joined), 1200 - 600 * len(joined))
+    assert (records["in"], records["ok"], records["not_attempted"]) == (
+        1228,
+        28 + 600 * len(joined),
+        1200 - 600 * len(joined),
+    )
     assert not list(out.rglob("*.tmp"))
     assert run_ranks(None, *settings).returncode == 0
     assert digests(out).items() >= done.items()
     for name in ("cut_1", "cut_2"):
-        assert torch.load(out / f"{name}_ESM.pt", weights_only=True)["proteins"] == [f"{name}_{i}" for i in range(600)]
+        assert torch.load(out / f"{name}_ESM.pt", weights_only=True)["proteins"] == [
+            f"{name}_{i}" for i in range(600)
+        ]
 
 
 def test_a_long_forward_on_a_cpu_is_not_waited_for(tmp_path, checkpoint_8m):
     """One protein takes minutes."""
     (tmp_path / "long.fasta").write_text(">titin\n" + "MKTAYIAKQR" * 8000 + "\n")
-    settings = [f"input={tmp_path / 'long.fasta'}", f"output_dir={tmp_path / 'out'}", MODEL, f"model.weights={checkpoint_8m}", "truncation_seq_length=null"]
-    process = subprocess.Popen(command(None, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    settings = [
+        f"input={tmp_path / 'long.fasta'}",
+        f"output_dir={tmp_path / 'out'}",
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+        "truncation_seq_length=null",
+    ]
+    process = subprocess.Popen(
+        command(None, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
     try:
         while "bin: 1 units" not in (line := process.stderr.readline()):
             assert line, "ended before it began"

@@ -27,9 +27,22 @@ def job(tmp_path_factory, checkpoint_8m):
     proteins = [sequence for path in sorted(PROTEINS.glob("*.fa*")) for sequence in sequences(path).values()]
     (folder / "in").mkdir()
     for i in range(40):
-        (folder / "in" / f"{i:02}.fasta").write_text("".join(f">{i}_{j}\n{protein[i:]}{protein}\n" for j, protein in enumerate(proteins[i % 16 : i % 16 + 8])))
-    (folder / "in" / "cut.fasta").write_text("".join(f">big_{i}\n{proteins[i % len(proteins)]}\n" for i in range(2000)))
-    settings = [f"input={folder / 'in'}", MODEL, f"model.weights={checkpoint_8m}", "toks_per_batch=500", "unit_share=0.1"]
+        (folder / "in" / f"{i:02}.fasta").write_text(
+            "".join(
+                f">{i}_{j}\n{protein[i:]}{protein}\n"
+                for j, protein in enumerate(proteins[i % 16 : i % 16 + 8])
+            )
+        )
+    (folder / "in" / "cut.fasta").write_text(
+        "".join(f">big_{i}\n{proteins[i % len(proteins)]}\n" for i in range(2000))
+    )
+    settings = [
+        f"input={folder / 'in'}",
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+        "toks_per_batch=500",
+        "unit_share=0.1",
+    ]
     result = run_ranks(None, *settings, f"output_dir={folder / 'undisturbed'}")
     assert result.returncode == 0, result.stderr
     assert [entry["units"] for entry in read_report(folder / "undisturbed")["files"]] == [1] * 40 + [4]
@@ -88,7 +101,9 @@ def kill_and_resume(job, output_dir: Path, seed: int, num_kills: int) -> dict[st
         while processes_of(output_dir) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not processes_of(output_dir), f"ranks outlive the run that was killed by {how}"
-        visible = {name: digest for name, digest in digests(output_dir).items() if not name.startswith(".dist_esm")}
+        visible = {
+            name: digest for name, digest in digests(output_dir).items() if not name.startswith(".dist_esm")
+        }
         assert visible.items() <= wanted.items(), f"torn or wrong after {how}: {said[-2000:]}"
     result = run_ranks(chance.choice((1, 2, 3)), *settings, f"output_dir={output_dir}")
     assert result.returncode == 0, result.stderr
@@ -97,7 +112,9 @@ def kill_and_resume(job, output_dir: Path, seed: int, num_kills: int) -> dict[st
     assert report["records"]["in"] == report["records"]["ok"] == read_report(undisturbed)["records"]["in"]
     assert digests(output_dir) == wanted
     assert not [path for path in output_dir.rglob("*") if re.search(r"\.tmp$", path.name)]
-    assert torch.load(output_dir / "cut_ESM.pt", weights_only=True)["proteins"] == [f"big_{i}" for i in range(2000)]
+    assert torch.load(output_dir / "cut_ESM.pt", weights_only=True)["proteins"] == [
+        f"big_{i}" for i in range(2000)
+    ]
     return hits
 
 

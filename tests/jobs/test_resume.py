@@ -27,7 +27,14 @@ def finished(tmp_path_factory, checkpoint_8m):
 
 
 def run(folder: Path, checkpoint: Path, *overrides: str, num_ranks: int | None = None):
-    return run_ranks(num_ranks, f"input={folder / 'in'}", f"output_dir={folder / 'out'}", MODEL, f"model.weights={checkpoint}", *overrides)
+    return run_ranks(
+        num_ranks,
+        f"input={folder / 'in'}",
+        f"output_dir={folder / 'out'}",
+        MODEL,
+        f"model.weights={checkpoint}",
+        *overrides,
+    )
 
 
 @pytest.fixture
@@ -41,7 +48,9 @@ def resumed(folder: Path) -> dict[str, bool]:
 
 
 @pytest.mark.distributed
-def test_only_what_is_missing_or_damaged_is_done_again_by_any_number_of_ranks(folder, finished, checkpoint_8m):
+def test_only_what_is_missing_or_damaged_is_done_again_by_any_number_of_ranks(
+    folder, finished, checkpoint_8m
+):
     out = folder / "out"
     damaged = bytearray((out / "large_ESM.pt").read_bytes())
     damaged[len(damaged) // 2] ^= 1
@@ -55,7 +64,12 @@ def test_only_what_is_missing_or_damaged_is_done_again_by_any_number_of_ranks(fo
     leftover.write_bytes(b"half")
     result = run(folder, checkpoint_8m, num_ranks=3)
     assert result.returncode == 0, result.stderr
-    assert resumed(folder) == {"large_ESM.pt": False, "medium_ESM.pt": False, "viruses/small_ESM.pt": True, "viruses/tiny_ESM.pt": False}
+    assert resumed(folder) == {
+        "large_ESM.pt": False,
+        "medium_ESM.pt": False,
+        "viruses/small_ESM.pt": True,
+        "viruses/tiny_ESM.pt": False,
+    }
     assert digests(out) == digests(finished / "out")
     assert not leftover.exists()
     again = run(folder, checkpoint_8m)
@@ -77,7 +91,9 @@ def test_an_input_with_other_content_is_done_again_even_with_the_same_size_and_t
     assert resumed(folder)["medium_ESM.pt"] is False
 
 
-@pytest.mark.parametrize(("suffix", "shares"), [("fasta", (0.01, 1)), ("fasta.gz", (1, 0.01)), ("fasta.gz", (0.01, 0.5))])
+@pytest.mark.parametrize(
+    ("suffix", "shares"), [("fasta", (0.01, 1)), ("fasta.gz", (1, 0.01)), ("fasta.gz", (0.01, 0.5))]
+)
 def test_a_finished_file_stays_finished_however_it_would_be_cut_now(tmp_path, checkpoint_8m, suffix, shares):
     """As when inputs were added, and a file is another share of them."""
     records = [f">r{i}\n{'MKTAYIAKQR' * 20}\n" for i in range(1500)]
@@ -155,7 +171,10 @@ def test_a_second_run_in_the_same_directory_is_refused(folder, checkpoint_8m):
 
 def test_every_torn_line_is_passed_over(tmp_path):
     (tmp_path / ".dist_esm" / "journal").mkdir(parents=True)
-    entries = [Entry(f"{i}_ESM", [(0, None)], ["d"], [WrittenFile("a", 1, "s")], Tally({"ok": i}), 0, 1.0) for i in range(3)]
+    entries = [
+        Entry(f"{i}_ESM", [(0, None)], ["d"], [WrittenFile("a", 1, "s")], Tally({"ok": i}), 0, 1.0)
+        for i in range(3)
+    ]
     whole = b"".join(encode(entry) for entry in entries)
     path = tmp_path / ".dist_esm" / "journal" / "1.00000.jsonl"
     for size in range(len(whole)):

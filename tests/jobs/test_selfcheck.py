@@ -21,14 +21,20 @@ from dist_esm.config import Config, Include, ModelConfig, SelfcheckConfig
 from dist_esm.distributed import World
 from dist_esm.jobs.selfcheck.compare import Limits, compare, problems, table
 from dist_esm.jobs.selfcheck.job import check_bits, full_packs, judge, named
-from dist_esm.jobs.selfcheck.oracle import fair_esm_answers, has_fair_esm_tokens, needed_bytes, refuse_what_does_not_fit
+from dist_esm.jobs.selfcheck.oracle import (
+    fair_esm_answers,
+    has_fair_esm_tokens,
+    needed_bytes,
+    refuse_what_does_not_fit,
+)
 from dist_esm.jobs.selfcheck.sample import Sampled, Sampler, choose, draw, segments_of
 from dist_esm.jobs.setup import Setup
 from dist_esm.model.engine import Engine
 from dist_esm.model.esm2 import Architecture
 from dist_esm.model.kernels.choose import PLAIN
 from dist_esm.model.weights import load_model
-from dist_esm.planning.units import cut_files, find_files, make_units
+from dist_esm.planning.inputs import find_files
+from dist_esm.planning.units import cut_files, make_units
 from dist_esm.types import Count, Pack
 from test_embed import MODEL, sequences
 
@@ -45,39 +51,70 @@ def selfcheck(inputs: Path, out: Path, *settings: str, num_ranks: int | None = N
 @pytest.mark.distributed
 def test_the_figures_of_two_ranks_are_those_worked_out_apart(tmp_path, checkpoint_8m):
     """In bf16, truncated: ours through the Python API, theirs through fair-esm's module, cosines by torch."""
-    wanted = ["include=[bos,per_tok]", "dtype=bf16", "truncation_seq_length=100", "toks_per_batch=400", "selfcheck.proteins=4"]
+    wanted = [
+        "include=[bos,per_tok]",
+        "dtype=bf16",
+        "truncation_seq_length=100",
+        "toks_per_batch=400",
+        "selfcheck.proteins=4",
+    ]
     result, found = selfcheck(PROTEINS, tmp_path, f"model.weights={checkpoint_8m}", *wanted, num_ranks=2)
     assert result.returncode == 0, result.stderr
     assert "all 2 ranks: the same bits" in result.stdout
     assert result.stdout.endswith("ok: within the limits\n")
-    letters = {name: (source, text[:100]) for source in SOURCES for name, text in sequences(PROTEINS / source).items()}
+    letters = {
+        name: (source, text[:100])
+        for source in SOURCES
+        for name, text in sequences(PROTEINS / source).items()
+    }
     lengths = [one["embedded"] for one in found["sample"]]
     assert (len(lengths), lengths[0], lengths[-1]) == (4, min(len(text) for _, text in letters.values()), 100)
     letters = {one["id"]: letters[one["id"]] for one in found["sample"]}
-    assert [(one["source"], one["embedded"]) for one in found["sample"]] == [(source, len(text)) for source, text in letters.values()]
+    assert [(one["source"], one["embedded"]) for one in found["sample"]] == [
+        (source, len(text)) for source, text in letters.values()
+    ]
     embedder = Embedder("esm2_t6_8M_UR50D", weights=checkpoint_8m, device="cpu", dtype="bf16")
     texts = [text for _, text in letters.values()]
-    ours = {"mean": embedder.embed(texts), "bos": embedder.embed(texts, include="bos"), "per_tok": embedder.embed(texts, include="per_tok")}
+    ours = {
+        "mean": embedder.embed(texts),
+        "bos": embedder.embed(texts, include="bos"),
+        "per_tok": embedder.embed(texts, include="per_tok"),
+    }
     oracle = fair_esm_model(A8M, random_state(A8M))
     convert = Alphabet.from_architecture("ESM-1b").get_batch_converter()
     with torch.inference_mode():
-        hidden = [oracle(convert([("", text)])[2], repr_layers=[6])["representations"][6][0] for text in texts]
-    theirs = {"mean": [one[1:-1].mean(0) for one in hidden], "bos": [one[0] for one in hidden], "per_tok": [one[1:-1] for one in hidden]}
+        hidden = [
+            oracle(convert([("", text)])[2], repr_layers=[6])["representations"][6][0] for text in texts
+        ]
+    theirs = {
+        "mean": [one[1:-1].mean(0) for one in hidden],
+        "bos": [one[0] for one in hidden],
+        "per_tok": [one[1:-1] for one in hidden],
+    }
     for rank in found["ranks"]:
         assert [one["kind"] for one in rank["comparisons"]] == ["mean", "bos", "per_tok"]
         for one in rank["comparisons"]:
             mine = [torch.from_numpy(np.atleast_2d(values)).double() for values in ours[one["kind"]]]
             others = [torch.atleast_2d(values).double() for values in theirs[one["kind"]]]
-            cosines = torch.cat([torch.cosine_similarity(a, b) for a, b in zip(mine, others, strict=True)]).numpy()
-            errors = [float(((a - b).norm(dim=1) / b.norm(dim=1)).max()) for a, b in zip(mine, others, strict=True)]
+            cosines = torch.cat(
+                [torch.cosine_similarity(a, b) for a, b in zip(mine, others, strict=True)]
+            ).numpy()
+            errors = [
+                float(((a - b).norm(dim=1) / b.norm(dim=1)).max()) for a, b in zip(mine, others, strict=True)
+            ]
             assert max(errors) > 1e-4  # bf16 is not fp32
             assert one["worst_cosine"] == pytest.approx(cosines.min(), abs=1e-7)
             assert one["median_cosine"] == pytest.approx(np.median(cosines), abs=1e-7)
             assert one["largest_relative_error"] == pytest.approx(max(errors), rel=1e-3)
-            assert one["largest_difference"] == pytest.approx(max(float((a - b).abs().max()) for a, b in zip(mine, others, strict=True)), rel=1e-3)
+            assert one["largest_difference"] == pytest.approx(
+                max(float((a - b).abs().max()) for a, b in zip(mine, others, strict=True)), rel=1e-3
+            )
             name = list(letters)[errors.index(max(errors))]
             assert one["worst_protein"] == f"{name} ({letters[name][0]}, {len(letters[name][1])} residues)"
-            assert one["limits"] == {"min_cosine": 0.999 if one["kind"] == "mean" else 0.99, "max_relative_error": None}
+            assert one["limits"] == {
+                "min_cosine": 0.999 if one["kind"] == "mean" else 0.99,
+                "max_relative_error": None,
+            }
         assert rank["num_answers"] > 2 * len(letters)
         assert rank["other_bits"] == {}
     assert found["ranks"][0]["bits"] == found["ranks"][1]["bits"]
@@ -86,26 +123,50 @@ def test_the_figures_of_two_ranks_are_those_worked_out_apart(tmp_path, checkpoin
 def test_over_the_limits_is_exit_code_1_and_nothing_of_an_embedding_is_touched(tmp_path):
     """Random weights, windows, a file that is no FASTA, and a directory in which something else has been written."""
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.fasta").write_text(">short\nmk\n>long\n" + "MKTAYIAKQRQISFVKSHFSRQ" * 4 + "\n>empty\n")
+    (tmp_path / "in" / "a.fasta").write_text(
+        ">short\nmk\n>long\n" + "MKTAYIAKQRQISFVKSHFSRQ" * 4 + "\n>empty\n"
+    )
     (tmp_path / "in" / "b.fasta").write_text("no header\n")
-    there = {"a_ESM.pt": "an output", "report.json": "{}", ".dist_esm/journal.jsonl": "a journal", ".dist_esm/settings.json": "settings"}
+    there = {
+        "a_ESM.pt": "an output",
+        "report.json": "{}",
+        ".dist_esm/journal.jsonl": "a journal",
+        ".dist_esm/settings.json": "settings",
+    }
     for name, text in there.items():
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text(text)
     windows = "long=window", "truncation_seq_length=40", "window_overlap=10", "toks_per_batch=100"
-    result, found = selfcheck(tmp_path / "in", tmp_path / "out", "model.weights=random", "selfcheck.max_relative_error=0", "repr_layers=[0,-1]", *windows)
+    result, found = selfcheck(
+        tmp_path / "in",
+        tmp_path / "out",
+        "model.weights=random",
+        "selfcheck.max_relative_error=0",
+        "repr_layers=[0,-1]",
+        *windows,
+    )
     assert result.returncode == 1, result.stderr
-    assert "over: rank 0: mean of layer 6 is over the limit (cosine >= 0.999, error <= 0): cosine 1.00000000" in result.stdout
+    assert (
+        "over: rank 0: mean of layer 6 is over the limit (cosine >= 0.999, error <= 0): cosine 1.00000000"
+        in result.stdout
+    )
     assert "b.fasta: line 1 has text before the first '>'" in result.stdout
     assert "WEIGHTS ARE RANDOM" in result.stdout
     assert "Traceback" not in result.stderr
     assert (found["status"], found["proteins_seen"], len(found["not_read"])) == ("over", 2, 1)
-    assert [(one["id"], one["embedded"], one["segments"]) for one in found["sample"]] == [("short", 2, 1), ("long", 88, 3)]
+    assert [(one["id"], one["embedded"], one["segments"]) for one in found["sample"]] == [
+        ("short", 2, 1),
+        ("long", 88, 3),
+    ]
     (rank,) = found["ranks"]
     assert [one["layer"] for one in rank["comparisons"]] == [0, 6]
     assert 0 < rank["comparisons"][1]["largest_relative_error"] <= 1e-5
     assert not rank["comparisons"][1]["is_within"]
-    content = {str(path.relative_to(tmp_path / "out")): path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    content = {
+        str(path.relative_to(tmp_path / "out")): path.read_text()
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
     assert content.pop("selfcheck.json")
     assert content == there
 
@@ -114,7 +175,9 @@ def test_an_input_without_a_protein_is_refused(tmp_path):
     (tmp_path / "a.fasta").write_text(">empty\n")
     result, found = selfcheck(tmp_path / "a.fasta", tmp_path / "out", "model.weights=random")
     assert (result.returncode, found) == (1, None)
-    assert "dist_esm: error: input has no protein to check: all records are empty or left out" in result.stderr
+    assert (
+        "dist_esm: error: input has no protein to check: all records are empty or left out" in result.stderr
+    )
     assert "Traceback" not in result.stderr
 
 
@@ -124,9 +187,16 @@ def parts(tmp_path_factory):
     state = {name: tensor.half() for name, tensor in random_state(A8M, seed=3).items()}
     path = write_checkpoint(tmp_path_factory.mktemp("parts") / "half.pt", A8M, state)
     model = ModelConfig("esm2_t6_8M_UR50D", A8M.num_layers, A8M.embed_dim, A8M.attention_heads, str(path))
-    config = Config(input=str(PROTEINS), model=model, selfcheck=SelfcheckConfig(proteins=4), include=[Include.mean, Include.bos])
+    config = Config(
+        input=str(PROTEINS),
+        model=model,
+        selfcheck=SelfcheckConfig(proteins=4),
+        include=[Include.mean, Include.bos],
+    )
     files = find_files([str(PROTEINS)])
-    units = make_units([(number, piece, Count(), problem) for number, piece, problem in cut_files(files, 1)], 10**6)
+    units = make_units(
+        [(number, piece, Count(), problem) for number, piece, problem in cut_files(files, 1)], 10**6
+    )
     sampler, _ = draw(units, files, config)
     proteins = choose(sampler.candidates(), 4)
     world = World(None, 0, 1, 0, 1)
@@ -140,7 +210,13 @@ def check(parts, state=None, dtype=torch.float32, engine_type=Engine):
     if state is not None:
         path = write_checkpoint(Path(model.weights).with_name("other.pt"), A8M, state)
         model = replace(model, weights=str(path))
-    engine = engine_type(load_model(model, CPU, dtype, PLAIN), config.resolved_layers(), wants_rows=False, toks_per_batch=250, num_threads=2)
+    engine = engine_type(
+        load_model(model, CPU, dtype, PLAIN),
+        config.resolved_layers(),
+        wants_rows=False,
+        toks_per_batch=250,
+        num_threads=2,
+    )
     own = check_bits(engine, proteins)
     engine.close()
     return judge(config, Setup(CPU, dtype, PLAIN, {}, {}), proteins, own, theirs, world, 0.0)
@@ -175,16 +251,27 @@ def faulty(fault: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "fault",
-    ["one matrix off by a thousandth", "one head's queries and keys exchanged", "rotary frequencies off", "embedding not scaled", "not a number"],
+    [
+        "one matrix off by a thousandth",
+        "one head's queries and keys exchanged",
+        "rotary frequencies off",
+        "embedding not scaled",
+        "not a number",
+    ],
 )
 def test_a_fault_in_the_forward_is_over_the_limit_in_fp32(parts, fault):
     found = problems([check(parts, faulty(fault))], names_of(parts))
-    assert any("mean of layer 6 is over the limit (cosine >= 0.999, error <= 1e-05)" in line for line in found), found
+    assert any(
+        "mean of layer 6 is over the limit (cosine >= 0.999, error <= 1e-05)" in line for line in found
+    ), found
 
 
 def test_another_model_is_over_the_limit_in_bf16(parts):
     rank = check(parts, random_state(A8M, seed=4), torch.bfloat16)
-    assert any("mean of layer 6 is over the limit (cosine >= 0.999):" in line for line in problems([rank], names_of(parts)))
+    assert any(
+        "mean of layer 6 is over the limit (cosine >= 0.999):" in line
+        for line in problems([rank], names_of(parts))
+    )
     assert "OVER" in table([rank])
 
 
@@ -211,10 +298,14 @@ def test_ranks_of_one_kind_must_agree_and_others_need_not(parts):
     names = names_of(parts)
     rank = check(parts)
     other = replace(rank, rank=1, bits=("0", *rank.bits[1:]))
-    assert problems([rank, other], names) == [f"rank 1: other bits than rank 0 on the same kind of device ({rank.kind_of_device}) for 1 proteins: {names[0]}"]
+    assert problems([rank, other], names) == [
+        f"rank 1: other bits than rank 0 on the same kind of device ({rank.kind_of_device}) for 1 proteins: {names[0]}"
+    ]
     assert "all 2 ranks: OTHER BITS" in table([rank, other])
     assert problems([rank, replace(other, kind_of_device="another")], names) == []
-    assert "all 2 ranks: the same bits within each of 2 kinds of device" in table([rank, replace(other, kind_of_device="another")])
+    assert "all 2 ranks: the same bits within each of 2 kinds of device" in table(
+        [rank, replace(other, kind_of_device="another")]
+    )
 
 
 def test_tokens_that_are_not_fair_esms_are_found(parts):
@@ -242,7 +333,9 @@ def test_distances_by_hand():
         spoilt = [np.array([3.0, bad], dtype=np.float32), ours[1]]
         found = compare(Include.mean, 1, ["a", "b"], spoilt, theirs, Limits(-0.5, None))
         assert (found.is_within, found.worst_protein, found.worst_cosine) == (False, "a", -1)
-    assert not compare(Include.mean, 1, ["a"], [np.zeros(2, dtype=np.float32)], theirs[:1], Limits(0.5, None)).is_within
+    assert not compare(
+        Include.mean, 1, ["a"], [np.zeros(2, dtype=np.float32)], theirs[:1], Limits(0.5, None)
+    ).is_within
     with pytest.raises(ValueError, match=r"mean of layer 1 of b has shape \(2,\), fair-esm's has \(2, 2\)"):
         compare(Include.mean, 1, ["a", "b"], [ours[0], ours[0]], theirs, limits)
 
@@ -262,7 +355,8 @@ def test_what_does_not_fit_is_refused_with_a_remedy():
     needed = needed_bytes(Architecture(48, 5120, 40), 1022)
     assert 60e9 < needed < 62e9
     with pytest.raises(
-        ValueError, match=r"needs 61\.\d GB for each of 8 ranks with proteins of 1022 residues, .* has 256\.0 GB free: check with fewer ranks, a"
+        ValueError,
+        match=r"needs 61\.\d GB for each of 8 ranks with proteins of 1022 residues, .* has 256\.0 GB free: check with fewer ranks, a",
     ):
         refuse_what_does_not_fit(needed, 256_000_000_000, 1022, world)
     refuse_what_does_not_fit(needed, 512_000_000_000, 1022, world)
@@ -272,12 +366,29 @@ def test_what_does_not_fit_is_refused_with_a_remedy():
 def candidate(residues: str, source: str = "a", number: int = 0) -> Sampled:
     letters = residues.encode()
     key = bytes([len(letters) * 37 % 251, *letters[-3:]])
-    return Sampled(key, source, number, residues, len(letters), len(letters), letters, ((0, len(letters), 0, len(letters)),))
+    return Sampled(
+        key,
+        source,
+        number,
+        residues,
+        len(letters),
+        len(letters),
+        letters,
+        ((0, len(letters), 0, len(letters)),),
+    )
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=80), st.integers(1, 12), st.integers(1, 4), st.randoms(use_true_random=False))
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=80),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.randoms(use_true_random=False),
+)
 def test_the_sample_is_the_same_for_any_number_of_ranks(lengths, size, num_ranks, source_of_order):
-    proteins = [candidate("A" * (length - 1) + "CDEF"[length % 4], number=number) for number, length in enumerate(lengths)]
+    proteins = [
+        candidate("A" * (length - 1) + "CDEF"[length % 4], number=number)
+        for number, length in enumerate(lengths)
+    ]
 
     def sample(order, ranks):
         samplers = [Sampler(size) for _ in range(ranks)]
@@ -311,7 +422,9 @@ def test_packs_are_filled_with_whole_copies(parts):
     segments = [segment for number, one in enumerate(parts[2]) for segment in segments_of(number, one)]
     smallest = min(len(segment.tokens) for segment in segments)
     packs = full_packs(segments, 600)
-    assert {id(segment) for pack in packs for segment in pack.segments} == {id(segment) for segment in segments}
+    assert {id(segment) for pack in packs for segment in pack.segments} == {
+        id(segment) for segment in segments
+    }
     for pack in packs:
         assert isinstance(pack, Pack)
         assert 600 - smallest < pack.num_tokens <= 600

@@ -27,7 +27,13 @@ def test_a_finished_directory_is_well_until_something_is_wrong(tmp_path, checkpo
     shutil.copytree(PROTEINS, tmp_path / "in")
     (tmp_path / "in" / "bad.fasta").write_text("no header\n")
     out = tmp_path / "out"
-    settings = [MODEL, f"model.weights={checkpoint_8m}", "include=[mean,per_tok]", "truncation_seq_length=50", "residues.unknown=skip"]
+    settings = [
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+        "include=[mean,per_tok]",
+        "truncation_seq_length=50",
+        "residues.unknown=skip",
+    ]
     assert run_ranks(None, f"input={tmp_path / 'in'}", f"output_dir={out}", *settings).returncode == 2
     (tmp_path / "in" / "bad.fasta").unlink()
     well = verify(tmp_path / "in", out)
@@ -47,7 +53,10 @@ def test_a_finished_directory_is_well_until_something_is_wrong(tmp_path, checkpo
     wrong = verify(tmp_path / "in", out, num_ranks=2)
     assert wrong.returncode == 1
     assert "exitcode  : 2" in wrong.stderr
-    findings = {Path(finding["path"]).name: finding["problem"] for finding in json.loads((out / "verify.json").read_text())["findings"]}
+    findings = {
+        Path(finding["path"]).name: finding["problem"]
+        for finding in json.loads((out / "verify.json").read_text())["findings"]
+    }
     assert set(findings) == {"bad.fasta", "late.fasta", "large.fasta", "medium.faa", "tiny.fas"}
     assert findings["bad.fasta"].startswith("failed: FastaError: line 1")
     assert findings["late.fasta"] == "not in report.json: it was not part of the run"
@@ -62,14 +71,26 @@ def test_a_finished_directory_is_well_until_something_is_wrong(tmp_path, checkpo
     assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.parametrize(("suffix", "unit_share"), [("fasta", 0.01), ("fasta.gz", 1.0)], ids=["pieces that were joined", "numbered parts"])
-def test_an_input_that_was_changed_since_is_found_though_ids_and_lengths_are_the_same(tmp_path, checkpoint_8m, suffix, unit_share):
+@pytest.mark.parametrize(
+    ("suffix", "unit_share"),
+    [("fasta", 0.01), ("fasta.gz", 1.0)],
+    ids=["pieces that were joined", "numbered parts"],
+)
+def test_an_input_that_was_changed_since_is_found_though_ids_and_lengths_are_the_same(
+    tmp_path, checkpoint_8m, suffix, unit_share
+):
     records = [f">r{i}\n{'MKTAYIAKQR' * 20}\n" for i in range(700)]
     path = tmp_path / f"a.{suffix}"
     write(path, "".join(records))
     out = tmp_path / "out"
     parts = 300 if unit_share == 1 else 100_000
-    settings = [MODEL, f"model.weights={checkpoint_8m}", f"unit_share={unit_share}", f"max_proteins_per_output={parts}", "include=[bos]"]
+    settings = [
+        MODEL,
+        f"model.weights={checkpoint_8m}",
+        f"unit_share={unit_share}",
+        f"max_proteins_per_output={parts}",
+        "include=[bos]",
+    ]
     assert run_ranks(None, f"input={path}", f"output_dir={out}", *settings).returncode == 0
     assert verify(path, out).stdout == "ok: 1 files, 700 proteins checked, 0 findings\n"
     records[650] = records[650].replace("MKTAY", "MKTAW", 1)
@@ -124,7 +145,9 @@ def test_an_output_that_was_wrong_when_it_was_written_is_found(tmp_path, fault):
 
     def findings() -> list[str]:
         config = make_config(str(tmp_path / "in"), tmp_path / "out", include=[Include.mean, Include.per_tok])
-        return list(check_file(run.plan.files[0], ["a_ESM.pt"], journal_of(tmp_path / "in" / "a.fasta", path), config))
+        return list(
+            check_file(run.plan.files[0], ["a_ESM.pt"], journal_of(tmp_path / "in" / "a.fasta", path), config)
+        )
 
     assert findings() == []
     content = torch.load(path, weights_only=True)

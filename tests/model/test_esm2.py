@@ -9,7 +9,17 @@ import pytest
 import torch
 from esm.data import Alphabet
 
-from conftest import A3B_SHAPED, A8M, A35M, DATA, fair_esm_model, random_state, relative_error, run_ranks, write_checkpoint
+from conftest import (
+    A3B_SHAPED,
+    A8M,
+    A35M,
+    DATA,
+    fair_esm_model,
+    random_state,
+    relative_error,
+    run_ranks,
+    write_checkpoint,
+)
 from dist_esm.config import Attention, Config, Include, LinearKind, ModelConfig
 from dist_esm.fasta.tokens import tokenize
 from dist_esm.model import weights
@@ -18,10 +28,15 @@ from dist_esm.model.esm2 import ESM2, Architecture
 from dist_esm.model.kernels.attention import Seqlens
 from dist_esm.model.kernels.choose import PLAIN, choose_kernels
 from dist_esm.model.weights import load_model
-from dist_esm.pipeline.worker import RankResult, embed_pack
-from dist_esm.types import Pack, Segment
+from dist_esm.pipeline.retry import embed_pack
+from dist_esm.types import Pack, RankResult, Segment
 
-SEQUENCES = (b"M", b"MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVV", b"ACDEFGHIKLMNPQRSTVWYXBUZO" * 4, b"GAVLIPFMW" * 21)
+SEQUENCES = (
+    b"M",
+    b"MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVV",
+    b"ACDEFGHIKLMNPQRSTVWYXBUZO" * 4,
+    b"GAVLIPFMW" * 21,
+)
 CPU = torch.device("cpu")
 MODELS = [
     pytest.param((A8M, False), id="8M"),
@@ -48,7 +63,12 @@ def ours(model: ESM2, sequences) -> list[dict[int, torch.Tensor]]:
     bounds = [0, *np.cumsum([len(one) for one in tokens]).tolist()]
     positions = np.concatenate([np.arange(len(one)) for one in tokens])
     layers = range(model.arch.num_layers + 1)
-    hidden = model(torch.from_numpy(np.concatenate(tokens)).long(), torch.from_numpy(positions), Seqlens.of(bounds, CPU), layers)
+    hidden = model(
+        torch.from_numpy(np.concatenate(tokens)).long(),
+        torch.from_numpy(positions),
+        Seqlens.of(bounds, CPU),
+        layers,
+    )
     return [{layer: hidden[layer][start:stop] for layer in layers} for start, stop in pairwise(bounds)]
 
 
@@ -98,7 +118,10 @@ def test_residues_come_in_the_dtype_to_save_and_sums_in_fp32(pair):
     model, _ = pair
     last = model.arch.num_layers
     pack = Pack(tuple(segment(sequence, i) for i, sequence in enumerate(SEQUENCES)))
-    wide, half = (Engine(model, [last], wants_rows=True, num_threads=1, rows_dtype=dtype) for dtype in (torch.float32, torch.float16))
+    wide, half = (
+        Engine(model, [last], wants_rows=True, num_threads=1, rows_dtype=dtype)
+        for dtype in (torch.float32, torch.float16)
+    )
     for one, other in zip(wide.run(pack), half.run(pack), strict=True):
         assert other.rows[last].dtype == np.float16
         np.testing.assert_array_equal(other.rows[last], one.rows[last].astype(np.float16))
@@ -111,7 +134,10 @@ def test_a_lower_layer_stops_the_forward_early_with_the_same_numbers(pair):
     model, _ = pair
     full = ours(model, SEQUENCES[1:2])[0]
     seen = []
-    hooks = [layer.fc1.register_forward_hook(lambda *_, n=n: seen.append(n)) for n, layer in enumerate(model.layers, start=1)]
+    hooks = [
+        layer.fc1.register_forward_hook(lambda *_, n=n: seen.append(n))
+        for n, layer in enumerate(model.layers, start=1)
+    ]
     engine = Engine(model, [1], wants_rows=True, num_threads=1)
     answer = engine.run(Pack((segment(SEQUENCES[1], 0),)))[0]
     engine.close()
@@ -132,7 +158,9 @@ def test_rows_without_a_protein_change_nothing(pair):
     for one, other in zip(filled, alone, strict=True):
         for layer in one.rows:
             assert one.rows[layer].shape == other.rows[layer].shape
-            assert relative_error(torch.from_numpy(one.rows[layer]), torch.from_numpy(other.rows[layer])) <= 1e-5
+            assert (
+                relative_error(torch.from_numpy(one.rows[layer]), torch.from_numpy(other.rows[layer])) <= 1e-5
+            )
 
 
 @pytest.mark.gpu
@@ -141,7 +169,9 @@ def test_on_a_gpu_the_bits_are_the_same_in_any_company_and_the_numbers_fair_esms
     device = torch.device("cuda", 0)
     state = random_state(A3B_SHAPED, seed=1)
     with torch.device("meta"):
-        model = ESM2(A3B_SHAPED, choose_kernels(Attention.auto, LinearKind.auto, device, dtype, A3B_SHAPED.head_dim))
+        model = ESM2(
+            A3B_SHAPED, choose_kernels(Attention.auto, LinearKind.auto, device, dtype, A3B_SHAPED.head_dim)
+        )
     weights.fill(model, state.__getitem__, device, dtype)
     oracle = fair_esm_model(A3B_SHAPED, state)
     engine = Engine(model.eval(), [2], wants_rows=True, toks_per_batch=1024)
@@ -162,7 +192,10 @@ def test_what_is_not_finite_in_half_precision_is_computed_again_in_fp32(tmp_path
     state = random_state(A8M, seed=3)
     state["layers.2.fc2.weight"] *= 1e6
     path = write_checkpoint(tmp_path / "large.pt", A8M, state)
-    config = Config(model=ModelConfig("large", A8M.num_layers, A8M.embed_dim, A8M.attention_heads, str(path)), include=[Include.mean, Include.per_tok])
+    config = Config(
+        model=ModelConfig("large", A8M.num_layers, A8M.embed_dim, A8M.attention_heads, str(path)),
+        include=[Include.mean, Include.per_tok],
+    )
     engine = make_engine(config, CPU, torch.float16, PLAIN, num_threads=2)
     segments = tuple(segment(sequence, i) for i, sequence in enumerate(SEQUENCES))
     assert not all(np.isfinite(answer.sums[6]).all() for answer in engine.run(Pack(segments)))
@@ -216,7 +249,13 @@ def test_truncation_is_fair_esms(checkpoint_8m, tmp_path):
     header, *lines = (DATA / "long.fasta").read_text().splitlines()
     sequence = "".join(lines)
     assert len(sequence) > 1022
-    result = run_ranks(None, f"input={DATA / 'long.fasta'}", f"output_dir={tmp_path}", "model=esm2_t6_8M_UR50D", f"model.weights={checkpoint_8m}")
+    result = run_ranks(
+        None,
+        f"input={DATA / 'long.fasta'}",
+        f"output_dir={tmp_path}",
+        "model=esm2_t6_8M_UR50D",
+        f"model.weights={checkpoint_8m}",
+    )
     assert result.returncode == 0, result.stderr
     oracle = fair_esm_model(A8M, random_state(A8M))
     _, _, tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter(1022)([("id", sequence)])

@@ -53,14 +53,21 @@ class Compiler:
 
     def __call__(self) -> aot.Compiled:
         self.calls += 1
-        return aot.Compiled(aot.Kernel(self.in_process, FORM), self.export, [tvm_ffi.libinfo.find_libtvm_ffi()])
+        return aot.Compiled(
+            aot.Kernel(self.in_process, FORM), self.export, [tvm_ffi.libinfo.find_libtvm_ffi()]
+        )
 
     def in_process(self, a, factor, offset, out):
         out[0] = a[0] * factor + (offset or 0)
 
     def export(self, path):
         include = tvm_ffi.libinfo.find_include_path()
-        subprocess.run(["cc", "-fPIC", "-x", "c", "-c", "-o", path, "-I", include, "-"], input=self.source, text=True, check=True)
+        subprocess.run(
+            ["cc", "-fPIC", "-x", "c", "-c", "-o", path, "-I", include, "-"],
+            input=self.source,
+            text=True,
+            check=True,
+        )
 
 
 def answer(kernel: aot.Kernel) -> float:
@@ -101,7 +108,9 @@ print(test_kernel_cache.answer(test_kernel_cache.aot.load("triple", "f1", compil
 
 def other_process() -> subprocess.Popen[str]:
     """A process that loads the kernel, and prints its answer and how often it had to compile."""
-    return subprocess.Popen([sys.executable, "-c", RANK, str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", RANK, str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.parametrize("damage", ["library", "form", "library gone", "form gone"])
@@ -121,8 +130,12 @@ def test_what_was_damaged_is_compiled_anew(cache, damage):
     assert again.calls == 1
 
 
-@pytest.mark.parametrize("obstacle", ["Not a directory", "no-such-compiler", "undefined reference to `missing'"])
-def test_a_kernel_that_cannot_be_kept_serves_this_process_and_a_warning_says_so(tmp_path, monkeypatch, caplog, obstacle):
+@pytest.mark.parametrize(
+    "obstacle", ["Not a directory", "no-such-compiler", "undefined reference to `missing'"]
+)
+def test_a_kernel_that_cannot_be_kept_serves_this_process_and_a_warning_says_so(
+    tmp_path, monkeypatch, caplog, obstacle
+):
     source = SOURCE
     if obstacle == "Not a directory":
         (tmp_path / "cache").write_text("a file where the folder should be")

@@ -29,9 +29,21 @@ A650M_SHAPED = Architecture(2, 1280, 20)
 @pytest.mark.parametrize(
     ("attention", "linear", "message"),
     [
-        ("triton", "auto", "attention=triton needs a CUDA GPU of compute capability 8.0 or newer, this is cpu: use attention=auto"),
-        ("auto", "quack", "linear=quack needs a Hopper GPU (compute capability 9.0), this is cpu: use linear=auto"),
-        ("auto", "triton", "linear=triton needs a CUDA GPU of compute capability 8.0 or newer, this is cpu: use linear=auto"),
+        (
+            "triton",
+            "auto",
+            "attention=triton needs a CUDA GPU of compute capability 8.0 or newer, this is cpu: use attention=auto",
+        ),
+        (
+            "auto",
+            "quack",
+            "linear=quack needs a Hopper GPU (compute capability 9.0), this is cpu: use linear=auto",
+        ),
+        (
+            "auto",
+            "triton",
+            "linear=triton needs a CUDA GPU of compute capability 8.0 or newer, this is cpu: use linear=auto",
+        ),
     ],
 )
 def test_what_is_named_runs_or_says_what_it_needs(attention, linear, message):
@@ -41,7 +53,10 @@ def test_what_is_named_runs_or_says_what_it_needs(attention, linear, message):
 
 
 def test_auto_is_what_runs_anywhere_on_a_cpu():
-    assert str(choose_kernels(Attention.auto, LinearKind.auto, CPU, torch.bfloat16, 64)) == "attention=sdpa linear=torch"
+    assert (
+        str(choose_kernels(Attention.auto, LinearKind.auto, CPU, torch.bfloat16, 64))
+        == "attention=sdpa linear=torch"
+    )
 
 
 class Neighbours(TorchLinear):
@@ -80,10 +95,16 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("arch", [A3B_SHAPED, A650M_SHAPED, A35M, A8M], ids=["3B-shaped", "650M-shaped", "35M", "8M"])
+@pytest.mark.parametrize(
+    "arch", [A3B_SHAPED, A650M_SHAPED, A35M, A8M], ids=["3B-shaped", "650M-shaped", "35M", "8M"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("attention", "linear"), [("auto", "auto"), ("triton", "triton"), ("triton", "torch"), ("sdpa", "triton")])
-def test_on_a_gpu_every_implementation_has_the_same_bits_in_any_company_and_fair_esms_numbers(arch, dtype, attention, linear):
+@pytest.mark.parametrize(
+    ("attention", "linear"), [("auto", "auto"), ("triton", "triton"), ("triton", "torch"), ("sdpa", "triton")]
+)
+def test_on_a_gpu_every_implementation_has_the_same_bits_in_any_company_and_fair_esms_numbers(
+    arch, dtype, attention, linear
+):
     device = torch.device("cuda", 0)
     kernels = choose_kernels(Attention[attention], LinearKind[linear], device, dtype, arch.head_dim)
     last = arch.num_layers
@@ -104,7 +125,10 @@ def test_on_a_gpu_every_implementation_has_the_same_bits_in_any_company_and_fair
             assert same(one, other)
             assert same(one, third)
             expected = theirs(oracle, sequence)[last][1 : len(sequence) + 1].sum(0)
-            assert torch.cosine_similarity(torch.from_numpy(one.sums[last]), expected, dim=0) >= least, (hard, len(sequence))
+            assert torch.cosine_similarity(torch.from_numpy(one.sums[last]), expected, dim=0) >= least, (
+                hard,
+                len(sequence),
+            )
 
 
 LAUNCH = """
@@ -130,7 +154,13 @@ def test_on_a_gpu_a_second_launch_does_not_import_the_compiler_and_has_the_same_
 
     def launch(cache):
         command = [sys.executable, "-W", "ignore", "-c", LAUNCH, str(Path(__file__).parent)]
-        done = subprocess.run(command, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / cache)}, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command,
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / cache)},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
         *messages, result = done.stdout.splitlines()
         return messages, result.split()
 

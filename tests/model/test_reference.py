@@ -15,7 +15,9 @@ from dist_esm import Embedder
 from dist_esm.fasta.tokens import tokenize
 
 REFERENCE = DATA / "reference"
-GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}  # 3B is for a GPU, if there is one
+GPU = {
+    "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+}  # 3B is for a GPU, if there is one
 
 
 @pytest.mark.weights("esm2_t36_3B_UR50D")
@@ -31,7 +33,9 @@ def test_the_3b_means_are_virnucpros(tmp_path):
         assert sorted(output["proteins"]) == sorted(expected)
         for protein, vector in zip(output["proteins"], output["data"], strict=True):
             assert vector.shape == expected[protein].shape == (2560,)
-            assert torch.cosine_similarity(vector.double(), expected[protein].double(), dim=0) >= 0.999, protein
+            assert torch.cosine_similarity(vector.double(), expected[protein].double(), dim=0) >= 0.999, (
+                protein
+            )
 
 
 @pytest.mark.weights("esm2_t6_8M_UR50D")
@@ -39,7 +43,9 @@ def test_the_8m_numbers_are_those_of_transformers():
     sequence = "GLDALQITV"
     assert tokenize(sequence.encode()).tolist() == [0, 6, 4, 13, 5, 4, 16, 12, 11, 7, 2]
     embedder = Embedder("esm2_t6_8M_UR50D", dtype="fp32")
-    found = np.vstack([embedder.embed([sequence], include="bos"), embedder.embed([sequence], include="per_tok")[0]])
+    found = np.vstack(
+        [embedder.embed([sequence], include="bos"), embedder.embed([sequence], include="per_tok")[0]]
+    )
     expected = [[0.1444, 0.5413, 0.3248], [0.3034, 0.0053, 0.3108], [0.3228, -0.2499, 0.3415]]
     np.testing.assert_allclose(found[:3, :3], expected, rtol=0, atol=1e-4)
 

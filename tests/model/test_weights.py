@@ -14,7 +14,9 @@ CPU = torch.device("cpu")
 
 
 def config(weights: object, name: str = "esm2_t6_8M_UR50D") -> ModelConfig:
-    return ModelConfig(name, A8M.num_layers, A8M.embed_dim, A8M.attention_heads, None if weights is None else str(weights))
+    return ModelConfig(
+        name, A8M.num_layers, A8M.embed_dim, A8M.attention_heads, None if weights is None else str(weights)
+    )
 
 
 def load(weights: object):
@@ -26,8 +28,12 @@ def test_a_half_precision_checkpoint_keeps_its_values(tmp_path):
     state = {name: tensor.half() for name, tensor in random_state(A8M).items()}
     model = load(write_checkpoint(tmp_path / "half.pt", A8M, state))
     assert model.layers[3].fc1.weight.dtype == torch.float32
-    torch.testing.assert_close(model.layers[3].fc1.weight, state["layers.3.fc1.weight"].float(), rtol=0, atol=0)
-    torch.testing.assert_close(model.inv_freq, state["layers.0.self_attn.rot_emb.inv_freq"].float(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        model.layers[3].fc1.weight, state["layers.3.fc1.weight"].float(), rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        model.inv_freq, state["layers.0.self_attn.rot_emb.inv_freq"].float(), rtol=0, atol=0
+    )
 
 
 def test_a_truncated_file_is_named(checkpoint_8m, tmp_path):
@@ -48,7 +54,10 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
 
 def test_another_architecture_is_named_with_the_remedy(tmp_path):
     path = write_checkpoint(tmp_path / "other.pt", A35M, random_state(A35M))
-    with pytest.raises(ValueError, match=r"holds esm2_t12_35M_UR50D \(12 layers, width 480, 20 heads\).*use model=esm2_t12_35M_UR50D"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds esm2_t12_35M_UR50D \(12 layers, width 480, 20 heads\).*use model=esm2_t12_35M_UR50D",
+    ):
         load(path)
 
 
@@ -71,7 +80,11 @@ def test_arbitrary_code_in_a_checkpoint_is_not_run(tmp_path):
 
 
 def test_random_weights_are_seeded():
-    one, same, other = load("random"), load("random"), load_model(ModelConfig("x", 6, 320, 20, "random", seed=1), CPU, torch.float32, PLAIN)
+    one, same, other = (
+        load("random"),
+        load("random"),
+        load_model(ModelConfig("x", 6, 320, 20, "random", seed=1), CPU, torch.float32, PLAIN),
+    )
     torch.testing.assert_close(one.layers[0].qkv.weight, same.layers[0].qkv.weight, rtol=0, atol=0)
     assert not torch.equal(one.layers[0].qkv.weight, other.layers[0].qkv.weight)
     assert all(torch.isfinite(parameter).all() for parameter in one.parameters())
@@ -85,7 +98,10 @@ def test_the_cache_is_torch_hubs(monkeypatch, tmp_path):
 def test_offline_with_an_empty_cache_says_where_the_file_goes(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("dist_esm.model.weights.URL", "http://127.0.0.1:9/{name}.pt")
-    with pytest.raises(ValueError, match=r"hub/checkpoints/esm2_t6_8M_UR50D\.pt is missing and http.*cannot be downloaded.*put the file there, or name it"):
+    with pytest.raises(
+        ValueError,
+        match=r"hub/checkpoints/esm2_t6_8M_UR50D\.pt is missing and http.*cannot be downloaded.*put the file there, or name it",
+    ):
         fetch(config(None))
     assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
 
@@ -102,8 +118,13 @@ def test_a_download_lands_in_the_cache_once(monkeypatch, tmp_path, checkpoint_8m
 
 
 def test_every_model_of_the_configuration_is_a_known_architecture():
-    from dist_esm.__main__ import compose_config
+    from dist_esm.cli import compose_config
 
     for arch, name in KNOWN.items():
         model = compose_config(["input=x", f"model={name}"]).model
-        assert (model.name, model.num_layers, model.embed_dim, model.attention_heads) == (name, arch.num_layers, arch.embed_dim, arch.attention_heads)
+        assert (model.name, model.num_layers, model.embed_dim, model.attention_heads) == (
+            name,
+            arch.num_layers,
+            arch.embed_dim,
+            arch.attention_heads,
+        )

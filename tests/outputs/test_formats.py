@@ -36,11 +36,11 @@ from dist_esm.atomic import SummedFile, fingerprint, written_file
 from dist_esm.config import Format, Include, SaveDtype, check
 from dist_esm.jobs.report import write_report
 from dist_esm.jobs.verify import check_file
+from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats import parquet as formats_parquet
-from dist_esm.outputs.formats.pt import MAX_NAME, file_name
+from dist_esm.outputs.formats.fair_esm import MAX_NAME, file_name
 from dist_esm.outputs.formats.registry import WRITERS, write_output
-from dist_esm.outputs.row_buffer import Embeddings
-from dist_esm.planning.units import find_files
+from dist_esm.planning.inputs import find_files
 from dist_esm.types import Row
 from standin import WIDTH, bos_of, embed_directory, expected, fair_esm_tokens, journal_of, make_config
 
@@ -136,7 +136,10 @@ def test_fair_esm_leaves_a_file_for_each_protein_as_esm_extract_does(tmp_path):
     assert (head.split("\t"), last) == (["file", "id", "index", "length", "header"], "")
     table = [line.split("\t", 4) for line in lines]
     assert [line[1] for line in table] == IDS
-    assert {path.name for path in folder.iterdir()} == {line[0] for line in table} | {"ids.tsv", "provenance.json"}
+    assert {path.name for path in folder.iterdir()} == {line[0] for line in table} | {
+        "ids.tsv",
+        "provenance.json",
+    }
     for (name, protein, _, length, header), residues in zip(table, SEQUENCES, strict=True):
         content = torch.load(folder / name, weights_only=True)
         assert (content["label"], content["id"], int(length)) == (header or protein, protein, len(residues))
@@ -151,9 +154,13 @@ def test_fair_esm_leaves_a_file_for_each_protein_as_esm_extract_does(tmp_path):
 
 def test_no_id_leaves_the_folder_and_every_name_is_safe_anywhere_and_can_be_read_back(tmp_path):
     folder = embed(tmp_path, Format.fair_esm)
-    assert {name for name in everything_below(tmp_path / "out") if not name.startswith((".dist_esm", "a_ESM"))} == set()
+    assert {
+        name for name in everything_below(tmp_path / "out") if not name.startswith((".dist_esm", "a_ESM"))
+    } == set()
     assert {name for name in everything_below(tmp_path) if not name.startswith(("in", "out"))} == set()
-    names = [line.split("\t")[0] for line in (folder / "ids.tsv").read_text(encoding="utf-8").split("\n")[1:-1]]
+    names = [
+        line.split("\t")[0] for line in (folder / "ids.tsv").read_text(encoding="utf-8").split("\n")[1:-1]
+    ]
     assert len({name.casefold() for name in names}) == len(names)
     labels = [header or protein for header, protein in zip(HEADERS, IDS, strict=True)]
     for name, label in zip(names, labels, strict=True):
@@ -161,11 +168,37 @@ def test_no_id_leaves_the_folder_and_every_name_is_safe_anywhere_and_can_be_read
         assert not re.search(r'[/\\:*?"<>\x00-\x1f]|^\.|^(con|nul)\.', name, re.IGNORECASE)
         if len(label) < 100:
             assert unquote(re.sub("~[0-9]+$", "", name.removesuffix(".pt"))) == label
-    plain = ["twin first", "twin second", "TWIN differs in case", "twin~2 looks like our mark", "αβγ_蛋白 🧬", "unnamed", "unnamed_20", "ids.tsv", "soft"]
-    assert [label for name, label in zip(names, labels, strict=True) if name == f"{label}.pt"] == [*plain, "50% of a~~~b in hélices 3."]
-    others = ["a%2Fb.pt", "%2E.%2F..%2Fevil climbs.pt", "%63on.pt", "%6Eul.x.pt", "100%252F.pt", "Twin First~2.pt", "twin first~3.pt"]
+    plain = [
+        "twin first",
+        "twin second",
+        "TWIN differs in case",
+        "twin~2 looks like our mark",
+        "αβγ_蛋白 🧬",
+        "unnamed",
+        "unnamed_20",
+        "ids.tsv",
+        "soft",
+    ]
+    assert [label for name, label in zip(names, labels, strict=True) if name == f"{label}.pt"] == [
+        *plain,
+        "50% of a~~~b in hélices 3.",
+    ]
+    others = [
+        "a%2Fb.pt",
+        "%2E.%2F..%2Fevil climbs.pt",
+        "%63on.pt",
+        "%6Eul.x.pt",
+        "100%252F.pt",
+        "Twin First~2.pt",
+        "twin first~3.pt",
+    ]
     assert set(others) <= set(names)
-    assert (file_name(""), file_name("~".join("x2")), file_name("x~2x"), file_name("%zz%")) == ("%", "x%7E2", "x~2x", "%zz%")
+    assert (file_name(""), file_name("~".join("x2")), file_name("x~2x"), file_name("%zz%")) == (
+        "%",
+        "x%7E2",
+        "x~2x",
+        "%zz%",
+    )
     assert file_name("Q9/" * 100).startswith("Q9%2FQ9%2F")
     assert not re.search("%.?~", " ".join(file_name("é" * n + "/" * 300) for n in range(12)))
     for label in ("y" * MAX_NAME, "y" * (MAX_NAME + 1), "蛋" * 300, "/" * 300):
@@ -188,28 +221,57 @@ def extract(checkpoint: Path, fasta: Path, output_dir: Path, layers: list[int], 
             found = model(tokens, repr_layers=layers)["representations"]
         for i, label in enumerate(labels):
             rows = {layer: found[layer][i, 1 : min(truncation, len(letters[i])) + 1] for layer in layers}
-            kinds = {"representations": rows, "mean_representations": {layer: row.mean(0) for layer, row in rows.items()}}
+            kinds = {
+                "representations": rows,
+                "mean_representations": {layer: row.mean(0) for layer, row in rows.items()},
+            }
             kinds["bos_representations"] = {layer: found[layer][i, 0] for layer in layers}
-            torch.save({"label": label, **{kind: {layer: row.clone() for layer, row in by.items()} for kind, by in kinds.items()}}, output_dir / f"{label}.pt")
+            torch.save(
+                {
+                    "label": label,
+                    **{kind: {layer: row.clone() for layer, row in by.items()} for kind, by in kinds.items()},
+                },
+                output_dir / f"{label}.pt",
+            )
 
 
 @pytest.mark.filterwarnings("ignore:Regression weights not found")
 def test_fair_esm_takes_the_place_of_what_esm_extract_leaves(tmp_path, checkpoint_8m):
     """A script that reads esm-extract's folder by label finds the same files, keys, labels, shapes, dtypes and numbers in ours."""
-    headers = ["sp|P12345|X_Y Putative protein OS=Frog virus 3 (isolate Goorha) GN='a' PE=4 SV=1 ", "0|beta-lactamase_P20P|1.581033423", " id [Homo sapiens]."]
+    headers = [
+        "sp|P12345|X_Y Putative protein OS=Frog virus 3 (isolate Goorha) GN='a' PE=4 SV=1 ",
+        "0|beta-lactamase_P20P|1.581033423",
+        " id [Homo sapiens].",
+    ]
     sequences = ["MKTAYIAKQRQISFVKSHFSRQ", "ACDEFGHIKLMNPQRSTVWYXBZUO" * 3, "MKW"]
-    (tmp_path / "a.fasta").write_text("".join(f">{header}\n{residues}\n" for header, residues in zip(headers, sequences, strict=True)))
+    (tmp_path / "a.fasta").write_text(
+        "".join(f">{header}\n{residues}\n" for header, residues in zip(headers, sequences, strict=True))
+    )
     (tmp_path / "theirs").mkdir()
     extract(checkpoint_8m, tmp_path / "a.fasta", tmp_path / "theirs", [0, 6], 60)
-    settings = ["format=fair_esm", "include=[mean,bos,per_tok]", "repr_layers=[0,6]", "truncation_seq_length=60", f"model.weights={checkpoint_8m}"]
-    result = run_ranks(None, f"input={tmp_path / 'a.fasta'}", f"output_dir={tmp_path / 'out'}", "model=esm2_t6_8M_UR50D", *settings)
+    settings = [
+        "format=fair_esm",
+        "include=[mean,bos,per_tok]",
+        "repr_layers=[0,6]",
+        "truncation_seq_length=60",
+        f"model.weights={checkpoint_8m}",
+    ]
+    result = run_ranks(
+        None,
+        f"input={tmp_path / 'a.fasta'}",
+        f"output_dir={tmp_path / 'out'}",
+        "model=esm2_t6_8M_UR50D",
+        *settings,
+    )
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "out" / "a_ESM"
     names = {path.name for path in (tmp_path / "theirs").iterdir()}
     assert names == {f"{header.strip()}.pt" for header in headers}
     assert {path.name for path in folder.iterdir()} - {"ids.tsv", "provenance.json"} == names
     for name in names:
-        mine, theirs = (torch.load(where / name, weights_only=True) for where in (folder, tmp_path / "theirs"))
+        mine, theirs = (
+            torch.load(where / name, weights_only=True) for where in (folder, tmp_path / "theirs")
+        )
         assert list(mine) == ["label", "id", *list(theirs)[1:]]
         assert mine["label"] == theirs["label"]
         for kind in list(theirs)[1:]:
@@ -225,7 +287,17 @@ def test_verify_finds_every_record_in_its_place(tmp_path, kind):
     """Ids are what verify looks for, whatever an output's names are made of."""
     path = embed(tmp_path, kind, **EVERYTHING)
     config = make_config(str(tmp_path / "in"), tmp_path / "out", format=kind, **EVERYTHING)
-    assert list(check_file(find_files(config.input_list())[0], [path.name], journal_of(tmp_path / "in" / "a.fasta", path), config)) == []
+    assert (
+        list(
+            check_file(
+                find_files(config.input_list())[0],
+                [path.name],
+                journal_of(tmp_path / "in" / "a.fasta", path),
+                config,
+            )
+        )
+        == []
+    )
 
 
 def test_a_folder_is_replaced_whole_and_only_if_it_is_ours(tmp_path):
@@ -246,10 +318,18 @@ def test_h5_is_flat_in_file_order_and_says_the_ids(tmp_path):
         assert file.attrs["model_name"] == ""  # the stand-in has no provenance
         names = list(file)
         assert all(isinstance(dataset, h5py.Dataset) for dataset in file.values())
-        assert (names[0], names[1], names[4:8]) == ("sp|P12345|X_Y", "a%2Fb", ["twin", "twin~2", "TWIN", "twin%7E2"])
+        assert (names[0], names[1], names[4:8]) == (
+            "sp|P12345|X_Y",
+            "a%2Fb",
+            ["twin", "twin~2", "TWIN", "twin%7E2"],
+        )
         for i, (dataset, residues) in enumerate(zip(file.values(), SEQUENCES, strict=True)):
             assert_same(dataset[()], vector(residues))
-            assert (dataset.attrs["original_id"], dataset.attrs["index"], dataset.attrs["length"]) == (IDS[i], i, len(residues))
+            assert (dataset.attrs["original_id"], dataset.attrs["index"], dataset.attrs["length"]) == (
+                IDS[i],
+                i,
+                len(residues),
+            )
         assert [unquote(re.sub("~[0-9]+$", "", name)) for name in names] == IDS
 
 
@@ -279,7 +359,11 @@ def protspace(monkeypatch):
 
 @pytest.mark.parametrize("dtype", SaveDtype)
 def test_h5_through_protspace(tmp_path, protspace, dtype):
-    path, _ = write_output(Format.h5, made_of(SEQUENCES, PROVENANCE, ids=IDS, dtype=getattr(torch, dtype.name)), tmp_path / "a_ESM")
+    path, _ = write_output(
+        Format.h5,
+        made_of(SEQUENCES, PROVENANCE, ids=IDS, dtype=getattr(torch, dtype.name)),
+        tmp_path / "a_ESM",
+    )
     found = protspace.load_h5([path])
     assert found.name == PROVENANCE["model"]
     assert [unquote(re.sub("~[0-9]+$", "", name)) for name in found.headers] == IDS
@@ -294,7 +378,9 @@ def test_h5_with_residues_is_refused_by_protspace(tmp_path, protspace):
 
 def test_h5_takes_attributes_of_any_size(tmp_path):
     """Residues of a further layer are an attribute, which HDF5 before 1.8 ended at 64 KiB."""
-    path = embed(tmp_path, Format.h5, text=f">long\n{'MKTAYIAKQR' * 500}\n", truncation_seq_length=None, **EVERYTHING)
+    path = embed(
+        tmp_path, Format.h5, text=f">long\n{'MKTAYIAKQR' * 500}\n", truncation_seq_length=None, **EVERYTHING
+    )
     assert_same(load(path).residues("long", 0), rows("MKTAYIAKQR" * 500, 0))
     assert path.stat().st_size > 2 * 5000 * WIDTH * 4 > 1 << 17
 
@@ -329,17 +415,25 @@ def test_parquet_through_arrow_polars_pandas_and_duckdb(tmp_path):
 
 @pytest.mark.parametrize("dtype", SaveDtype)
 def test_parquet_through_hugging_face_datasets(tmp_path, dtype):
-    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed: pip install datasets")
+    datasets = pytest.importorskip(
+        "datasets", reason="Hugging Face datasets is not installed: pip install datasets"
+    )
     path = embed(tmp_path, Format.parquet, save_dtype=dtype, **EVERYTHING)
-    table = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    table = datasets.load_dataset(
+        "parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")
+    )
     assert (table["id"][:], table["header"][:]) == (IDS, HEADERS)
     assert table.features["mean_layer_1"] == datasets.List(datasets.Value(dtype.name), length=WIDTH)
     # Its NumPy and torch have float32 for every floating-point number, as its documentation says.
     for i, (row, residues) in enumerate(zip(table.with_format("numpy"), SEQUENCES, strict=True)):
         for layer in (0, 1):
-            assert_same(row[f"mean_layer_{layer}"], vector(residues, layer).astype(dtype.name).astype(np.float32))
+            assert_same(
+                row[f"mean_layer_{layer}"], vector(residues, layer).astype(dtype.name).astype(np.float32)
+            )
             assert_same(row[f"bos_layer_{layer}"], bos(residues, layer).astype(dtype.name).astype(np.float32))
-            assert_same(row[f"per_tok_layer_{layer}"], rows(residues, layer).astype(dtype.name).astype(np.float32))
+            assert_same(
+                row[f"per_tok_layer_{layer}"], rows(residues, layer).astype(dtype.name).astype(np.float32)
+            )
         assert_same(table.with_format("torch")[i]["mean_layer_1"], row["mean_layer_1"])
 
 
@@ -386,16 +480,29 @@ def test_parquet_row_groups_are_cut_by_bytes_and_hold_whole_proteins(tmp_path, m
 def test_safetensors_through_its_own_library(tmp_path):
     with safe_open(embed(tmp_path, Format.safetensors, **EVERYTHING), framework="numpy") as file:
         said = file.metadata()
-        assert (json.loads(said["ids"]), json.loads(said["lengths"])) == (IDS, [len(residues) for residues in SEQUENCES])
+        assert (json.loads(said["ids"]), json.loads(said["lengths"])) == (
+            IDS,
+            [len(residues) for residues in SEQUENCES],
+        )
         assert json.loads(said["headers"]) == HEADERS
         offsets = file.get_tensor("offsets")
         assert_same(offsets, np.cumsum([0, *(len(residues) for residues in SEQUENCES)]))
-        assert set(file.keys()) == {"offsets", *(f"{kind}.{layer}" for kind in ("mean", "bos", "per_tok") for layer in (0, 1))}
+        assert set(file.keys()) == {
+            "offsets",
+            *(f"{kind}.{layer}" for kind in ("mean", "bos", "per_tok") for layer in (0, 1)),
+        }
         for layer in (0, 1):
-            assert_same(file.get_tensor(f"mean.{layer}"), np.stack([vector(residues, layer) for residues in SEQUENCES]))
-            assert_same(file.get_tensor(f"bos.{layer}"), np.stack([bos(residues, layer) for residues in SEQUENCES]))
+            assert_same(
+                file.get_tensor(f"mean.{layer}"),
+                np.stack([vector(residues, layer) for residues in SEQUENCES]),
+            )
+            assert_same(
+                file.get_tensor(f"bos.{layer}"), np.stack([bos(residues, layer) for residues in SEQUENCES])
+            )
             for i, residues in enumerate(SEQUENCES):
-                assert_same(file.get_slice(f"per_tok.{layer}")[offsets[i] : offsets[i + 1]], rows(residues, layer))
+                assert_same(
+                    file.get_slice(f"per_tok.{layer}")[offsets[i] : offsets[i + 1]], rows(residues, layer)
+                )
 
 
 def test_safetensors_refuses_a_header_that_the_library_would_not_read(tmp_path, monkeypatch):
@@ -409,7 +516,11 @@ def test_safetensors_refuses_a_header_that_the_library_would_not_read(tmp_path, 
 
 
 @pytest.mark.parametrize("kind", Format)
-@pytest.mark.parametrize("settings", [EVERYTHING, {"include": [Include.per_tok]}, {"include": [Include.bos]}, {}], ids=["all", "per_tok", "bos", "mean"])
+@pytest.mark.parametrize(
+    "settings",
+    [EVERYTHING, {"include": [Include.per_tok]}, {"include": [Include.bos]}, {}],
+    ids=["all", "per_tok", "bos", "mean"],
+)
 def test_load_gives_back_what_went_in(tmp_path, kind, settings):
     back = load(embed(tmp_path, kind, **settings))
     assert (len(back), back.ids, back.lengths) == (len(IDS), IDS, [len(residues) for residues in SEQUENCES])
@@ -433,7 +544,9 @@ def test_load_gives_back_what_went_in(tmp_path, kind, settings):
             assert_same(back.residues(i), rows(residues))
         assert_same(back.residues("../../evil"), rows("MKTA"))
     else:
-        with pytest.raises(ValueError, match=r"per_tok of layer 1 is not there, but mean of layer 1.*include=\[per_tok\]"):
+        with pytest.raises(
+            ValueError, match=r"per_tok of layer 1 is not there, but mean of layer 1.*include=\[per_tok\]"
+        ):
             back.residues(0)
     if Include.bos in include:
         assert_same(back.vectors_of("bos", 1), np.stack([bos(residues) for residues in SEQUENCES]))
@@ -450,12 +563,18 @@ def test_load_gives_back_what_went_in(tmp_path, kind, settings):
 def test_half_precision_is_saved_as_such_and_read_as_float32(tmp_path, kind):
     path = embed(tmp_path, kind, save_dtype=SaveDtype.float16, **EVERYTHING)
     back = load(path)
-    assert_same(back.vectors, np.stack([vector(residues) for residues in SEQUENCES]).astype(np.float16).astype(np.float32))
+    assert_same(
+        back.vectors,
+        np.stack([vector(residues) for residues in SEQUENCES]).astype(np.float16).astype(np.float32),
+    )
     for i, residues in enumerate(SEQUENCES):
         assert_same(back.residues(i), rows(residues).astype(np.float16).astype(np.float32))
     if kind is Format.parquet:
         assert pq.read_schema(path).field("mean_layer_1").type == pa.list_(pa.float16(), WIDTH)
-        assert_same(np.stack(pandas.read_parquet(path)["mean_layer_1"].to_numpy()), np.stack([vector(s) for s in SEQUENCES]).astype(np.float16))
+        assert_same(
+            np.stack(pandas.read_parquet(path)["mean_layer_1"].to_numpy()),
+            np.stack([vector(s) for s in SEQUENCES]).astype(np.float16),
+        )
     elif kind is Format.h5:
         with h5py.File(path, "r") as file:
             assert file["con"].dtype == file["con"].attrs["mean_layer_1"].dtype == np.float16
@@ -485,19 +604,34 @@ def test_a_run_reads_back_in_input_order_from_joined_files_parts_and_folders(tmp
     (inputs / "deep").mkdir(parents=True)
     kinds = "ACDEFGHIKLMNPQRSTVWY"
     counts = {"a": 9, "b": 0, "deep/c": 30, "z": 10}
-    sequences = {name: [(kinds[i % 20] + kinds[i * 7 % 20] + kinds[::-1]) * (1 + i % 3) for i in range(n)] for name, n in counts.items()}
+    sequences = {
+        name: [(kinds[i % 20] + kinds[i * 7 % 20] + kinds[::-1]) * (1 + i % 3) for i in range(n)]
+        for name, n in counts.items()
+    }
     for name, found in sequences.items():
-        (inputs / f"{name}.fasta").write_text("".join(f">p{i}\n{residues}\n" for i, residues in enumerate(found)))
-    run = embed_directory(inputs, tmp_path / "out", format=kind, include=ALL, unit_share=0.05, max_proteins_per_output=10)
+        (inputs / f"{name}.fasta").write_text(
+            "".join(f">p{i}\n{residues}\n" for i, residues in enumerate(found))
+        )
+    run = embed_directory(
+        inputs, tmp_path / "out", format=kind, include=ALL, unit_share=0.05, max_proteins_per_output=10
+    )
     write_report(run.report, tmp_path / "out")
     assert [len(entry.outputs) for entry in run.report.files][:2] == [1, 1]
     assert len(run.report.files[2].outputs) >= 3
     assert run.report.files[0].units > 1
     back = load(tmp_path / "out")
-    everything = [residues for entry in run.report.files for residues in sequences[str(Path(entry.path).relative_to(inputs)).removesuffix(".fasta")]]
+    everything = [
+        residues
+        for entry in run.report.files
+        for residues in sequences[str(Path(entry.path).relative_to(inputs)).removesuffix(".fasta")]
+    ]
     assert len(back) == len(everything) == 49
     assert back.ids == [f"p{i}" for entry in run.report.files for i in range(entry.sequences)]
-    assert back.sources == [str(Path(entry.path).relative_to(inputs)) for entry in run.report.files for _ in range(entry.sequences)]
+    assert back.sources == [
+        str(Path(entry.path).relative_to(inputs))
+        for entry in run.report.files
+        for _ in range(entry.sequences)
+    ]
     assert_same(back.vectors, np.stack([vector(residues) for residues in everything]))
     for i in (0, 48, 20, 9, 10, 11):
         assert_same(back[i], vector(everything[i]))
@@ -511,25 +645,43 @@ def test_a_run_reads_back_in_input_order_from_joined_files_parts_and_folders(tmp
 def test_a_file_that_was_cut_and_joined_has_the_bytes_of_the_file_uncut(tmp_path, monkeypatch, kind):
     """`pt` alone keeps the residues of each piece apart; its content is compared in test_intake.py."""
     monkeypatch.setattr("dist_esm.planning.units.MIN_UNIT_BYTES", 64)
-    monkeypatch.setattr("dist_esm.outputs.formats.parquet.GROUP_BYTES", 1 << 14)  # groups begin and end within pieces
-    (tmp_path / "a.fasta").write_text("".join(f">p{i}\n{'ACDEFGHIKL' * (1 + i * 7 % 5)}\n" for i in range(40)))
+    monkeypatch.setattr(
+        "dist_esm.outputs.formats.parquet.GROUP_BYTES", 1 << 14
+    )  # groups begin and end within pieces
+    (tmp_path / "a.fasta").write_text(
+        "".join(f">p{i}\n{'ACDEFGHIKL' * (1 + i * 7 % 5)}\n" for i in range(40))
+    )
     found = []
     for share in (1.0, 0.1):
-        run = embed_directory(tmp_path / "a.fasta", tmp_path / str(share), format=kind, include=ALL, unit_share=share)
+        run = embed_directory(
+            tmp_path / "a.fasta", tmp_path / str(share), format=kind, include=ALL, unit_share=share
+        )
         assert (run.report.files[0].units > 1) == (share < 1)
         (output,) = (tmp_path / str(share) / name for name in run.report.files[0].outputs)
-        found.append({path.name: path.read_bytes() for path in (output.iterdir() if output.is_dir() else [output])})
+        found.append(
+            {path.name: path.read_bytes() for path in (output.iterdir() if output.is_dir() else [output])}
+        )
     assert found[0] == found[1]
 
 
-def made_of(sequences, provenance=None, width=WIDTH, ids=None, dtype=torch.float32) -> Embeddings:
-    """Embeddings as the collector hands them to a writer."""
-    found = [Row(ids[i] if ids else f"p{i}", f"p{i} header", i, len(residues), len(residues), "ok", 0, 0, 0, 0) for i, residues in enumerate(sequences)]
+def made_of(sequences, provenance=None, width=WIDTH, ids=None, dtype=torch.float32) -> OutputTable:
+    """OutputTable as the collector hands them to a writer."""
+    found = [
+        Row(ids[i] if ids else f"p{i}", f"p{i} header", i, len(residues), len(residues), "ok", 0, 0, 0, 0)
+        for i, residues in enumerate(sequences)
+    ]
     mean = torch.arange(len(found) * width, dtype=dtype).reshape(-1, width)
-    return Embeddings("in.fasta", provenance or {}, ["mean"], 33, found, {33: mean}, {}, {}, [])
+    return OutputTable("in.fasta", provenance or {}, ["mean"], 33, found, {33: mean}, {}, {}, [])
 
 
-PROVENANCE = {"model": "esm2_t33_650M_UR50D", "weights": "sha256:0123", "layers": [33], "dtype": "bf16", "truncation_seq_length": None, "dist_esm": "0.1.0"}
+PROVENANCE = {
+    "model": "esm2_t33_650M_UR50D",
+    "weights": "sha256:0123",
+    "layers": [33],
+    "dtype": "bf16",
+    "truncation_seq_length": None,
+    "dist_esm": "0.1.0",
+}
 
 
 @pytest.mark.parametrize("kind", Format)
@@ -544,7 +696,10 @@ def test_every_output_says_where_its_numbers_come_from_and_is_the_same_bytes_eac
     assert found[0] == found[1]
     if kind is Format.h5:
         with h5py.File(path, "r") as file:
-            assert (file.attrs["model_name"], json.loads(file.attrs["provenance"])) == ("esm2_t33_650M_UR50D", PROVENANCE)
+            assert (file.attrs["model_name"], json.loads(file.attrs["provenance"])) == (
+                "esm2_t33_650M_UR50D",
+                PROVENANCE,
+            )
     elif kind is Format.parquet:
         assert json.loads(pq.read_schema(path).metadata[b"provenance"]) == PROVENANCE
     elif kind is Format.safetensors:
@@ -619,7 +774,9 @@ def test_what_is_no_output_is_refused_with_path_and_remedy(tmp_path):
             load(tmp_path / name)
         assert "\n" not in str(caught.value)
     for name in ("torn.pt", "torn.h5", "torn.parquet", "torn.safetensors", "other.pt"):
-        with pytest.raises(ValueError, match=rf"{name} is damaged or no output of dist_esm .*embed its input again") as caught:
+        with pytest.raises(
+            ValueError, match=rf"{name} is damaged or no output of dist_esm .*embed its input again"
+        ) as caught:
             len(load(tmp_path / name))
         assert "\n" not in str(caught.value)
 
@@ -627,7 +784,9 @@ def test_what_is_no_output_is_refused_with_path_and_remedy(tmp_path):
 def test_an_output_of_a_run_that_is_gone_is_named_and_other_settings_are_not_mixed_in(tmp_path):
     for name, provenance in (("a", PROVENANCE), ("b", {**PROVENANCE, "weights": "sha256:4567"})):
         write_output(Format.pt, made_of(SEQUENCES, provenance), tmp_path / name)
-    (tmp_path / "report.json").write_text(json.dumps({"files": [{"outputs": ["a.pt"]}, {"outputs": ["b.pt"]}]}))
+    (tmp_path / "report.json").write_text(
+        json.dumps({"files": [{"outputs": ["a.pt"]}, {"outputs": ["b.pt"]}]})
+    )
     with pytest.raises(ValueError, match=r"b.pt and .*a.pt were made under different settings"):
         load(tmp_path).vectors  # noqa: B018 - read for its error
     os.unlink(tmp_path / "b.pt")
@@ -643,12 +802,17 @@ def test_a_run_without_outputs_is_empty_and_says_so(tmp_path):
         back.vectors  # noqa: B018 - read for its error
 
 
-@pytest.mark.parametrize(("kind", "package"), [(Format.h5, "h5py"), (Format.parquet, "pyarrow"), (Format.safetensors, "safetensors")])
+@pytest.mark.parametrize(
+    ("kind", "package"),
+    [(Format.h5, "h5py"), (Format.parquet, "pyarrow"), (Format.safetensors, "safetensors")],
+)
 def test_a_format_whose_package_is_missing_is_refused_before_any_work(tmp_path, monkeypatch, kind, package):
     path, _ = write_output(kind, made_of(SEQUENCES), tmp_path / "a")
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)  # as Python has a package that cannot be imported
-    with pytest.raises(ValueError, match=rf"format={kind.name} needs {package}: pip install 'dist_esm\[formats\]'"):
+    with pytest.raises(
+        ValueError, match=rf"format={kind.name} needs {package}: pip install 'dist_esm\[formats\]'"
+    ):
         check(make_config("in", tmp_path, format=kind))
     with pytest.raises(ValueError, match=rf"reading .*a.{kind.name} needs {package}.*: pip install"):
         len(load(path))

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from dist_esm.atomic import SMALL_BYTES, SummedFile, atomically, together
+from dist_esm.outputs.embeddings import ChunkedTensor
 from dist_esm.outputs.pickling import RowsOf, torch_save
-from dist_esm.outputs.row_buffer import ChunkedTensor, Memory, Spool, are_finite
+from dist_esm.outputs.row_buffer import Memory, RowBuffer, are_finite
 
 
 def same(one, other) -> bool:
@@ -25,7 +26,11 @@ def same(one, other) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
-        return (one.dtype, one.stride(), one.storage_offset()) == (other.dtype, other.stride(), other.storage_offset()) and torch.equal(one, other)
+        return (one.dtype, one.stride(), one.storage_offset()) == (
+            other.dtype,
+            other.stride(),
+            other.storage_offset(),
+        ) and torch.equal(one, other)
     if isinstance(one, dict):
         return list(one) == list(other) and all(same(value, other[key]) for key, value in one.items())
     if isinstance(one, (list, tuple)):
@@ -33,7 +38,9 @@ def same(one, other) -> bool:
     return one == other
 
 
-@pytest.mark.parametrize("how", [{"weights_only": True}, {"weights_only": True, "mmap": True}, {"weights_only": False}])
+@pytest.mark.parametrize(
+    "how", [{"weights_only": True}, {"weights_only": True, "mmap": True}, {"weights_only": False}]
+)
 def test_archives_hold_what_torch_would_have_put_there(tmp_path, how):
     rows = torch.arange(6000, dtype=torch.float32).view(1000, 6)
     content = {
@@ -51,8 +58,14 @@ def test_archives_hold_what_torch_would_have_put_there(tmp_path, how):
     theirs, ours = (torch.load(tmp_path / name, **how) for name in ("theirs.pt", "ours.pt"))
     assert same(ours, theirs)
     assert ours["data"][7].untyped_storage().data_ptr() == ours[33].untyped_storage().data_ptr()
-    records = [{i.filename.partition("/")[2]: i.CRC for i in zipfile.ZipFile(tmp_path / name).infolist()} for name in ("theirs.pt", "ours.pt")]
-    assert [name for name in records[0] if records[0][name] != records[1].get(name)] == ["data.pkl", ".data/serialization_id"]
+    records = [
+        {i.filename.partition("/")[2]: i.CRC for i in zipfile.ZipFile(tmp_path / name).infolist()}
+        for name in ("theirs.pt", "ours.pt")
+    ]
+    assert [name for name in records[0] if records[0][name] != records[1].get(name)] == [
+        "data.pkl",
+        ".data/serialization_id",
+    ]
 
 
 @pytest.mark.parametrize("span", [slice(0, 1000), slice(5, 17), slice(3, 4), slice(0, 0)])
@@ -102,7 +115,16 @@ def test_a_large_write_for_which_there_is_no_room_raises(tmp_path):
         file.close()
 
 
-@pytest.mark.parametrize("stranger", [np.float32(1), {1}, torch.ones(1, requires_grad=True), torch.nn.Parameter(torch.ones(1)), (torch.ones(1),)])
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        np.float32(1),
+        {1},
+        torch.ones(1, requires_grad=True),
+        torch.nn.Parameter(torch.ones(1)),
+        (torch.ones(1),),
+    ],
+)
 def test_what_readers_would_refuse_is_refused_when_it_is_written(stranger):
     with pytest.raises(TypeError, match="has no place in an output"):
         torch_save({"content": stranger}, io.BytesIO())
@@ -121,17 +143,19 @@ class Late(Executor):
 @pytest.mark.parametrize("expected", [0, 100, 300])
 @pytest.mark.parametrize("num_bytes", [1 << 20, 7000, 1000, 0])
 @pytest.mark.parametrize("copiers", [None, Late()], ids=["", "copied late"])
-def test_rows_come_back_in_their_places_from_memory_and_from_disk(tmp_path, monkeypatch, num_bytes, expected, copiers):
+def test_rows_come_back_in_their_places_from_memory_and_from_disk(
+    tmp_path, monkeypatch, num_bytes, expected, copiers
+):
     monkeypatch.setattr("dist_esm.outputs.row_buffer.LARGE_ROWS", 0)
     rows = np.random.default_rng(0).standard_normal((300, 6), dtype=np.float32)
     memory = Memory(num_bytes, copiers)
-    spool = Spool(6, rows.dtype, tmp_path / "scratch", memory, expected)
+    buffer = RowBuffer(6, rows.dtype, tmp_path / "scratch", memory, expected)
     for number in [*range(20), *np.random.default_rng(1).permutation(np.arange(20, 60))]:
-        spool.write(5 * int(number), rows[5 * number : 5 * number + 5])
+        buffer.write(5 * int(number), rows[5 * number : 5 * number + 5])
         assert memory.left >= 0
-    assert np.array_equal(spool.tensor().numpy(), rows)
-    assert spool.num_bytes == rows.nbytes
-    spool.close()
+    assert np.array_equal(buffer.tensor().numpy(), rows)
+    assert buffer.num_bytes == rows.nbytes
+    buffer.close()
     assert memory.left == num_bytes
 
 
@@ -162,5 +186,14 @@ def test_of_files_written_together_one_that_fails_takes_no_other_along(tmp_path)
         return name
 
     error = OSError("full")
-    assert together([partial(write, "a", None), partial(write, "b", error), partial(write, "c", None)]) == ["a", error, "c"]
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == ["a/file", "a/second", "c/file", "c/second"]
+    assert together([partial(write, "a", None), partial(write, "b", error), partial(write, "c", None)]) == [
+        "a",
+        error,
+        "c",
+    ]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
+        "a/file",
+        "a/second",
+        "c/file",
+        "c/second",
+    ]

@@ -12,9 +12,9 @@ import torch
 
 from dist_esm.config import Include, SaveDtype
 from dist_esm.pipeline import writer_pool as outputs
-from dist_esm.pipeline.worker import RankResult, embed_pack
-from dist_esm.stop import run_around
-from dist_esm.types import Pack, Segment
+from dist_esm.pipeline.failures import run_around
+from dist_esm.pipeline.retry import embed_pack
+from dist_esm.types import Pack, RankResult, Segment
 from standin import StandIn, accounts_add_up, embed_directory, expected, fair_esm_tokens
 
 
@@ -41,7 +41,9 @@ def test_a_pack_that_does_not_fit_is_split_until_it_does_and_every_answer_keeps_
     engine = SmallDevice([1], False, 1000)
     sequences = ["MKTAYIAKQR" * n for n in (1, 2, 3, 1, 2, 1)]
     result = RankResult()
-    answers = embed_pack(engine, Pack(tuple(segment(residues, i) for i, residues in enumerate(sequences))), result)
+    answers = embed_pack(
+        engine, Pack(tuple(segment(residues, i) for i, residues in enumerate(sequences))), result
+    )
     assert result.num_split_packs > 0
     assert engine.num_freed == result.num_split_packs
     for residues, answer in zip(sequences, answers, strict=True):
@@ -65,10 +67,19 @@ def write(folder: Path, **files: str) -> Path:
 
 def test_a_protein_whose_forward_fails_fails_its_own_file_and_its_twins(tmp_path):
     """Packs cross file borders: the others in the pack are none the worse, and an identical sequence elsewhere fails the same way."""
-    inputs = write(tmp_path / "in", a=">1\nMKTAY\n>2\nIAKQR\n", b=">3\nWWWWW\n>4\nMKTAY\n", c=">5\nGGGGG\n", d=">6\nWWWWW\n")
+    inputs = write(
+        tmp_path / "in",
+        a=">1\nMKTAY\n>2\nIAKQR\n",
+        b=">3\nWWWWW\n>4\nMKTAY\n",
+        c=">5\nGGGGG\n",
+        d=">6\nWWWWW\n",
+    )
     run = embed_directory(inputs, tmp_path / "out", poison=["WWWWW"])
     assert sorted(Path(failure.path).name for failure in run.report.failed) == ["b.fasta", "d.fasta"]
-    assert {failure.error_message for failure in run.report.failed} == {"3: poisoned segment", "6: poisoned segment"}
+    assert {failure.error_message for failure in run.report.failed} == {
+        "3: poisoned segment",
+        "6: poisoned segment",
+    }
     assert run.outputs() == ["a_ESM", "c_ESM"]
     for output, sequences in (("a_ESM", ["MKTAY", "IAKQR"]), ("c_ESM", ["GGGGG"])):
         for vector, residues in zip(run.load(output)["data"], sequences, strict=True):
@@ -96,7 +107,9 @@ def test_a_number_that_is_not_finite_is_never_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(StandIn, "run", with_nan)
     run = embed_directory(write(tmp_path / "in", a=">bad\nMKTAY\n", b=">good\nMKTAYI\n"), tmp_path / "out")
-    assert [(Path(f.path).name, f.error_type) for f in run.report.failed] == [("a.fasta", "FloatingPointError")]
+    assert [(Path(f.path).name, f.error_type) for f in run.report.failed] == [
+        ("a.fasta", "FloatingPointError")
+    ]
     assert run.report.failed[0].error_message.startswith("bad: its embedding is not finite")
     assert run.outputs() == ["b_ESM"]
 
@@ -116,12 +129,17 @@ def test_a_number_that_float16_cannot_hold_fails_its_file(tmp_path, monkeypatch,
     inputs = write(tmp_path / "in", a=">bad\nMKTAY\n", b=">good\nMKTAYI\n")
     settings = {"include": [Include.mean, Include.bos, Include.per_tok]}
     run = embed_directory(inputs, tmp_path / "half", save_dtype=SaveDtype.float16, **settings)
-    assert run.failure("a.fasta") == "bad: save_dtype=float16 cannot hold a number of its embedding: use save_dtype=float32"
+    assert (
+        run.failure("a.fasta")
+        == "bad: save_dtype=float16 cannot hold a number of its embedding: use save_dtype=float32"
+    )
     assert run.outputs() == ["b_ESM"]
     assert embed_directory(inputs, tmp_path / "single", **settings).outputs() == ["a_ESM", "b_ESM"]
 
 
-def test_a_disk_that_is_full_fails_the_file_with_the_reason_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_fails_the_file_with_the_reason_and_leaves_nothing_half_written(
+    tmp_path, monkeypatch
+):
     write_output = outputs.write_output
 
     def full(embeddings, include, stem):
@@ -136,7 +154,9 @@ def test_a_disk_that_is_full_fails_the_file_with_the_reason_and_leaves_nothing_h
     assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix == ".tmp"]
 
 
-@pytest.mark.parametrize(("names", "is_aborted"), [("bbb", True), ("bgbb", False), ("bbgbbb", True), ("bbgbb", False)])
+@pytest.mark.parametrize(
+    ("names", "is_aborted"), [("bbb", True), ("bgbb", False), ("bbgbbb", True), ("bbgbb", False)]
+)
 def test_only_failures_in_a_row_abort(tmp_path, names, is_aborted):
     """In the order of the bin, though good files end later than bad ones: b bad, g good, each with fewer records than the last."""
     inputs = tmp_path / "in"
@@ -165,10 +185,18 @@ def test_neighbouring_failures_are_found_on_both_sides():
 
 
 def test_every_wanted_representation_of_an_empty_file_has_its_shape(tmp_path):
-    run = embed_directory(write(tmp_path / "in", empty=""), tmp_path / "out", include=[Include.mean, Include.bos, Include.per_tok], repr_layers=[0, 1])
+    run = embed_directory(
+        write(tmp_path / "in", empty=""),
+        tmp_path / "out",
+        include=[Include.mean, Include.bos, Include.per_tok],
+        repr_layers=[0, 1],
+    )
     content = run.load("empty_ESM")
     assert content["proteins"] == content["data"] == []
-    assert {layer: tensor.shape for layer, tensor in content["mean_representations"].items()} == {0: (0, 6), 1: (0, 6)}
+    assert {layer: tensor.shape for layer, tensor in content["mean_representations"].items()} == {
+        0: (0, 6),
+        1: (0, 6),
+    }
     assert content["representations"] == {0: [], 1: []}
 
 

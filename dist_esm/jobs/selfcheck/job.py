@@ -23,18 +23,26 @@ import torch
 
 from dist_esm.atomic import atomically
 from dist_esm.config import Config, to_dict
-from dist_esm.distributed import RefusedError, World, together
+from dist_esm.distributed import RefusedError, World
 from dist_esm.jobs.report import versions
-from dist_esm.jobs.selfcheck.compare import Limits, RankCheck, arrays, bit_difference, compare, problems, table
+from dist_esm.jobs.selfcheck.compare import (
+    Limits,
+    RankCheck,
+    arrays,
+    bit_difference,
+    compare,
+    problems,
+    table,
+)
 from dist_esm.jobs.selfcheck.oracle import Theirs, fair_esm_answers, free_device, free_memory, wanted
 from dist_esm.jobs.selfcheck.sample import Sampled, choose, draw, segments_of
-from dist_esm.jobs.setup import Setup, describe, find_inputs, load_engine, prepare
+from dist_esm.jobs.setup import Setup, choose_setup, describe, find_inputs, load_engine
 from dist_esm.model.engine import Engine, is_out_of_memory
 from dist_esm.model.pool import combine
 from dist_esm.model.weights import RANDOM, locate
 from dist_esm.pipeline.packer import Packer
 from dist_esm.planning.agree import agree_on_plan
-from dist_esm.types import Answer, FastaFile, Pack, Segment
+from dist_esm.types import FastaFile, Pack, Segment, SegmentEmbedding
 
 MAX_UNREAD = 5
 """Inputs that could not be read that are printed."""
@@ -53,21 +61,23 @@ def selfcheck(config: Config, world: World) -> int:
     RefusedError
         On every rank, if the check cannot be made on one of them.
     """
-    files = together(world, lambda: find_inputs(config))
-    setup = prepare(config, world)
+    files = world.all_or_none(find_inputs, config)
+    setup = choose_setup(config, world)
     proteins, num_seen, unread = sample_together(config, files, world)
     began = time.monotonic()
-    own = together(world, lambda: own_answers(config, setup, proteins, world))
-    free = together(world, free_memory)
-    theirs = together(world, lambda: fair_esm_answers(config, setup.device, proteins, world, free))
-    mine = together(world, lambda: judge(config, setup, proteins, own, theirs, world, time.monotonic() - began))
+    own = world.all_or_none(own_answers, config, setup, proteins, world)
+    free = world.all_or_none(free_memory)
+    theirs = world.all_or_none(fair_esm_answers, config, setup.device, proteins, world, free)
+    mine = world.all_or_none(judge, config, setup, proteins, own, theirs, world, time.monotonic() - began)
     ranks: list[RankCheck] = world.all_gather(mine)
     if not world.is_main:
         return 0
     found = problems(ranks, [named(one) for one in proteins])
     write(config, setup, proteins, num_seen, unread, ranks, found)
     lengths = f"{proteins[0].embedded} to {proteins[-1].embedded} residues"
-    print(f"{config.model.name} against fair-esm's own model in fp32: {len(proteins)} of {num_seen} proteins, {lengths}\n{table(ranks)}")
+    print(
+        f"{config.model.name} against fair-esm's own model in fp32: {len(proteins)} of {num_seen} proteins, {lengths}\n{table(ranks)}"
+    )
     if config.model.weights == RANDOM:
         print("WEIGHTS ARE RANDOM: this says nothing of real ones")
     for line in unread[:MAX_UNREAD]:
@@ -80,7 +90,9 @@ def selfcheck(config: Config, world: World) -> int:
     return 1 if found else 0
 
 
-def sample_together(config: Config, files: list[FastaFile], world: World) -> tuple[list[Sampled], int, list[str]]:
+def sample_together(
+    config: Config, files: list[FastaFile], world: World
+) -> tuple[list[Sampled], int, list[str]]:
     """The sample, how many proteins it was drawn from, and what could not be read. Each rank reads its bin of the plan."""
     plan = agree_on_plan(config, files, world)
     sampler, unread = draw((plan.units[index] for index in plan.bins[world.rank]), files, config)
@@ -88,7 +100,11 @@ def sample_together(config: Config, files: list[FastaFile], world: World) -> tup
     proteins = choose((one for kept, _, _ in told for one in kept), config.selfcheck.proteins)
     every_unread = sorted(line for _, _, lines in told for line in lines)
     if not proteins:
-        raise RefusedError([f"input has no protein to check: {every_unread[0] if every_unread else 'all records are empty or left out'}"])
+        raise RefusedError(
+            [
+                f"input has no protein to check: {every_unread[0] if every_unread else 'all records are empty or left out'}"
+            ]
+        )
     return proteins, sum(number for _, number, _ in told), every_unread
 
 
@@ -96,7 +112,7 @@ def sample_together(config: Config, files: list[FastaFile], world: World) -> tup
 class Own:
     """What our forward answered."""
 
-    alone: list[list[Answer]]
+    alone: list[list[SegmentEmbedding]]
     """For each protein the answers of its segments, each embedded alone."""
     other_bits: dict[int, float]
     """Index of a protein with other bits in some pack, and the largest difference."""
@@ -128,13 +144,15 @@ def own_answers(config: Config, setup: Setup, proteins: Sequence[Sampled], world
             raise
     finally:
         free_device(setup.device)
-    raise ValueError(f"{config.model.name} ran out of memory on {describe(setup.device)}: use a smaller toks_per_batch or truncation_seq_length")
+    raise ValueError(
+        f"{config.model.name} ran out of memory on {describe(setup.device)}: use a smaller toks_per_batch or truncation_seq_length"
+    )
 
 
 def check_bits(engine: Engine, proteins: Sequence[Sampled]) -> Own:
     """Embed each protein alone, then all of them in full packs in two orders, and compare."""
     segments = [segment for number, one in enumerate(proteins) for segment in segments_of(number, one)]
-    alone: list[list[Answer]] = [[] for _ in proteins]
+    alone: list[list[SegmentEmbedding]] = [[] for _ in proteins]
     for segment in segments:
         alone[segment.protein] += engine.run(Pack((segment,)))
     other_order = random.Random(0).sample(segments, len(segments))
@@ -145,7 +163,9 @@ def check_bits(engine: Engine, proteins: Sequence[Sampled]) -> Own:
             difference = bit_difference(alone[segment.protein][segment.part], answer)
             if difference is not None:
                 other_bits[segment.protein] = max(difference, other_bits.get(segment.protein, 0.0))
-    return Own(alone, other_bits, len(packs), sum(len(pack.segments) for pack in packs), engine.toks_per_batch)
+    return Own(
+        alone, other_bits, len(packs), sum(len(pack.segments) for pack in packs), engine.toks_per_batch
+    )
 
 
 def full_packs(segments: Sequence[Segment], capacity: int) -> list[Pack]:
@@ -165,12 +185,30 @@ def full_packs(segments: Sequence[Segment], capacity: int) -> list[Pack]:
     return full
 
 
-def judge(config: Config, setup: Setup, proteins: Sequence[Sampled], own: Own, theirs: Theirs, world: World, seconds: float) -> RankCheck:
+def judge(
+    config: Config,
+    setup: Setup,
+    proteins: Sequence[Sampled],
+    own: Own,
+    theirs: Theirs,
+    world: World,
+    seconds: float,
+) -> RankCheck:
     """Compare what both models answered."""
     names = [named(one) for one in proteins]
-    ours = [combine(answers, one.embedded, wanted(config)) for answers, one in zip(own.alone, proteins, strict=True)]
+    ours = [
+        combine(answers, one.embedded, wanted(config))
+        for answers, one in zip(own.alone, proteins, strict=True)
+    ]
     comparisons = [
-        compare(kind, layer, names, [one[kind, layer] for one in ours], [one[kind, layer] for one in theirs.vectors], limits)
+        compare(
+            kind,
+            layer,
+            names,
+            [one[kind, layer] for one in ours],
+            [one[kind, layer] for one in theirs.vectors],
+            limits,
+        )
         for kind, layer in wanted(config)
         for limits in (Limits.of(config.selfcheck, setup.dtype, kind),)
     ]
@@ -179,7 +217,9 @@ def judge(config: Config, setup: Setup, proteins: Sequence[Sampled], own: Own, t
         rank=world.rank,
         host=world.host,
         device=describe(setup.device),
-        kind_of_device=torch.cuda.get_device_name(setup.device) if is_gpu else f"cpu with {torch.backends.cpu.get_cpu_capability()}",
+        kind_of_device=torch.cuda.get_device_name(setup.device)
+        if is_gpu
+        else f"cpu with {torch.backends.cpu.get_cpu_capability()}",
         dtype=str(setup.dtype).removeprefix("torch."),
         kernels=str(setup.kernels),
         toks_per_batch=own.toks_per_batch,
@@ -194,7 +234,7 @@ def judge(config: Config, setup: Setup, proteins: Sequence[Sampled], own: Own, t
     )
 
 
-def digest(answers: Sequence[Answer]) -> str:
+def digest(answers: Sequence[SegmentEmbedding]) -> str:
     """A fingerprint of the bits of a protein's answers."""
     found = hashlib.sha256()
     for answer in answers:
@@ -209,17 +249,34 @@ def named(one: Sampled) -> str:
 
 
 def write(
-    config: Config, setup: Setup, proteins: Sequence[Sampled], num_seen: int, unread: Sequence[str], ranks: Sequence[RankCheck], found: Sequence[str]
+    config: Config,
+    setup: Setup,
+    proteins: Sequence[Sampled],
+    num_seen: int,
+    unread: Sequence[str],
+    ranks: Sequence[RankCheck],
+    found: Sequence[str],
 ) -> None:
     """Write `selfcheck.json`; a number that is not finite is null."""
     content = {
         "status": "over" if found else "ok",
         "over": found,
         "model": {"weights_from": config.model.weights or str(locate(config.model)), **setup.provenance},
-        "limits": {kind.name: asdict(Limits.of(config.selfcheck, setup.dtype, kind)) for kind, _ in wanted(config)},
+        "limits": {
+            kind.name: asdict(Limits.of(config.selfcheck, setup.dtype, kind)) for kind, _ in wanted(config)
+        },
         "proteins_seen": num_seen,
         "not_read": unread,
-        "sample": [{"id": one.id, "source": one.source, "residues": one.length, "embedded": one.embedded, "segments": len(one.spans)} for one in proteins],
+        "sample": [
+            {
+                "id": one.id,
+                "source": one.source,
+                "residues": one.length,
+                "embedded": one.embedded,
+                "segments": len(one.spans),
+            }
+            for one in proteins
+        ],
         "ranks": [asdict(rank) for rank in ranks],
         "config": to_dict(config),
         "versions": versions(),

@@ -25,7 +25,7 @@ from dist_esm.jobs.selfcheck.sample import Sampled, segments_of
 from dist_esm.jobs.setup import describe
 from dist_esm.model.engine import num_cores
 from dist_esm.model.esm2 import Architecture
-from dist_esm.model.pool import Vectors
+from dist_esm.model.pool import ProteinEmbedding
 from dist_esm.model.weights import architecture, fair_esm_tensors, tensor_shapes
 from dist_esm.types import Segment
 
@@ -36,13 +36,15 @@ log = logging.getLogger("dist_esm")
 class Theirs:
     """What fair-esm's own model answered."""
 
-    vectors: list[Vectors]
+    vectors: list[ProteinEmbedding]
     other_tokens: list[int]
     """Indices of the proteins whose tokens are not ours."""
     device: str
 
 
-def fair_esm_answers(config: Config, device: torch.device, proteins: Sequence[Sampled], world: World, free: int | None) -> Theirs:
+def fair_esm_answers(
+    config: Config, device: torch.device, proteins: Sequence[Sampled], world: World, free: int | None
+) -> Theirs:
     """Build fair-esm's model on the device, or on the CPU if it does not fit there, and ask it.
 
     Parameters
@@ -70,7 +72,10 @@ def fair_esm_answers(config: Config, device: torch.device, proteins: Sequence[Sa
             return ask_fair_esm(config, device, place, proteins)
         except torch.OutOfMemoryError:
             place = torch.device("cpu")
-        log.warning("fair-esm's model in fp32 does not fit on %s: it runs on the CPU, which takes long", describe(device))
+        log.warning(
+            "fair-esm's model in fp32 does not fit on %s: it runs on the CPU, which takes long",
+            describe(device),
+        )
         free_device(device)
     longest = max(stop - start for one in proteins for start, stop, _, _ in one.spans)
     refuse_what_does_not_fit(needed_bytes(architecture(config.model), longest), free, longest, world)
@@ -79,12 +84,24 @@ def fair_esm_answers(config: Config, device: torch.device, proteins: Sequence[Sa
 
 
 @torch.inference_mode()
-def ask_fair_esm(config: Config, device: torch.device, place: torch.device, proteins: Sequence[Sampled]) -> Theirs:
+def ask_fair_esm(
+    config: Config, device: torch.device, place: torch.device, proteins: Sequence[Sampled]
+) -> Theirs:
     """Build fair-esm's model at a place, of the tensors that ours has on its device, and ask it."""
     arch = architecture(config.model)
-    model = fair_esm_model(arch.num_layers, arch.embed_dim, arch.attention_heads, fair_esm_tensors(config.model, device), place)
-    other_tokens = [number for number, one in enumerate(proteins) if any(not has_fair_esm_tokens(one, segment) for segment in segments_of(number, one))]
-    return Theirs([fair_esm_vectors(model, place, one, wanted(config)) for one in proteins], other_tokens, describe(place))
+    model = fair_esm_model(
+        arch.num_layers, arch.embed_dim, arch.attention_heads, fair_esm_tensors(config.model, device), place
+    )
+    other_tokens = [
+        number
+        for number, one in enumerate(proteins)
+        if any(not has_fair_esm_tokens(one, segment) for segment in segments_of(number, one))
+    ]
+    return Theirs(
+        [fair_esm_vectors(model, place, one, wanted(config)) for one in proteins],
+        other_tokens,
+        describe(place),
+    )
 
 
 def has_fair_esm_tokens(one: Sampled, segment: Segment) -> bool:
@@ -93,15 +110,26 @@ def has_fair_esm_tokens(one: Sampled, segment: Segment) -> bool:
     return np.array_equal(fair_esm_tokens(one.residues[start:stop])[0].numpy(), segment.tokens)
 
 
-def fair_esm_vectors(model: nn.Module, place: torch.device, one: Sampled, what: Sequence[tuple[Include, int]]) -> Vectors:
+def fair_esm_vectors(
+    model: nn.Module, place: torch.device, one: Sampled, what: Sequence[tuple[Include, int]]
+) -> ProteinEmbedding:
     """A protein's representations by fair-esm's model, pooled as its own scripts do: `mean(0)` over the residues."""
     layers = sorted({layer for _, layer in what})
     parts = []
     for start, stop, first, last in one.spans:
         hidden = fair_esm_hidden(model, fair_esm_tokens(one.residues[start:stop]).to(place), layers)
-        parts.append({layer: (x_TD[0].cpu(), x_TD[1 + first - start : 1 + last - start].cpu()) for layer, x_TD in hidden.items()})
+        parts.append(
+            {
+                layer: (x_TD[0].cpu(), x_TD[1 + first - start : 1 + last - start].cpu())
+                for layer, x_TD in hidden.items()
+            }
+        )
     rows = {layer: torch.cat([part[layer][1] for part in parts]) for layer in layers}
-    pooled = {Include.mean: lambda layer: rows[layer].mean(0), Include.bos: lambda layer: parts[0][layer][0], Include.per_tok: rows.__getitem__}
+    pooled = {
+        Include.mean: lambda layer: rows[layer].mean(0),
+        Include.bos: lambda layer: parts[0][layer][0],
+        Include.per_tok: rows.__getitem__,
+    }
     return {(kind, layer): pooled[kind](layer).numpy() for kind, layer in what}
 
 

@@ -11,14 +11,12 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import zip_longest
 
-from dist_esm.attempt import attempt
+from dist_esm.attempt import as_value
 from dist_esm.config import Config
 from dist_esm.fasta.parser import read_proteins
-from dist_esm.fasta.tokens import tokenize
-from dist_esm.pipeline.reader import shape
+from dist_esm.fasta.segments import Span, apply_length_policy, make_segments, num_embedded
 from dist_esm.types import FastaFile, Segment, Unit
 
 BUCKETS_PER_DOUBLING = 16
@@ -41,8 +39,8 @@ class Sampled:
     """Residues that its embedding is made of."""
     residues: bytes
     """These residues."""
-    spans: tuple[tuple[int, int, int, int], ...]
-    """(start, stop, first kept, one past the last kept) of each of its segments."""
+    spans: tuple[Span, ...]
+    """Of each of its segments."""
 
 
 class Sampler:
@@ -85,7 +83,7 @@ def draw(units: Iterable[Unit], files: Sequence[FastaFile], config: Config) -> t
     sampler = Sampler(config.selfcheck.proteins)
     problems = []
     for unit in units:
-        problem = attempt(partial(_read, unit, files[unit.file], config, sampler))
+        problem = as_value(_read, unit, files[unit.file], config, sampler)
         if problem is not None:
             problems.append(f"{files[unit.file].path}: {' '.join(str(problem).split())}")
     return sampler, problems
@@ -94,12 +92,23 @@ def draw(units: Iterable[Unit], files: Sequence[FastaFile], config: Config) -> t
 def _read(unit: Unit, file: FastaFile, config: Config, sampler: Sampler) -> None:
     number = 0
     for protein in read_proteins(unit, config.residues):
-        shaped, _, spans = shape(protein, config)
+        shaped, _, spans = apply_length_policy(protein, config)
         if spans:
-            residues = shaped.residues[: max(stop for _, stop, _, _ in spans)]
-            embedded = sum(last - first for _, _, first, last in spans)
+            residues = shaped.residues[: max(span.stop for span in spans)]
+            embedded = num_embedded(spans)
             key = hashlib.blake2b(residues, digest_size=16).digest()
-            sampler.add(Sampled(key, file.source, number, shaped.id, len(shaped.residues), embedded, residues, tuple(spans)))
+            sampler.add(
+                Sampled(
+                    key,
+                    file.source,
+                    number,
+                    shaped.id,
+                    len(shaped.residues),
+                    embedded,
+                    residues,
+                    tuple(spans),
+                )
+            )
             number += 1
 
 
@@ -124,8 +133,7 @@ def choose(candidates: Iterable[Sampled], size: int) -> list[Sampled]:
 
 def segments_of(number: int, one: Sampled) -> list[Segment]:
     """What the forward sees of a protein."""
-    spans = enumerate(one.spans)
-    return [Segment(number, part, tokenize(one.residues[start:stop]), (first - start, last - start)) for part, (start, stop, first, last) in spans]
+    return make_segments(number, one.residues, one.spans)
 
 
 def bucket(num_residues: int) -> int:

@@ -38,7 +38,9 @@ LEAST_HEAD = 64
 """Heads narrower than this (8M, 35M, 150M) do not fit the tiles of ``quack``."""
 
 
-def choose_kernels(attention: Attention, linear: LinearKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
+def choose_kernels(
+    attention: Attention, linear: LinearKind, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Kernels:
     """The implementations to use on a device; `auto` is the fastest that it can run.
 
     Raises
@@ -49,7 +51,9 @@ def choose_kernels(attention: Attention, linear: LinearKind, device: torch.devic
     no_triton, no_quack = unmet_by_triton(device, dtype), unmet_by_quack(device, dtype, head_dim)
     attention_name = choose("attention", attention.name, {"triton": no_triton, "sdpa": None})
     linear_name = choose("linear", linear.name, {"quack": no_quack, "triton": no_triton, "torch": None})
-    return Kernels(attention_name, load_triton() if attention_name == "triton" else sdpa, load_linear(linear_name))
+    return Kernels(
+        attention_name, load_triton() if attention_name == "triton" else sdpa, load_linear(linear_name)
+    )
 
 
 def choose(key: str, wanted: str, unmet: dict[str, str | None]) -> str:
@@ -75,7 +79,11 @@ def unmet_by_quack(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     if head_dim < LEAST_HEAD:
         return f"attention heads of {LEAST_HEAD} or wider, this model's have {head_dim}"
     is_there = is_installed("quack") and is_installed("cutlass")
-    missing = None if is_there else "the packages quack-kernels and nvidia-cutlass-dsl (pip install 'dist_esm[hopper]')"
+    missing = (
+        None
+        if is_there
+        else "the packages quack-kernels and nvidia-cutlass-dsl (pip install 'dist_esm[hopper]')"
+    )
     return unmet_dtype(dtype) or missing
 
 
@@ -86,12 +94,20 @@ def is_installed(package: str) -> bool:
 
 def unmet_dtype(dtype: torch.dtype) -> str | None:
     """What either lacks if products are in a dtype."""
-    return None if dtype in (torch.bfloat16, torch.float16) else f"dtype=bf16 or fp16, this is {str(dtype).removeprefix('torch.')}"
+    return (
+        None
+        if dtype in (torch.bfloat16, torch.float16)
+        else f"dtype=bf16 or fp16, this is {str(dtype).removeprefix('torch.')}"
+    )
 
 
 def in_words(device: torch.device) -> str:
     """A device and what it can do."""
-    return "cuda with {}.{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else device.type
+    return (
+        "cuda with {}.{}".format(*torch.cuda.get_device_capability(device))
+        if device.type == "cuda"
+        else device.type
+    )
 
 
 def load_linear(name: str) -> LinearOps:
@@ -120,7 +136,9 @@ def choose_device(wanted: DeviceKind, local_rank: int, local_world_size: int, ho
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if num_gpus == 0:
         if wanted is DeviceKind.cuda:
-            raise ValueError(f"device=cuda: no CUDA GPU is visible on {host}: use device=cpu, or check CUDA_VISIBLE_DEVICES and the driver")
+            raise ValueError(
+                f"device=cuda: no CUDA GPU is visible on {host}: use device=cpu, or check CUDA_VISIBLE_DEVICES and the driver"
+            )
         return torch.device("cpu")
     if local_world_size > num_gpus:
         raise ValueError(

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from dist_esm.atomic import atomically
-from dist_esm.attempt import attempt
+from dist_esm.attempt import as_value
 
 log = logging.getLogger("dist_esm")
 
@@ -71,16 +71,16 @@ def load(name: str, fingerprint: str, compiler: Callable[[], Compiled]) -> Kerne
         Makes it, if it must be made.
     """
     path = cache_dir() / f"{name}-{fingerprint}.so"
-    kernel = attempt(lambda: open_library(path))
+    kernel = as_value(open_library, path)
     if isinstance(kernel, Kernel):
         return kernel
     with one_at_a_time(path.with_suffix(".lock")):
-        kernel = attempt(lambda: open_library(path))
+        kernel = as_value(open_library, path)
         if isinstance(kernel, Kernel):
             return kernel
         log.info("compiling %s, once for this machine", name)
         compiled = compiler()
-        kept = attempt(lambda: keep(compiled, path))
+        kept = as_value(keep, compiled, path)
     if isinstance(kept, Exception):
         log.warning("the compiled kernel %s cannot be kept, every launch compiles it anew: %s", path, kept)
         return compiled.kernel
@@ -125,7 +125,15 @@ def link(exported: Path, library: Path, libraries: Sequence[str]) -> None:
         If there is no C compiler (``CC``, else ``cc``), or it refuses.
     """
     folders = ":".join(dict.fromkeys(os.path.dirname(one) for one in libraries))
-    command = [os.environ.get("CC", "cc"), "-shared", "-o", str(library), str(exported), *libraries, f"-Wl,-rpath,{folders},-z,defs"]
+    command = [
+        os.environ.get("CC", "cc"),
+        "-shared",
+        "-o",
+        str(library),
+        str(exported),
+        *libraries,
+        f"-Wl,-rpath,{folders},-z,defs",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise OSError(f"{command[0]} cannot link it: {done.stderr.strip()[-500:]}")
@@ -134,7 +142,7 @@ def link(exported: Path, library: Path, libraries: Sequence[str]) -> None:
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
     """Hold a lock between processes; where the file system has none, processes do the same work side by side, which harms nothing."""
-    file = attempt(lambda: open_for_lock(path))
+    file = as_value(open_for_lock, path)
     try:
         yield
     finally:

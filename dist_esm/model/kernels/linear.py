@@ -46,13 +46,17 @@ class LinearOps(Protocol):
     def norm(self, x_TD: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
         """LayerNorm of the residual stream, in fp32, rounded to `dtype`."""
 
-    def qkv(self, h_TD: Tensor, linear: nn.Linear, rotary: Any, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(
+        self, h_TD: Tensor, linear: nn.Linear, rotary: Any, num_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, rotated, and values; each of shape (T, N, H)."""
 
     def gelu(self, h_TD: Tensor, linear: nn.Linear) -> Tensor:
         """Exact GELU of a product."""
 
-    def residual(self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+    def residual(
+        self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None
+    ) -> tuple[Tensor, Tensor]:
         """The residual stream with a product added, which may overwrite `x_TD`, and its LayerNorm in the product's dtype; without one, twice the stream."""
 
     def segment_sum(self, x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
@@ -90,7 +94,9 @@ class TorchLinear:
         h_TD: Tensor = norm(x_TD)
         return h_TD.to(dtype)
 
-    def qkv(self, h_TD: Tensor, linear: nn.Linear, rotary: tuple[Tensor, Tensor], num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(
+        self, h_TD: Tensor, linear: nn.Linear, rotary: tuple[Tensor, Tensor], num_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `LinearOps`."""
         q_TNH, k_TNH, v_TNH = linear(h_TD).view(len(h_TD), 3, num_heads, -1).unbind(1)
         return rotate(q_TNH, *rotary), rotate(k_TNH, *rotary), v_TNH
@@ -99,17 +105,26 @@ class TorchLinear:
         """See `LinearOps`."""
         return F.gelu(linear(h_TD))
 
-    def residual(self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+    def residual(
+        self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None
+    ) -> tuple[Tensor, Tensor]:
         """See `LinearOps`."""
         x_TD = x_TD + linear(h_TD)
         return x_TD, x_TD if norm is None else self.norm(x_TD, norm, linear.weight.dtype)
 
     def segment_sum(self, x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
         """See `LinearOps`."""
-        return torch.stack([x_TD[start:stop].sum(0) for start, stop in zip(starts_B.tolist(), stops_B.tolist(), strict=True)])
+        return torch.stack(
+            [x_TD[start:stop].sum(0) for start, stop in zip(starts_B.tolist(), stops_B.tolist(), strict=True)]
+        )
 
 
 def rotate(x_TNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
     """Apply rotary position embeddings in fp32 or wider: the first half of each head is turned against the second."""
     first, second = x_TNH.to(cos_T1H.dtype).chunk(2, dim=-1)
-    return torch.cat((first, second), -1).mul(cos_T1H).addcmul_(torch.cat((-second, first), -1), sin_T1H).to(x_TNH.dtype)
+    return (
+        torch.cat((first, second), -1)
+        .mul(cos_T1H)
+        .addcmul_(torch.cat((-second, first), -1), sin_T1H)
+        .to(x_TNH.dtype)
+    )

@@ -54,11 +54,15 @@ class QuackLinear(TritonPasses):
         angles_TH = torch.cat((angles_TH, torch.zeros_like(angles_TH)), 1)
         return torch.stack((angles_TH.cos(), angles_TH.sin()), -1).flatten(1)
 
-    def qkv(self, h_TD: Tensor, linear: nn.Linear, rotary: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(
+        self, h_TD: Tensor, linear: nn.Linear, rotary: Tensor, num_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `LinearOps`."""
         num_rows, width = h_TD.shape
         qkv_TC = h_TD.new_empty(num_rows, 3 * width)
-        launch("rotation", a=h_TD, weight=linear.weight, bias=linear.bias.unsqueeze(0), turn=rotary, out=qkv_TC)
+        launch(
+            "rotation", a=h_TD, weight=linear.weight, bias=linear.bias.unsqueeze(0), turn=rotary, out=qkv_TC
+        )
         q_TNH, k_TNH, v_TNH = qkv_TC.view(num_rows, 3, num_heads, -1).unbind(1)
         return q_TNH, k_TNH, v_TNH
 
@@ -68,7 +72,9 @@ class QuackLinear(TritonPasses):
         launch("gelu", a=h_TD, weight=linear.weight, bias=linear.bias.unsqueeze(0), out=out_TF)
         return out_TF
 
-    def residual(self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+    def residual(
+        self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None
+    ) -> tuple[Tensor, Tensor]:
         """See `LinearOps`."""
         launch("residual", a=h_TD, weight=linear.weight, bias=linear.bias.unsqueeze(0), out=x_TD)
         return x_TD, x_TD if norm is None else self.norm(x_TD, norm, h_TD.dtype)
@@ -106,6 +112,11 @@ def fingerprint(device: torch.device) -> str:
     about = torch.cuda.get_device_properties(device)
     packages = [version(name) for name in ("quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")]
     runtime = find_spec("tvm_ffi")
-    sources = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("linear_quack.py", "quack_epilogues.py", "kernel_cache.py")]
+    sources = [
+        Path(__file__).with_name(name).read_text(encoding="utf-8")
+        for name in ("linear_quack.py", "quack_epilogues.py", "kernel_cache.py")
+    ]
     where = runtime.origin if runtime is not None else None
-    return aot.fingerprint(sources, packages, where, about.name, about.major, about.minor, about.multi_processor_count)
+    return aot.fingerprint(
+        sources, packages, where, about.name, about.major, about.minor, about.multi_processor_count
+    )

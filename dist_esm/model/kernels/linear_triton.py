@@ -43,7 +43,9 @@ class TritonLinear(TritonPasses):
         angles_TH = angles(positions_T, inv_freq)
         return angles_TH.cos(), angles_TH.sin()
 
-    def qkv(self, h_TD: Tensor, linear: nn.Linear, rotary: tuple[Tensor, Tensor], num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(
+        self, h_TD: Tensor, linear: nn.Linear, rotary: tuple[Tensor, Tensor], num_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `LinearOps`."""
         qkv_TC = linear(h_TD)
         triton_kernels.rotate_(qkv_TC, *rotary, 2 * num_heads)
@@ -54,7 +56,9 @@ class TritonLinear(TritonPasses):
         """See `LinearOps`."""
         return triton_kernels.gelu_(linear(h_TD))
 
-    def residual(self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+    def residual(
+        self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None
+    ) -> tuple[Tensor, Tensor]:
         """See `LinearOps`."""
         added_TD = F.linear(h_TD, linear.weight, linear.bias)
         if norm is None:

@@ -82,7 +82,9 @@ class TurnLoad(RotaryCosSinTMALoad):
         assert self.num_turned % tile_columns == 0, "a tile is turned as a whole"
         half = Int32(tile_coord_mnkl[1] * tile_columns >= self.num_turned)
         atom = getattr(params, self._tma_atom_key())
-        copy_subtile, _, _ = gemm.epilog_gmem_copy_and_partition(atom, table, (tile_rows, head_dim), subtile, smem_tensor, (tile_coord_mnkl[0], half))
+        copy_subtile, _, _ = gemm.epilog_gmem_copy_and_partition(
+            atom, table, (tile_rows, head_dim), subtile, smem_tensor, (tile_coord_mnkl[0], half)
+        )
         copy = copy_utils.tma_producer_copy_fn(copy_subtile, epi_pipeline)
         repeats = const_expr(head_dim // width)
 
@@ -119,13 +121,28 @@ def compiled(kind: str, tensors: dict[str, Tensor], tile: Any) -> aot.Compiled:
     """
     a, weight, out = (tensors[name] for name in ("a", "weight", "out"))
     operands = {name: tensor for name, tensor in tensors.items() if name not in ("a", "weight", "out")}
-    epilogue = {"rotation": lambda: with_rotation(a.shape[1]), "gelu": lambda: with_gelu, "residual": lambda: with_residual}[kind]()
+    epilogue = {
+        "rotation": lambda: with_rotation(a.shape[1]),
+        "gelu": lambda: with_gelu,
+        "residual": lambda: with_residual,
+    }[kind]()
     addend = out if kind == "residual" else None
     plan = epilogue.gemm(a, weight, out, addend, epi_args=operands, **tile._asdict(), _launch=False)
     calls = []
-    run_gemm_epi_plan(plan._replace(compiled_fn=lambda *arguments: calls.append(arguments)), a, weight, out, addend, operands)
+    run_gemm_epi_plan(
+        plan._replace(compiled_fn=lambda *arguments: calls.append(arguments)),
+        a,
+        weight,
+        out,
+        addend,
+        operands,
+    )
 
     def export(path):
         plan.compiled_fn.export_to_c(object_file_path=str(path), function_name=aot.SYMBOL)
 
-    return aot.Compiled(aot.Kernel(plan.compiled_fn, aot.form_of(calls[0], tensors)), export, find_runtime_libraries(enable_tvm_ffi=True))
+    return aot.Compiled(
+        aot.Kernel(plan.compiled_fn, aot.form_of(calls[0], tensors)),
+        export,
+        find_runtime_libraries(enable_tvm_ffi=True),
+    )

@@ -45,10 +45,19 @@ def _norm(x, added, weight, bias, out, width, eps, ADDS: tl.constexpr, BLOCK: tl
     rstd = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
     gain = tl.load(weight + columns, mask=inside, other=0.0)
     shift = tl.load(bias + columns, mask=inside, other=0.0)
-    tl.store(out + row * width + columns, (centred * rstd * gain + shift).to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + row * width + columns, (centred * rstd * gain + shift).to(out.dtype.element_ty), mask=inside
+    )
 
 
-def norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, dtype: torch.dtype, added_TD: Tensor | None = None) -> Tensor:
+def norm(
+    x_TD: Tensor,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    added_TD: Tensor | None = None,
+) -> Tensor:
     """LayerNorm of the residual stream as it is kept, in fp32, rounded once to `dtype`; shape (T, D).
 
     With `added_TD`, the stream has it added first, in place.
@@ -58,7 +67,18 @@ def norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, dtype: torc
     block = triton.next_power_of_2(width)
     warps = max(1, min(16, block // 512))
     added = x_TD if added_TD is None else added_TD
-    _norm[(num_rows,)](x_TD, added, weight_D, bias_D, out_TD, width, eps, ADDS=added_TD is not None, BLOCK=block, num_warps=warps)
+    _norm[(num_rows,)](
+        x_TD,
+        added,
+        weight_D,
+        bias_D,
+        out_TD,
+        width,
+        eps,
+        ADDS=added_TD is not None,
+        BLOCK=block,
+        num_warps=warps,
+    )
     return out_TD
 
 
@@ -93,7 +113,9 @@ def rotate_(qkv_TC: Tensor, cos_TH: Tensor, sin_TH: Tensor, num_heads: int) -> N
     heads = 16
     grid = (num_rows, triton.cdiv(num_heads, heads))
     block = triton.next_power_of_2(half)
-    _rotate[grid](qkv_TC, cos_TH, sin_TH, qkv_TC.stride(0), num_heads, HALF=half, BLOCK=block, HEADS=heads, num_warps=4)
+    _rotate[grid](
+        qkv_TC, cos_TH, sin_TH, qkv_TC.stride(0), num_heads, HALF=half, BLOCK=block, HEADS=heads, num_warps=4
+    )
 
 
 @triton.jit
@@ -122,7 +144,9 @@ def _segment_sum(x, starts, stops, out, width, ROWS: tl.constexpr, COLUMNS: tl.c
     for row in range(first, stop, ROWS):
         rows = row + tl.arange(0, ROWS)
         mask = (rows < stop)[:, None] & inside[None, :]
-        total += tl.load(x + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(x + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
     tl.store(out + segment.to(tl.int64) * width + columns, tl.sum(total, 0), mask=inside)
 
 
@@ -136,13 +160,32 @@ def segment_sum(x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize_on_alignment=["tiles"])
-def _attend(q, k, v, out, tiles, q_stride, k_stride, v_stride, num_heads, HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def _attend(
+    q,
+    k,
+    v,
+    out,
+    tiles,
+    q_stride,
+    k_stride,
+    v_stride,
+    num_heads,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
     head, tile = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
-    first_query, start, stop = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    first_query, start, stop = (
+        tl.load(tiles + tile * 3),
+        tl.load(tiles + tile * 3 + 1),
+        tl.load(tiles + tile * 3 + 2),
+    )
     columns, rows = tl.arange(0, BLOCK), tl.arange(0, TILE)
     in_head = columns < HEAD
     in_tile = (first_query + rows < stop)[:, None] & in_head[None, :]
-    q_rows = q + first_query.to(tl.int64) * q_stride + head * HEAD + rows[:, None] * q_stride + columns[None, :]
+    q_rows = (
+        q + first_query.to(tl.int64) * q_stride + head * HEAD + rows[:, None] * q_stride + columns[None, :]
+    )
     queries = tl.load(q_rows, mask=in_tile, other=0.0)
     keys_at = k + start.to(tl.int64) * k_stride + head * HEAD + rows[None, :] * k_stride + columns[:, None]
     values_at = v + start.to(tl.int64) * v_stride + head * HEAD + rows[:, None] * v_stride + columns[None, :]
@@ -162,7 +205,9 @@ def _attend(q, k, v, out, tiles, q_stride, k_stride, v_stride, num_heads, HEAD: 
         keys = tl.load(keys_at, mask=(rows < left)[None, :] & in_head[:, None], other=0.0)
         values = tl.load(values_at, mask=(rows < left)[:, None] & in_head[None, :], other=0.0)
         most, total, sums = _attend_to(queries, keys, values, left, most, total, sums, MASKS=True)
-    out_rows = out + (first_query + rows).to(tl.int64)[:, None] * num_heads * HEAD + head * HEAD + columns[None, :]
+    out_rows = (
+        out + (first_query + rows).to(tl.int64)[:, None] * num_heads * HEAD + head * HEAD + columns[None, :]
+    )
     tl.store(out_rows, (sums / total[:, None]).to(out.dtype.element_ty), mask=in_tile)
 
 
@@ -198,5 +243,18 @@ def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, tiles_C3: Tensor, tile: 
     strides = q_TNH.stride(0), k_TNH.stride(0), v_TNH.stride(0)
     block = max(16, triton.next_power_of_2(head))
     grid = (len(tiles_C3) * num_heads,)
-    _attend[grid](q_TNH, k_TNH, v_TNH, out_TNH, tiles_C3, *strides, num_heads, HEAD=head, BLOCK=block, TILE=tile, num_warps=4, num_stages=3)
+    _attend[grid](
+        q_TNH,
+        k_TNH,
+        v_TNH,
+        out_TNH,
+        tiles_C3,
+        *strides,
+        num_heads,
+        HEAD=head,
+        BLOCK=block,
+        TILE=tile,
+        num_warps=4,
+        num_stages=3,
+    )
     return out_TNH

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from dist_esm.atomic import sync
-from dist_esm.outputs.row_buffer import Embeddings
+from dist_esm.outputs.embeddings import OutputTable
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,28 @@ class About:
     """Model, weights and settings that the numbers depend on."""
 
     @classmethod
-    def of(cls, embeddings: Embeddings) -> About:
+    def of(cls, embeddings: OutputTable) -> About:
         """What the output of these embeddings will say."""
-        kinds = {"mean": list(embeddings.mean), "bos": list(embeddings.bos), "per_tok": list(embeddings.per_tok)}
+        kinds = {
+            "mean": list(embeddings.mean),
+            "bos": list(embeddings.bos),
+            "per_tok": list(embeddings.per_tok),
+        }
         # A path may have bytes that are not UTF-8; Arrow and HDF5 take only text that is.
         source = embeddings.source.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        return cls(source, embeddings.main_layer, embeddings.mean[embeddings.main_layer].shape[1], kinds, embeddings.provenance)
+        return cls(
+            source,
+            embeddings.main_layer,
+            embeddings.mean[embeddings.main_layer].shape[1],
+            kinds,
+            embeddings.provenance,
+        )
 
     def to_text(self) -> dict[str, str]:
         """For formats whose metadata is text: `model_name` and the fields, as JSON where they are not text already."""
-        fields = {name: value if isinstance(value, str) else json.dumps(value) for name, value in vars(self).items()}
+        fields = {
+            name: value if isinstance(value, str) else json.dumps(value) for name, value in vars(self).items()
+        }
         return {"model_name": str(self.provenance.get("model", "")), **fields}
 
     @classmethod
@@ -77,7 +89,9 @@ class Opened(Protocol):
 
 def escape(text: str, unsafe: re.Pattern[str]) -> str:
     """Write every unsafe character as ``%XX`` for each byte of its UTF-8; `unsafe` must match a ``%`` that would read as such."""
-    return unsafe.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass")), text)
+    return unsafe.sub(
+        lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass")), text
+    )
 
 
 class Names:
@@ -144,6 +158,12 @@ def refuse_to_replace(path: Path, marks: Sequence[str]) -> None:
     """Raise FileExistsError unless `path` is free or a folder that `folder_atomically` may replace."""
     if not os.path.lexists(path):
         return
-    found = {entry.name: entry.is_dir() for entry in os.scandir(path)} if path.is_dir() and not path.is_symlink() else None
+    found = (
+        {entry.name: entry.is_dir() for entry in os.scandir(path)}
+        if path.is_dir() and not path.is_symlink()
+        else None
+    )
     if found is None or any(found.values()) or (found and not set(marks) <= set(found)):
-        raise FileExistsError(f"{path} is there already and is no folder of embeddings alone: move it away, or name another output_dir")
+        raise FileExistsError(
+            f"{path} is there already and is no folder of embeddings alone: move it away, or name another output_dir"
+        )

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.atomic import atomically
+from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats.base import About, Names, escape
-from dist_esm.outputs.row_buffer import Embeddings
 
 if TYPE_CHECKING:
     import h5py
@@ -30,7 +30,7 @@ def dataset_name(protein: str) -> str:
     return escape(protein, _UNSAFE) or "%"
 
 
-def write_h5(embeddings: Embeddings, path: Path) -> None:
+def write_h5(embeddings: OutputTable, path: Path) -> None:
     """Write one dataset for each protein, under its id, in file order.
 
     Readers of such files (ProtSpace among them) go through the root and expect a dataset and nothing else under every name. So there are
@@ -50,7 +50,12 @@ def write_h5(embeddings: Embeddings, path: Path) -> None:
     about = About.of(embeddings)
     main = embeddings.main_layer
     kind = "per_tok" if embeddings.per_tok else "mean" if "mean" in embeddings.include else "bos"
-    beside_it = [(one, layer) for one, layers in about.kinds.items() for layer in layers if (one, layer) != (kind, main)]
+    beside_it = [
+        (one, layer)
+        for one, layers in about.kinds.items()
+        for layer in layers
+        if (one, layer) != (kind, main)
+    ]
     names = Names(dataset_name)
     text = h5py.h5t.py_create(h5py.string_dtype(), logical=True)
     whole, scalar = h5py.h5s.ALL, h5py.h5s.create(h5py.h5s.SCALAR)
@@ -64,7 +69,11 @@ def write_h5(embeddings: Embeddings, path: Path) -> None:
         h5py.h5a.create(dataset, name.encode(), kind_of, space).write(value)
 
     with atomically(path) as beside, create(beside) as file:
-        records = {"ids": embeddings.ids, "headers": [row.header for row in embeddings.rows], "lengths": embeddings.lengths}
+        records = {
+            "ids": embeddings.ids,
+            "headers": [row.header for row in embeddings.rows],
+            "lengths": embeddings.lengths,
+        }
         for key, said in {**about.to_text(), "kind": kind, "records": json.dumps(records)}.items():
             file.attrs[key] = said
         file.attrs["layer"] = main
@@ -72,13 +81,17 @@ def write_h5(embeddings: Embeddings, path: Path) -> None:
         for number, row in enumerate(embeddings.rows):
             stop = start + row.embedded
 
-            def value_of(one: str, layer: int, number: int = number, start: int = start, stop: int = stop) -> NDArray[Any]:
+            def value_of(
+                one: str, layer: int, number: int = number, start: int = start, stop: int = stop
+            ) -> NDArray[Any]:
                 rows = getattr(embeddings, one)[layer]
                 return np.ascontiguousarray((rows[start:stop] if one == "per_tok" else rows[number]).numpy())
 
             value = value_of(kind, main)
             space = h5py.h5s.create_simple(value.shape)
-            dataset = h5py.h5d.create(file.id, names.take(row.id).encode(), h5py.h5t.py_create(value.dtype), space, untimed)
+            dataset = h5py.h5d.create(
+                file.id, names.take(row.id).encode(), h5py.h5t.py_create(value.dtype), space, untimed
+            )
             dataset.write(whole, whole, value)
             attach(dataset, "original_id", np.array(row.id, dtype=h5py.string_dtype()))
             attach(dataset, "index", np.array(row.number))
@@ -132,7 +145,9 @@ class OpenedH5:
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
         """Shape (D,)."""
         dataset = self._file[self._names[position]]
-        return np.asarray(dataset[()] if (kind, layer) == self._root else dataset.attrs[f"{kind}_layer_{layer}"])
+        return np.asarray(
+            dataset[()] if (kind, layer) == self._root else dataset.attrs[f"{kind}_layer_{layer}"]
+        )
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
         """Shape (L, D)."""

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.atomic import SummedFile, atomically
+from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats.base import About
-from dist_esm.outputs.row_buffer import Embeddings
 from dist_esm.types import Row
 
 GROUP_BYTES = 32 << 20
@@ -22,7 +22,7 @@ GROUP_ROWS = 1 << 16
 COUNTS = ("embedded", "upper_cased", "stops_removed", "gaps_removed", "replaced")
 
 
-def write_parquet(embeddings: Embeddings, path: Path) -> str:
+def write_parquet(embeddings: OutputTable, path: Path) -> str:
     """Write a row for each protein, in file order.
 
     Columns: ``id``, ``header``, ``source`` (path of the input relative to the common root), ``index`` (of the record in its input, from 0),
@@ -37,7 +37,9 @@ def write_parquet(embeddings: Embeddings, path: Path) -> str:
     about = About.of(embeddings)
     number = pa.from_numpy_dtype(embeddings.mean[embeddings.main_layer].numpy().dtype)
     vector = pa.list_(number, about.width)
-    columns = [(kind, layer, f"{kind}_layer_{layer}") for kind, layers in about.kinds.items() for layer in layers]
+    columns = [
+        (kind, layer, f"{kind}_layer_{layer}") for kind, layers in about.kinds.items() for layer in layers
+    ]
     schema = pa.schema(
         [
             *((name, pa.string()) for name in ("id", "header", "source")),
@@ -49,12 +51,20 @@ def write_parquet(embeddings: Embeddings, path: Path) -> str:
         metadata=about.to_text(),
     )
     words = ["id", "header", "source", "outcome"]
-    codecs = dict.fromkeys((*words, "index", "length", *COUNTS), "zstd")  # embeddings are as good as random digits: nothing to gain
+    codecs = dict.fromkeys(
+        (*words, "index", "length", *COUNTS), "zstd"
+    )  # embeddings are as good as random digits: nothing to gain
     codecs |= {name: "none" for name in pq_leaves(schema) if name not in codecs}
     with (
         atomically(path) as beside,
         SummedFile(beside) as file,
-        pq.ParquetWriter(file, schema, compression=codecs, use_dictionary=["source", "outcome"], write_statistics=["id", "index", "length", *COUNTS]) as writer,
+        pq.ParquetWriter(
+            file,
+            schema,
+            compression=codecs,
+            use_dictionary=["source", "outcome"],
+            write_statistics=["id", "index", "length", *COUNTS],
+        ) as writer,
     ):
         for first, last, start, stop in row_groups(embeddings):
             rows = embeddings.rows[first:last]
@@ -68,10 +78,14 @@ def write_parquet(embeddings: Embeddings, path: Path) -> str:
                 **{name: [getattr(row, name) for row in rows] for name in COUNTS},
             }
             offsets = pa.array([0, *accumulate(row.embedded for row in rows)], pa.int32())
-            arrays = [pa.array(values[name], schema.field(name).type) for name in schema.names if name in values]
+            arrays = [
+                pa.array(values[name], schema.field(name).type) for name in schema.names if name in values
+            ]
             for kind, layer, _ in columns:
                 span = slice(start, stop) if kind == "per_tok" else slice(first, last)
-                numbers = pa.FixedSizeListArray.from_arrays(pa.array(getattr(embeddings, kind)[layer][span].numpy().reshape(-1)), type=vector)
+                numbers = pa.FixedSizeListArray.from_arrays(
+                    pa.array(getattr(embeddings, kind)[layer][span].numpy().reshape(-1)), type=vector
+                )
                 arrays.append(pa.ListArray.from_arrays(offsets, numbers) if kind == "per_tok" else numbers)
             writer.write_batch(pa.record_batch(arrays, schema=schema), row_group_size=len(rows))
     return file.sha256()
@@ -88,7 +102,7 @@ def pq_leaves(schema: Any) -> Iterator[str]:
         yield path
 
 
-def row_groups(embeddings: Embeddings) -> Iterator[tuple[int, int, int, int]]:
+def row_groups(embeddings: OutputTable) -> Iterator[tuple[int, int, int, int]]:
     """Proteins of each row group as (first, one past the last) and their residues likewise."""
     tensors = [*embeddings.mean.values(), *embeddings.bos.values()]
     for_each = sum(tensor.shape[1] * tensor.dtype.itemsize for tensor in tensors)
@@ -129,13 +143,18 @@ class OpenedParquet:
 
     def vectors(self, kind: str, layer: int) -> NDArray[Any]:
         """Shape (N, D)."""
-        groups = [numbers(self._group(group, f"{kind}_layer_{layer}"), self.about.width) for group in range(self._file.num_row_groups)]
+        groups = [
+            numbers(self._group(group, f"{kind}_layer_{layer}"), self.about.width)
+            for group in range(self._file.num_row_groups)
+        ]
         return np.concatenate(groups) if groups else np.empty((0, self.about.width), np.float32)
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
         """Shape (D,)."""
         group, row = self._find(position)
-        return numbers(self._group(group, f"{kind}_layer_{layer}").slice(row, 1), self.about.width).reshape(-1)
+        return numbers(self._group(group, f"{kind}_layer_{layer}").slice(row, 1), self.about.width).reshape(
+            -1
+        )
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
         """Shape (L, D)."""
@@ -149,7 +168,10 @@ class OpenedParquet:
     def _group(self, group: int, column: str) -> Any:
         if self._kept is None or self._kept[0] != (group, column):
             self._kept = None  # not two at a time
-            self._kept = ((group, column), self._file.read_row_group(group, [column])[column].combine_chunks())
+            self._kept = (
+                (group, column),
+                self._file.read_row_group(group, [column])[column].combine_chunks(),
+            )
         return self._kept[1]
 
 

@@ -1,6 +1,6 @@
 """One output in the format that was asked for.
 
-`write_output` is what the rest of the package knows; each format is one function behind it, given whole `Embeddings` and a path, in a
+`write_output` is what the rest of the package knows; each format is one function behind it, given whole `OutputTable` and a path, in a
 module of its own beside what reads it back. `reader` is the way back for all of them.
 """
 
@@ -11,14 +11,15 @@ from pathlib import Path
 
 from dist_esm.atomic import Output, atomically
 from dist_esm.config import Format
+from dist_esm.outputs.embeddings import OutputTable
+from dist_esm.outputs.formats.fair_esm import write_fair_esm
 from dist_esm.outputs.formats.h5 import write_h5
 from dist_esm.outputs.formats.parquet import write_parquet
-from dist_esm.outputs.formats.pt import write_fair_esm, write_pt
+from dist_esm.outputs.formats.pt import write_pt
 from dist_esm.outputs.formats.safetensors import write_safetensors
-from dist_esm.outputs.row_buffer import Embeddings
 from dist_esm.types import NOTE_COLUMNS
 
-Writer = Callable[[Embeddings, Path], str | None]
+Writer = Callable[[OutputTable, Path], str | None]
 """Writes an output to a path; returns its sha256 if that was taken on the way."""
 
 WRITERS: dict[Format, tuple[str, Writer]] = {
@@ -31,7 +32,7 @@ WRITERS: dict[Format, tuple[str, Writer]] = {
 """Suffix and function of each format; without a suffix it is a folder."""
 
 
-def write_output(kind: Format, embeddings: Embeddings, stem: Path) -> Output:
+def write_output(kind: Format, embeddings: OutputTable, stem: Path) -> Output:
     """Write one output, after ``<stem>.records.tsv`` beside it if any of its records deserves a note.
 
     Parameters

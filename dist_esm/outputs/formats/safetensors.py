@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.atomic import SummedFile, atomically
+from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
 from dist_esm.outputs.formats.base import About
-from dist_esm.outputs.row_buffer import ChunkedTensor, Embeddings
 
 MAX_HEADER = 100_000_000
 """What the library reads."""
@@ -24,7 +24,7 @@ BLOCK_ROWS = 1 << 12
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
 
 
-def write_safetensors(embeddings: Embeddings, path: Path) -> str:
+def write_safetensors(embeddings: OutputTable, path: Path) -> str:
     """Write ``mean.33`` and ``bos.33``, shape (N, D), and ``per_tok.33``, shape (sum of embedded residues, D), for each layer.
 
     Protein i's residues are the rows ``offsets[i]`` to ``offsets[i + 1]``. The mean of the last requested layer is always there. The
@@ -41,7 +41,9 @@ def write_safetensors(embeddings: Embeddings, path: Path) -> str:
     """
     tensors: dict[str, Tensor | ChunkedTensor] = {}
     if embeddings.per_tok:
-        tensors["offsets"] = torch.tensor([0, *accumulate(embeddings.lengths)], dtype=torch.int64)  # first: the widest numbers stay aligned
+        tensors["offsets"] = torch.tensor(
+            [0, *accumulate(embeddings.lengths)], dtype=torch.int64
+        )  # first: the widest numbers stay aligned
     about = About.of(embeddings)
     for kind, layers in about.kinds.items():
         tensors |= {f"{kind}.{layer}": getattr(embeddings, kind)[layer] for layer in layers}
@@ -51,16 +53,25 @@ def write_safetensors(embeddings: Embeddings, path: Path) -> str:
         "index": [row.number for row in embeddings.rows],
         "lengths": embeddings.lengths,
     }
-    metadata = {**about.to_text(), **{name: json.dumps(values, ensure_ascii=False) for name, values in lists.items()}}
+    metadata = {
+        **about.to_text(),
+        **{name: json.dumps(values, ensure_ascii=False) for name, values in lists.items()},
+    }
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
-        raise ValueError(f"ids and headers of {len(embeddings.rows)} proteins are too much for one safetensors file: lower max_proteins_per_output")
+        raise ValueError(
+            f"ids and headers of {len(embeddings.rows)} proteins are too much for one safetensors file: lower max_proteins_per_output"
+        )
     with atomically(path) as beside, SummedFile(beside) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)

@@ -1,0 +1,82 @@
+"""What one forward sees of a protein: all of it, its first residues, or overlapping windows.
+
+Files, notebooks and the checks of both cut proteins here, so that all of them see the same segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+from dist_esm.config import Config, Long
+from dist_esm.fasta.blocks import FastaError
+from dist_esm.fasta.tokens import tokenize
+from dist_esm.types import Protein, RecordOutcome, Segment
+
+
+class Span(NamedTuple):
+    """The residues of one segment, and those of them that the protein's embedding takes from it; counted from 0 in the protein."""
+
+    start: int
+    stop: int
+    keep_start: int
+    keep_stop: int
+
+
+def apply_length_policy(protein: Protein, config: Config) -> tuple[Protein, RecordOutcome, list[Span]]:
+    """Apply `truncation_seq_length` and `long`.
+
+    Returns
+    -------
+    the protein, marked as skipped if the policy leaves it out; what becomes of it; the span of each of its segments
+
+    Raises
+    ------
+    FastaError
+        If it is too long and ``long=fail``.
+    """
+    if protein.skipped is not None:
+        return protein, RecordOutcome.skipped, []
+    num_residues, limit = len(protein.residues), config.truncation_seq_length
+    if limit is None or num_residues <= limit:
+        return protein, RecordOutcome.ok, [Span(0, num_residues, 0, num_residues)]
+    if config.long is Long.truncate:
+        return protein, RecordOutcome.truncated, [Span(0, limit, 0, limit)]
+    if config.long is Long.window:
+        return protein, RecordOutcome.windowed, windows(num_residues, limit, config.window_overlap)
+    if config.long is Long.fail:
+        limit_in_words = f"{num_residues} residues, more than truncation_seq_length={limit}"
+        raise FastaError(f"{protein.id} has {limit_in_words}: use long=truncate, skip or window")
+    return replace(protein, skipped="too long"), RecordOutcome.skipped, []
+
+
+def windows(num_residues: int, width: int, overlap: int) -> list[Span]:
+    """Cut a long protein into overlapping windows of equal width.
+
+    Each residue is taken from the window in which it is most central; ties go to the earlier window. The last window
+    is moved back to end with the protein.
+    """
+    starts = [*range(0, num_residues - width, width - overlap), num_residues - width]
+    borders = [0, *((a + b + width + 1) // 2 for a, b in pairwise(starts)), num_residues]
+    kept = pairwise(borders)
+    return [Span(start, start + width, *keep) for start, keep in zip(starts, kept, strict=True)]
+
+
+def num_embedded(spans: Iterable[Span]) -> int:
+    """Residues that the embedding is made of."""
+    return sum(span.keep_stop - span.keep_start for span in spans)
+
+
+def make_segments(protein_index: int, residues: bytes, spans: Sequence[Span]) -> list[Segment]:
+    """Cut a protein, given its residues up to the last span's end, into segments that carry its index."""
+    return [
+        Segment(
+            protein_index,
+            part,
+            tokenize(residues[span.start : span.stop]),
+            (span.keep_start - span.start, span.keep_stop - span.start),
+        )
+        for part, span in enumerate(spans)
+    ]

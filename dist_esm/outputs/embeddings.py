@@ -1,0 +1,82 @@
+"""What one output holds: a table of proteins and their representations."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_esm.types import Row
+
+
+class ChunkedTensor:
+    """Tensors of one width and dtype that follow one another, as if they were one, without a copy of what may be larger than memory.
+
+    Parameters
+    ----------
+    chunks
+        One at least, each of shape (rows, width).
+    """
+
+    def __init__(self, chunks: Sequence[Tensor]) -> None:
+        self.chunks = list(chunks)
+        self._ends = list(accumulate(map(len, self.chunks)))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the whole."""
+        return self._ends[-1], self.chunks[0].shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all chunks."""
+        return self.chunks[0].dtype
+
+    def __getitem__(self, span: slice) -> Tensor:
+        """Rows from start up to stop: a view if one chunk has them all, as it has all of a protein's."""
+        first = min(bisect_right(self._ends, span.start), len(self.chunks) - 1)
+        found = []
+        for chunk, end in zip(self.chunks[first:], self._ends[first:], strict=True):
+            before = end - len(chunk)
+            found.append(chunk[max(0, span.start - before) : span.stop - before])
+            if span.stop <= end:
+                break
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+@dataclass(frozen=True)
+class OutputTable:
+    """What one output holds: N proteins in file order, in fp32 or fp16."""
+
+    source: str
+    """The input file, relative to the common root of the inputs."""
+    provenance: dict[str, Any]
+    """Model, weights and settings that the numbers depend on."""
+    include: list[str]
+    """Kinds that were asked for: mean, bos, per_tok."""
+    main_layer: int
+    """The layer of `data`: the last one requested."""
+    rows: list[Row]
+    mean: dict[int, Tensor]
+    """Layer to Tensor, shape (N, D); the main layer is always there."""
+    bos: dict[int, Tensor]
+    """Layer to Tensor, shape (N, D)."""
+    per_tok: dict[int, ChunkedTensor]
+    """Layer to `ChunkedTensor`, shape (sum of embedded residues, D)."""
+    notes: list[str]
+    """A line of `NOTE_COLUMNS` for each record that was truncated, windowed, skipped, changed or given an id."""
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids in file order, duplicates included."""
+        return [row.id for row in self.rows]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Embedded residues of each protein."""
+        return [row.embedded for row in self.rows]

@@ -1,0 +1,141 @@
+"""`format=fair_esm`: what fair-esm's own script leaves, a file for each protein."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dist_esm.outputs.embeddings import OutputTable
+from dist_esm.outputs.formats.base import About, Names, escape, folder_atomically
+from dist_esm.outputs.pickling import torch_save
+from dist_esm.types import Row
+
+MAP = "ids.tsv"
+
+
+MAP_COLUMNS = ("file", "id", "index", "length", "header")
+
+
+ABOUT = "provenance.json"
+
+
+MAX_NAME = 244
+"""Longest name of a protein's file in bytes, before the mark of a duplicate and `.pt`; file systems take 255."""
+
+
+# Windows takes none of <>:"/\|?* and reads CON and the like as devices whatever their suffix. `|` stays: UniProt's headers and fair-esm's own
+# examples have it. A dot in front hides a file. `%` and `~` stay unless they would read as an escaped byte or as a mark that is added here.
+_DEVICES = r"con|prn|aux|nul|conin\$|conout\$|com[0-9]|lpt[0-9]"
+
+
+_UNSAFE = re.compile(
+    r'[<>:"/\\?*\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|^\.|%(?=[0-9a-f]{2})|~(?=(?:[0-9]+|h[0-9a-f]{16})$)|'
+    rf"^(?=(?:{_DEVICES})(?:\.|$)).",
+    re.IGNORECASE,
+)
+
+
+def label_of(row: Row) -> str:
+    """A protein's label as fair-esm has it: the header line without blanks around it; the id if there is nothing in it."""
+    return row.header.strip() or row.id
+
+
+def file_name(label: str) -> str:
+    """A name, without suffix, that is safe on any file system: escaped, and if too long for one cut, with a hash of the label behind it."""
+    name = escape(label, _UNSAFE) or "%"
+    if len(name.encode()) <= MAX_NAME:
+        return name
+    mark = f"~h{hashlib.sha256(label.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+    return re.sub("%.?$", "", name.encode()[: MAX_NAME - len(mark)].decode(errors="ignore")) + mark
+
+
+def same_file(name: str) -> str:
+    """What two names have in common that a file system may take for one: it may tell neither case nor spellings of a letter apart."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
+
+
+def write_fair_esm(embeddings: OutputTable, path: Path) -> None:
+    """Write what fair-esm's `esm-extract` leaves: a folder with a ``.pt`` for each protein, whose name is the protein's label.
+
+    The label is the whole header. Each file holds ``label``, ``id`` (the header's first word) and, as included, ``representations``, shape (L, D),
+    ``mean_representations`` and ``bos_representations``, shape (D,), dicts by layer of tensors with a storage of their own; the mean of the
+    last requested layer is always there.
+
+    In a name, what some file system does not take is ``%XX``; ``~2`` marks the second of a name, upper and lower case not told apart, and
+    ``~h`` and a hash a name that was too long. ``ids.tsv`` lists the proteins in file order: file, id, index (of the record in its
+    input, from 0), length (embedded residues) and header; ``provenance.json`` has the fields of `About`.
+    """
+    names = Names(file_name, same_file)
+    lines = ["\t".join(MAP_COLUMNS)]
+    with folder_atomically(path, (MAP, ABOUT)) as beside:
+        start = 0
+        for number, row in enumerate(embeddings.rows):
+            stop = start + row.embedded
+            label = label_of(row)
+            content: dict[str, object] = {"label": label, "id": row.id}
+            if embeddings.per_tok:
+                content["representations"] = {
+                    layer: rows[start:stop].clone() for layer, rows in embeddings.per_tok.items()
+                }
+            content["mean_representations"] = {
+                layer: rows[number].clone() for layer, rows in embeddings.mean.items()
+            }
+            if embeddings.bos:
+                content["bos_representations"] = {
+                    layer: rows[number].clone() for layer, rows in embeddings.bos.items()
+                }
+            name = f"{names.take(label)}.pt"
+            with open(beside / name, "xb") as file:
+                torch_save(content, file)
+            lines.append("\t".join((name, row.id, str(row.number), str(row.embedded), row.header)))
+            start = stop
+        (beside / MAP).write_bytes("\n".join([*lines, ""]).encode())
+        (beside / ABOUT).write_text(
+            json.dumps(asdict(About.of(embeddings)), indent=1) + "\n", encoding="utf-8"
+        )
+
+
+class OpenedFairEsm:
+    """Each protein is a file of its own, read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+        self.about = About(**about)
+        self._path = path
+        _, *lines, _ = (path / MAP).read_bytes().decode().split("\n")
+        self._lines: Sequence[list[str]] = [line.split("\t", len(MAP_COLUMNS) - 1) for line in lines]
+
+    def records(self) -> tuple[list[str], list[str], list[int]]:
+        """Ids, headers and embedded residues."""
+        return (
+            [line[1] for line in self._lines],
+            [line[4] for line in self._lines],
+            [int(line[3]) for line in self._lines],
+        )
+
+    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
+        """Shape (N, D)."""
+        rows = [self.vector(kind, layer, position) for position in range(len(self._lines))]
+        return np.stack(rows) if rows else np.empty((0, self.about.width), np.float32)
+
+    def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
+        """Shape (D,)."""
+        return np.asarray(self._load(position)[f"{kind}_representations"][layer].numpy())
+
+    def residues(self, layer: int, position: int) -> NDArray[Any]:
+        """Shape (L, D)."""
+        return np.asarray(self._load(position)["representations"][layer].numpy())
+
+    def _load(self, position: int) -> dict[str, Any]:
+        content: dict[str, Any] = torch.load(self._path / self._lines[position][0], weights_only=True)
+        return content
