@@ -1,9 +1,14 @@
-"""The one door to torch.distributed: who this rank is, what all ranks know of each other, and the process group.
+"""The one door to torch.distributed: who this rank is, what all ranks know of each other, and the process
+group.
 
-A world of one needs neither a process group nor a store, and callers do not ask. Ranks talk through torchrun's store (small facts:
-problems at the start, the digest of the plan, status, a request to stop) and through the process group (the results at the end:
-NCCL on GPUs, gloo on CPUs). No rank waits inside a collective for another's work: they meet in the store first, where waiting has
-no time limit and the ranks that are missing are named every minute.
+A world of one needs neither a process group nor a store, and callers do not ask. Ranks talk through
+torchrun's store (problems at the start, status, signs of life, a request to stop) and through the process
+group (the counts of the inputs, the results at the end: NCCL on GPUs, gloo on CPUs). No rank waits inside a
+collective for another's work: they meet in the store first, where waiting has no time limit, ranks that are
+missing are named every minute, and a rank that is lost ends the wait.
+
+Whoever reaches the store's port can write to it, so nothing in it is trusted: values are text or `wire`
+messages, never pickles.
 """
 
 from __future__ import annotations
@@ -11,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import socket
 import sys
 import threading
@@ -24,11 +28,20 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import DistError, DistNetworkError, DistStoreError, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    DistError,
+    DistNetworkError,
+    DistStoreError,
+    PrefixStore,
+    Store,
+)
 from torch.distributed.rendezvous import rendezvous
 
+from dist_esm.attempt import ending_of
+from dist_esm.liveness import SignsOfLife
 from dist_esm.stop import ended_by_signals
 from dist_esm.types import WorkerStatus
+from dist_esm.wire import WireError, decode, encode
 
 log = logging.getLogger("dist_esm")
 P = ParamSpec("P")
@@ -38,16 +51,22 @@ CONNECT_SECONDS = 20.0
 """torchrun's store is there before its ranks are: one that does not answer for so long is gone."""
 STORE_TIMEOUT = timedelta(minutes=30)
 """torch's own, for what waits in the store once a rank has joined."""
+CHUNK_BYTES = 1 << 20
+"""Bytes of one value in the store, which takes at most 8 MiB."""
 LEAST_POLL_SECONDS, POLL_SECONDS = 0.002, 0.1
 NAME_MISSING_SECONDS = 60.0
+HEARTBEAT_TIMEOUT = 60.0
 HASTE_SECONDS = 3.0
 LEAVE_SECONDS = 5.0
+CONCLUDE_SECONDS = 15.0
+"""A rank that was interrupted stays so long for rank 0's report: torchrun ends the others when the first rank
+fails."""
 ENDED = (WorkerStatus.COMPLETED, WorkerStatus.FAILED)
 LOST = "torchrun's store is gone: torchrun was killed"
 
 
 class OnStop(Protocol):
-    """What `World.watching` calls: the reason, and whether to drop what is in flight."""
+    """Called by `World.watching` with the reason, and whether to drop what is in flight."""
 
     def __call__(self, reason: str, at_once: bool = False) -> None:
         """Be told."""
@@ -61,6 +80,10 @@ class RefusedError(Exception):
         self.problems = list(problems)
 
 
+class LostRankError(RuntimeError):
+    """A rank that was waited for is gone; the message names it."""
+
+
 class World:
     """This rank among all ranks."""
 
@@ -72,60 +95,88 @@ class World:
         self.local_rank = local_rank
         self.local_world_size = local_world_size
         self.host = socket.gethostname()
+        self.device = torch.device("cpu")
+        """This rank's device, once the process group has started."""
         self._store = store
+        self._signs: SignsOfLife | None = None
+        self._lost: str | None = None
+        self._on_stop: list[OnStop] = []
         self._meetings = 0
         self._is_in_haste = False
         self._status = WorkerStatus.IDLE
 
     @classmethod
     @contextmanager
-    def connect(cls) -> Iterator[World]:
+    def connect(cls, heartbeat_timeout: float = HEARTBEAT_TIMEOUT) -> Iterator[World]:
         """Join the ranks that torchrun started, or be a world of one. CUDA is not touched.
+
+        Parameters
+        ----------
+        heartbeat_timeout
+            Seconds without a sign of life after which a rank counts as lost.
 
         Raises
         ------
         SystemExit
-            With one line, if torchrun's store does not answer within `CONNECT_SECONDS`, or is lost later on.
+            With one line, if the environment is no launcher's, or torchrun's store does not answer within
+            `CONNECT_SECONDS` or is lost later on.
         """
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        launched = launch_environment()
+        if launched is None:
             yield cls(None, 0, 1, 0, 1)
             return
+        rank, world_size = launched
         is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        timeout = (
-            timedelta(seconds=CONNECT_SECONDS) if is_there else STORE_TIMEOUT
-        )  # without torchrun, rank 0 opens it when it comes
+        # Without torchrun, rank 0 opens the store when it comes.
+        timeout = timedelta(seconds=CONNECT_SECONDS) if is_there else STORE_TIMEOUT
         try:
             store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
         except DistError:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise SystemExit(
-                f"dist_esm: error: torchrun's store at {where} does not answer: was torchrun killed? Start it again"
-            ) from None
+            refuse(f"torchrun's store at {where} does not answer: was torchrun killed? Start it again")
         store.set_timeout(STORE_TIMEOUT)
         store = own_part(store, rank, world_size)
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        local_rank = int(os.environ.get("LOCAL_RANK") or rank)
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
         world = cls(store, rank, world_size, local_rank, local_world_size)
         world.set_status(WorkerStatus.IDLE)
         try:
-            yield world
+            with world._watch(heartbeat_timeout):
+                yield world
+                world._leave()
         except (DistNetworkError, DistStoreError):
-            raise SystemExit(
-                f"dist_esm: error: {LOST}; start it again, it goes on from what is done"
-            ) from None
+            refuse(f"{LOST}; start it again, it goes on from what is done")
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            world._leave()
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks for the run."""
+        """This rank speaks for the run."""
         return self.rank == 0
 
     def start_process_group(self, device: torch.device, timeout: timedelta | None = None) -> None:
-        """Start the process group: NCCL on a GPU, gloo on a CPU; `timeout` is that of its collectives, by default the backend's."""
-        if self._store is not None:
+        """Start the process group: NCCL on a GPU, gloo on a CPU.
+
+        Parameters
+        ----------
+        device
+            This rank's.
+        timeout
+            Of its collectives; None: the backend's own.
+
+        Raises
+        ------
+        RefusedError
+            On the ranks where it cannot be started, with the network variables to look at.
+        """
+        self.device = device
+        if self._store is None:
+            return
+        assert self._signs is not None
+        self._signs.device = str(device)
+        problem = None
+        try:
             with ended_by_signals():
                 dist.init_process_group(
                     "nccl" if device.type == "cuda" else "gloo",
@@ -135,24 +186,43 @@ class World:
                     device_id=device if device.type == "cuda" else None,
                     timeout=timeout,
                 )
+        except (RuntimeError, ValueError) as error:
+            variable = "NCCL_SOCKET_IFNAME" if device.type == "cuda" else "GLOO_SOCKET_IFNAME"
+            named = (
+                f"{variable}={os.environ[variable]} names"
+                if variable in os.environ
+                else f"{variable} may name"
+            )
+            reason = " ".join(str(error).split())
+            problem = f"the process group cannot be started ({reason}): {named} the network interface to use"
+        self.agree(problem)
 
     def exchange(self, value: str) -> list[str]:
-        """Give every rank the values of all ranks, in order of rank, through the store. All ranks call it, the same number of times."""
+        """Give every rank the values of all ranks, in order of rank, through the store.
+
+        All ranks call it, the same number of times. It is for small facts: rank 0 passes all of them on to
+        each rank.
+
+        Raises
+        ------
+        LostRankError
+            If a rank is lost meanwhile.
+        """
         if self._store is None:
             return [value]
         store = self._store
         self._meetings += 1
         name = f"meeting/{self._meetings}"
-        self._store.set(f"{name}/{self.rank}", value)
+        put_bytes(store, f"{name}/{self.rank}", value.encode())
         if self.is_main:
             keys = [f"{name}/{rank}" for rank in range(self.world_size)]
-            wait_for(
+            self._wait_for(
                 lambda: store.check(keys),
                 lambda: [rank for rank, key in enumerate(keys) if not store.check([key])],
             )
-            self._store.set(name, json.dumps([self._store.get(key).decode() for key in keys]))
-        wait_for(lambda: store.check([name]), lambda: [0])
-        return list(json.loads(self._store.get(name)))
+            put_bytes(store, name, json.dumps([get_bytes(store, key).decode() for key in keys]).encode())
+        self._wait_for(lambda: store.check([name]), lambda: [0])
+        return list(json.loads(get_bytes(store, name)))
 
     def agree(self, problem: str | None) -> None:
         """Go on only if no rank has a problem.
@@ -173,7 +243,8 @@ class World:
         Raises
         ------
         RefusedError
-            On every rank, with the distinct reasons, if the step raises `ValueError`, `OSError` or out of memory on any rank.
+            On every rank, with the distinct reasons, if the step raises `ValueError`, `OSError` or out of
+            memory on any.
         """
         value: T | None = None
         problem = None
@@ -184,15 +255,37 @@ class World:
         self.agree(problem)
         return cast(T, value)
 
-    def all_gather(self, value: Any) -> list[Any]:
-        """Give every rank the values of all ranks through the process group; ranks meet in the store before they enter it."""
+    def all_gather(self, value: Any, *types: type[Any]) -> list[Any]:
+        """Give every rank the values of all ranks through the process group, of any size.
+
+        Ranks meet in the store before they enter the collective, so none waits in it for another's work.
+
+        Parameters
+        ----------
+        value
+            Anything that `wire.encode` takes.
+        types
+            Dataclasses that may be in it.
+
+        Returns
+        -------
+        list
+            The values in order of rank; tuples come back as lists (see `wire.decode`).
+        """
         self.exchange("")
+        message = encode(value)
         if self._store is None:
-            return [value]
-        values: list[Any] = [None] * self.world_size
+            return [decode(message, *types)]
+        size = torch.tensor([len(message)], device=self.device)
+        sizes = [torch.empty_like(size) for _ in range(self.world_size)]
         with ended_by_signals():
-            dist.all_gather_object(values, value)
-        return values
+            dist.all_gather(sizes, size)
+            most = max(int(other) for other in sizes)
+            mine = torch.frombuffer(bytearray(message.ljust(most)), dtype=torch.uint8).to(self.device)
+            everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+            dist.all_gather(everyone, mine)
+        log.debug("gathered %d bytes over %s", int(sum(sizes)), dist.get_backend())
+        return [decode(other.cpu().numpy().tobytes(), *types) for other in everyone]
 
     def set_status(self, status: WorkerStatus) -> None:
         """Publish what this rank is doing."""
@@ -202,20 +295,27 @@ class World:
             if status in ENDED and not was_ended:
                 self._store.add("ended", 1)
 
+    def set_in_hand(self, file: str) -> None:
+        """Publish, with the next sign of life, the file that this rank works on."""
+        if self._signs is not None:
+            self._signs.in_hand = file
+
     def get_worker_status(self) -> dict[int, WorkerStatus]:
-        """What every rank is doing, by rank."""
+        """Status of every rank, by rank."""
         if self._store is None:
             return {0: self._status}
-        found = {}
+        statuses = {}
         for rank in range(self.world_size):
             key = f"status/{rank}"
-            found[rank] = (
-                WorkerStatus[self._store.get(key).decode()] if self._store.check([key]) else WorkerStatus.IDLE
-            )
-        return found
+            is_there = self._store.check([key])
+            statuses[rank] = WorkerStatus[self._store.get(key).decode()] if is_there else WorkerStatus.IDLE
+        return statuses
 
     def is_complete(self) -> bool:
-        """Whether every rank has come to its end, in success or failure. One question to the store, whatever the number of ranks."""
+        """Tell whether every rank has come to its end, in success or failure.
+
+        It is one question to the store, whatever the number of ranks.
+        """
         if self._store is None:
             return self._status in ENDED
         return bool(self._store.add("ended", 0) == self.world_size)
@@ -230,88 +330,229 @@ class World:
             rank for rank, status in self.get_worker_status().items() if status is WorkerStatus.PROCESSING
         ]
 
-    def request_stop(self, reason: str) -> None:
-        """Ask every rank to take no further unit."""
+    def claim(self, name: str) -> bool:
+        """Take something that is for one rank alone; true for the first that asks. One round trip to the
+        store."""
+        return self._store is None or bool(self._store.add(f"claim/{name}", 1) == 1)
+
+    def request_stop(self, reason: str, at_once: bool = False) -> None:
+        """Ask every rank to take no further unit or, at once, to drop what is in flight. The first reason
+        stays."""
         if self._store is not None:
-            self._store.set("stop", reason)
+            self._store.compare_set("stop_at_once" if at_once else "stop", "", reason)
 
     def stop_reason(self) -> str | None:
-        """The reason of a stop that some rank requested, if any."""
-        return (
-            self._store.get("stop").decode()
-            if self._store is not None and self._store.check(["stop"])
-            else None
-        )
+        """The reason of a stop that some rank requested, if any; of a stop at once before others."""
+        if self._store is not None:
+            for key in ("stop_at_once", "stop"):
+                if self._store.check([key]):
+                    return self._store.get(key).decode()
+        return None
 
-    def collect_in_haste(self, value: Any) -> list[Any]:
-        """On rank 0, what the ranks that can still answer within `HASTE_SECONDS` have to say; for runs that are being ended."""
+    def gather_in_haste(self, value: Any, *types: type[Any]) -> list[Any]:
+        """On rank 0, the values of the ranks that can still answer within `HASTE_SECONDS`; for runs that are
+        ending.
+
+        Parameters
+        ----------
+        value, types
+            As of `all_gather`.
+        """
         self._is_in_haste = True
         if self._store is None:
             return [value]
+        store = self._store
         try:
-            self._store.set(f"haste/{self.rank}", pickle.dumps(value).hex())
+            put_bytes(store, f"haste/{self.rank}", encode(value))
             if not self.is_main:
                 return [value]
-            keys = [f"haste/{rank}" for rank in range(self.world_size)]
+            others = [rank for rank in range(self.world_size) if rank != self.rank]
+            keys = {rank: f"haste/{rank}" for rank in others}
             deadline = time.monotonic() + HASTE_SECONDS
-            while not self._store.check(keys) and time.monotonic() < deadline:
+            while not store.check(list(keys.values())) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
-            return [
-                pickle.loads(bytes.fromhex(self._store.get(key).decode()))
-                for key in keys
-                if self._store.check([key])
-            ]
+            answers = [value]
+            for rank, key in keys.items():
+                if store.check([key]):
+                    try:
+                        answers.append(decode(get_bytes(store, key), *types))
+                    except WireError as error:
+                        log.warning("rank %d left a message that is none: %s", rank, error)
+            return answers
         except DistError:
             log.warning(LOST)
             return [value]
 
     @contextmanager
     def watching(self, on_stop: OnStop) -> Iterator[None]:
-        """While the block runs, call ``on_stop(reason)`` once if some rank requests a stop or torchrun is gone."""
-        if self._store is None:
+        """While the block runs, call ``on_stop(reason)`` once if a rank requests a stop, or a rank or
+        torchrun is lost."""
+        self._on_stop.append(on_stop)
+        try:
             yield
-            return
-        done = threading.Event()
+        finally:
+            self._on_stop.remove(on_stop)
+
+    @contextmanager
+    def _watch(self, heartbeat_timeout: float) -> Iterator[None]:
+        """Give signs of life, look at those of others, and pass requests to stop on, in a thread of its
+        own."""
+        assert self._store is not None
         store = self._store
+        signs = SignsOfLife(
+            store,
+            self.rank,
+            self.world_size,
+            self.host,
+            heartbeat_timeout,
+            lambda rank: bool(store.check([f"left/{rank}"])),
+        )
+        self._signs = signs
+        done = threading.Event()
+        told: set[str] = set()
+
+        def look() -> None:
+            signs.beat()
+            lost = signs.wait_for_an_end() or signs.silent_rank()
+            if lost is not None and not done.is_set():
+                self.request_stop(lost, at_once=True)
+            for key in ("stop_at_once", "stop"):
+                if self._on_stop and key not in told and store.check([key]):
+                    told.add(key)
+                    self._tell(store.get(key).decode(), at_once=key == "stop_at_once")
+            if self._lost is None and store.check(["stop_at_once"]):
+                self._lost = store.get("stop_at_once").decode()
 
         def watch() -> None:
-            while not done.wait(0.5):
+            while not done.is_set():
                 try:
-                    if store.check(["stop"]):
-                        on_stop(store.get("stop").decode())
-                        return
+                    look()
                 except DistError:
-                    on_stop(LOST, at_once=True)
+                    self._lost = self._lost or LOST
+                    self._tell(LOST, at_once=True)
                     return
 
-        thread = threading.Thread(target=watch, name="watch", daemon=True)
+        def live() -> None:
+            ending = ending_of(watch)
+            if ending is not None:
+                self._tell(
+                    f"the watching thread of rank {self.rank} ended with {type(ending).__name__}: {ending}",
+                    True,
+                )
+
+        thread = threading.Thread(target=live, name="watch", daemon=True)
         thread.start()
         try:
             yield
         finally:
             done.set()
             thread.join()
+            signs.close()
+
+    def _tell(self, reason: str, at_once: bool) -> None:
+        for on_stop in list(self._on_stop):
+            on_stop(reason, at_once=at_once)
+
+    def _wait_for(self, is_there: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
+        """`wait_for`, unless a rank is lost.
+
+        Raises
+        ------
+        LostRankError
+            If one is.
+        """
+
+        def is_there_or_lost() -> bool:
+            if self._lost is not None:
+                raise LostRankError(self._lost)
+            return is_there()
+
+        wait_for(is_there_or_lost, missing)
 
     def _leave(self) -> None:
-        """Rank 0 goes last, so that its exit code ends no other rank half way."""
+        """Say that this rank is done. Rank 0 exits last, or in haste first: torchrun kills the others when
+        one fails."""
         assert self._store is not None
+        store = self._store
         with suppress(DistError):
-            self._store.set(f"left/{self.rank}", "")
+            if self._is_in_haste and not self.is_main:
+                wait_at_most(CONCLUDE_SECONDS, lambda: store.check(["left/0"]) or self._lost == LOST)
+            store.set(f"left/{self.rank}", "")
             keys = [f"left/{rank}" for rank in range(self.world_size)]
-            deadline = time.monotonic() + LEAVE_SECONDS
-            while (
-                self.is_main
-                and not self._is_in_haste
-                and not self._store.check(keys)
-                and time.monotonic() < deadline
-            ):
-                time.sleep(LEAST_POLL_SECONDS)
+            if self.is_main and not self._is_in_haste:
+                wait_at_most(LEAVE_SECONDS, lambda: store.check(keys))
+
+
+def launch_environment() -> tuple[int, int] | None:
+    """Rank and number of ranks as the launcher's environment has them; None without a launcher.
+
+    Raises
+    ------
+    SystemExit
+        With one line, if the environment is only half a launcher's.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = {name: os.environ.get(name, "").strip() for name in names}
+    if not values["RANK"] and not values["WORLD_SIZE"]:
+        num_tasks = os.environ.get("SLURM_NTASKS", "1")
+        if (
+            "SLURM_PROCID" in os.environ
+            and num_tasks.isdigit()
+            and int(num_tasks) > 1
+            and "SLURM_STEP_ID" in os.environ
+        ):
+            refuse(
+                f"srun started {num_tasks} tasks, but torchrun is missing, so they would all do the same work: "
+                "start one task a node and torchrun in it, or one task alone"
+            )
+        return None
+    missing = [name for name, value in values.items() if not value]
+    if missing:
+        there = " and ".join(name for name, value in values.items() if value)
+        refuse(f"{there} are set but not {' and '.join(missing)}: start it with torchrun, or unset {there}")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not values[name].isdigit():
+            refuse(
+                f"{name}={values[name]} is no number: start it with torchrun, or unset {' and '.join(names)}"
+            )
+    rank, world_size = int(values["RANK"]), int(values["WORLD_SIZE"])
+    if rank >= world_size:
+        refuse(
+            f"RANK={rank} is no rank of WORLD_SIZE={world_size}: ranks count from 0; start it with torchrun"
+        )
+    return rank, world_size
+
+
+def refuse(problem: str) -> Any:
+    """End this process with one line.
+
+    Raises
+    ------
+    SystemExit
+        Always.
+    """
+    raise SystemExit(f"dist_esm: error: {problem}")
+
+
+def put_bytes(store: Store, key: str, value: bytes) -> None:
+    """Put a value of any size into the store, in chunks; it is there once its key is."""
+    chunks = [value[start : start + CHUNK_BYTES] for start in range(0, len(value), CHUNK_BYTES)]
+    for index, chunk in enumerate(chunks):
+        store.set(f"{key}/chunk/{index}", chunk)
+    store.set(key, str(len(chunks)))
+
+
+def get_bytes(store: Store, key: str) -> bytes:
+    """Get a value that `put_bytes` put there."""
+    return b"".join(store.get(f"{key}/chunk/{index}") for index in range(int(store.get(key))))
 
 
 def own_part(store: Store, rank: int, world_size: int) -> Store:
-    """The part of torchrun's store that belongs to these ranks alone: it outlives ranks that torchrun restarts, with all that they left in it.
+    """The part of torchrun's store that belongs to these ranks alone: it outlives ranks that torchrun
+    restarts, with all that they left in it.
 
-    Rank 0 names the part and the others answer with names of their own, so that none takes what it finds for an answer to itself.
+    Rank 0 names the part and the others answer with names of their own, so that none takes what it finds for
+    an answer to itself.
     """
     own = uuid.uuid4().hex
     if rank == 0:
@@ -342,10 +583,18 @@ def own_part(store: Store, rank: int, world_size: int) -> Store:
     return PrefixStore(f"dist_esm/{part}", store)
 
 
+def wait_at_most(seconds: float, is_there: Callable[[], bool]) -> None:
+    """Wait until something holds, but no longer than so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not is_there() and time.monotonic() < deadline:
+        time.sleep(LEAST_POLL_SECONDS)
+
+
 def wait_for(is_there: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
     """Wait without a time limit; the ranks that are missing are named every minute.
 
-    Pauses are a twentieth of what was waited already: short waits end at once, and many ranks that wait for hours ask seldom.
+    Pauses are a twentieth of what was waited already: short waits end at once, and many ranks that wait for
+    hours ask seldom.
     """
     began = since = time.monotonic()
     while not is_there():

@@ -1,4 +1,4 @@
-"""Why a rank stops before its bin is empty."""
+"""Why a rank stops before its bin is empty, and signals as such a reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 REPEAT_SECONDS = 2.0
-"""Signals within so many seconds are one: a scheduler signals every process of a job, and torchrun passes its own on to the ranks."""
+"""Signals within so many seconds count once: a scheduler signals every process of a job, and torchrun passes
+its
+own signal on to the ranks."""
 
 
 class Stop:
@@ -19,8 +21,11 @@ class Stop:
         self.reason: str | None = None
         self.at_once = False
         """Drop what is in flight, rather than finish what has been read."""
+        self.is_by_signal = False
+        """The reason is a signal, which may only be the echo of what happened to another rank."""
         self._calls: list[Callable[[], None]] = []
         self._lock = threading.RLock()  # a signal may come while its own thread holds it
+        self._is_patient = False
 
     def set(self, reason: str, at_once: bool = False) -> None:
         """Ask for a stop."""
@@ -32,15 +37,46 @@ class Stop:
                 call()
 
     def when_at_once(self, call: Callable[[], None]) -> None:
-        """Call this, too, when what is in flight is to be dropped; perhaps within a signal, so it must wait for nothing."""
+        """Call this, too, when what is in flight is to be dropped; perhaps within a signal, so it must not
+        wait."""
         self._calls.append(call)
+
+    @contextmanager
+    def patiently(self) -> Iterator[None]:
+        """While the block runs, a signal sets the reason and leaves the main thread where it is.
+
+        Outside such a block a signal also raises `KeyboardInterrupt` there, since what the main thread is at,
+        such as loading a model, does not look at the reason.
+        """
+        self._is_patient = True
+        try:
+            yield
+        finally:
+            self._is_patient = False
+
+    def on_signal(self, reason: str) -> None:
+        """Take a signal as the reason."""
+        self.is_by_signal = self.reason is None
+        self.set(reason, at_once=True)
+        if not self._is_patient:
+            raise KeyboardInterrupt(reason)
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """A `Stop` that SIGINT and SIGTERM set while the block runs."""
+    stop = Stop()
+    with on_signals(stop.on_signal):
+        yield stop
 
 
 @contextmanager
 def on_signals(act: Callable[[str], None]) -> Iterator[None]:
-    """While the block runs, the first SIGINT or SIGTERM calls ``act("interrupted by SIGTERM")`` in the main thread.
+    """While the block runs, the first SIGINT or SIGTERM calls ``act("interrupted by SIGTERM")`` in the main
+    thread.
 
-    From then on, in the block and after it, another one that comes after `REPEAT_SECONDS` ends the process.
+    From then on, in the block and after it, another signal that comes after `REPEAT_SECONDS` ends the
+    process.
     """
     first: list[float] = []
 
@@ -63,7 +99,8 @@ def on_signals(act: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """While the block runs, SIGINT and SIGTERM end the process: its main thread is not in Python, and could not act on them."""
+    """While the block runs, SIGINT and SIGTERM end the process: its main thread is not in Python and cannot
+    act."""
     previous = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -1,23 +1,23 @@
-"""The glossary: the values that pass between stages, none of which knows a device, a process group or a file format.
+"""The glossary: the values that pass between stages, none of which knows a device, a process group or a file
+format.
 
-A *file* is one input FASTA; a *unit* is what a rank takes, a whole file or a slice of one; a *protein* is one record; a
-*segment* is what one forward sees of a protein (all of it, its first residues, or one window); a *pack* is whole segments
-laid end to end; an *outcome* is what became of a unit, a value and never an exception that escapes.
+A *file* is one input FASTA; a *unit* is what a rank takes, a whole file or a slice of one; a *protein* is one
+record; a *segment* is what one forward sees of a protein (all of it, its first residues, or one window); a
+*pack* is whole segments laid end to end; an *outcome* is what became of a unit, a value and never an
+exception that escapes.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-T = TypeVar("T")
+from dist_esm.config import Include
 
 
 class WorkerStatus(Enum):
@@ -30,7 +30,8 @@ class WorkerStatus(Enum):
 
 
 class RecordOutcome(Enum):
-    """What became of one FASTA record. Over a run the counts of these add up to the records that were read."""
+    """What became of one FASTA record. Over a run the counts of these add up to the records that were
+    read."""
 
     ok = "ok"
     truncated = "truncated"
@@ -56,7 +57,8 @@ class FastaFile:
 class Slice:
     """A range of whole records of one file, in bytes of its decompressed text.
 
-    A block-gzip file can be entered at a block: `seek` is a pair (offset in the file, offset in the text) at or before `start`.
+    A block-gzip file can be entered at a block: `seek` is a pair (offset in the file, offset in the text) at
+    or before `start`.
     """
 
     path: Path
@@ -235,7 +237,12 @@ class SegmentEmbedding:
     bos: dict[int, NDArray[np.float32]]
     """Layer to the representation of BOS, shape (D,)."""
     rows: dict[int, NDArray[Any]]
-    """Layer to the kept residues' own representations, shape (kept, D), in the dtype to save; empty unless wanted."""
+    """Layer to the kept residues' own representations, shape (kept, D), in the dtype to save; empty unless
+    wanted."""
+
+
+ProteinEmbedding = dict[tuple[Include, int], NDArray[Any]]
+"""A protein's finished representations by kind and layer: mean and bos (D,), per_tok (L, D)."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +298,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """An output that is in place, or a piece of one."""
+    """An output that is in place, or a shard."""
 
     path: str
     """Relative to `output_dir`."""
@@ -310,13 +317,13 @@ class JoinedFile:
 
 @dataclass(frozen=True)
 class UnitResult:
-    """A unit that is written: its pieces are in place under their names."""
+    """A unit that is written: its outputs, or its shard, are in place under their names."""
 
     file: int
     ordinal: int
-    pieces: tuple[WrittenFile, ...]
+    files: tuple[WrittenFile, ...]
     """In order."""
-    digest: str
+    text_digest: str
     """sha256 of the text that was read."""
     tally: Tally
     rank: int
@@ -353,16 +360,10 @@ class RankResult:
     waits: dict[str, float] = field(
         default_factory=lambda: {"waited_for_input": 0.0, "waited_for_output": 0.0}
     )
-    """Seconds in which nothing was submitted to the device: for the reader, and for outputs to be taken off its hands."""
+    """Seconds in which nothing was submitted to the device: for the reader, and for outputs to be taken off
+    its hands."""
     device_idle: float | None = None
     """Seconds between one pack's end on a GPU and the next one's beginning, by the device's own clock."""
-
-    def wait(self, what: str, work: Callable[[], T]) -> T:
-        """Do something that may have to wait, and count the time."""
-        began = time.monotonic()
-        value = work()
-        self.waits[what] += time.monotonic() - began
-        return value
 
 
 @dataclass(frozen=True)

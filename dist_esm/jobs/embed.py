@@ -1,61 +1,73 @@
-"""The whole run: every rank plans alike, embeds its bin, and rank 0 reports."""
+"""`job=embed`: every rank plans alike, embeds its bin, and rank 0 reports."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import IO, Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
-from dist_esm.atomic import atomically, written_file
+from dist_esm.atomic import atomically, commit_together
 from dist_esm.attempt import as_value
-from dist_esm.config import Config, to_dict
-from dist_esm.distributed import World
+from dist_esm.config import Config
+from dist_esm.distributed import LostRankError, World
 from dist_esm.jobs.report import (
+    describe_run,
     fail_what_vanished,
     failures_by_file,
     make_report,
     summary,
-    versions,
     write_report,
+    write_running_report,
 )
-from dist_esm.jobs.setup import Setup, choose_setup, describe, find_inputs, load_engine
+from dist_esm.jobs.setup import MakeEngine, Setup, choose_setup, describe, find_inputs, load_engine
 from dist_esm.model.engine import Engine
-from dist_esm.model.weights import locate
 from dist_esm.outputs.formats.registry import write_output
-from dist_esm.outputs.journal import (
-    Entry,
-    Journal,
-    check_settings,
-    clean,
-    entry_of,
-    finished_outputs,
-    lock,
-    new_launch,
-    start_over,
-    write_settings,
-)
+from dist_esm.outputs.journal import Entry, entry_of
 from dist_esm.outputs.journal import read as read_journal
-from dist_esm.outputs.shards import join
-from dist_esm.pipeline.worker import embed_units
-from dist_esm.planning.agree import agree_on_plan, since
+from dist_esm.outputs.output_dir import OutputDir
+from dist_esm.outputs.shards import join_shards
+from dist_esm.pipeline.worker import Destination, embed_units
+from dist_esm.planning.agree import agree_on_plan, results_of_launch
 from dist_esm.planning.units import Plan
-from dist_esm.stop import Stop, on_signals
-from dist_esm.types import Failure, JoinedFile, RankResult, RankSummary, Tally, Unit, UnitResult, WorkerStatus
+from dist_esm.stop import Stop, stopping
+from dist_esm.types import (
+    Failure,
+    JoinedFile,
+    RankResult,
+    RankSummary,
+    Tally,
+    Unit,
+    UnitFailure,
+    UnitResult,
+    WorkerStatus,
+    WrittenFile,
+)
 
 log = logging.getLogger("dist_esm")
 
+OUTCOME_TYPES = (UnitResult, UnitFailure, Failure, Tally, WrittenFile)
 
-def run(config: Config, world: World) -> int:
+
+def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> int:
     """Embed all inputs with all ranks.
+
+    Parameters
+    ----------
+    config
+        Checked configuration.
+    world
+        The ranks.
+    make_engine
+        Makes the model on this rank's device; tests and benchmarks give another.
 
     Returns
     -------
     int
-        Rank 0: 0 if every file is embedded, 2 if some failed, 1 if the run was aborted. Other ranks: 0, or 1 if they were interrupted.
+        Rank 0: 0 if every file is embedded, 2 if some failed, 1 if the run was aborted. Other ranks: 0, or 1
+        if they were interrupted.
 
     Raises
     ------
@@ -64,40 +76,60 @@ def run(config: Config, world: World) -> int:
     KeyboardInterrupt
         If it is interrupted before it is known what there is to do.
     """
-    started = loaded = time.monotonic()
+    clock = Clock()
     files = world.all_or_none(find_inputs, config)
     setup = choose_setup(config, world)
-    with output_directory(config, setup, world) as journal:
-        entries = read_journal(config.output_dir) if config.resume else []
-        plan = agree_on_plan(config, files, world, entries)
+    with OutputDir.open(config, setup.settings, world) as out, stopping() as stop, world.watching(stop.set):
+        plan = agree_on_plan(config, files, out.entries, world)
+        out.record_inputs(plan.files)
+        if world.is_main:
+            write_running_report(plan, out, setup, config)
         units = [plan.units[index] for index in plan.bins[world.rank]]
-        stop, mine = Stop(), account(world, setup, WorkerStatus.FAILED)
+        mine = account(world, setup, WorkerStatus.FAILED)
         try:
-            engine = world.all_or_none(lambda: load_engine(config, setup, world) if units else None)
-            loaded = time.monotonic()
-            mine = embed_bin(config, setup, world, plan, units, engine, journal, stop)
+            with engine_for(units, config, setup, world, make_engine) as engine:
+                clock.loaded = time.monotonic()
+                mine = embed_bin(plan, units, engine, config, setup, out, world, stop)
             if not stop.at_once:
-                ranks = world.all_gather(mine)
-                joined = join_cut_files(config, plan, ranks, journal, world)
-        except KeyboardInterrupt as interrupt:  # while there is no engine yet, or no longer
+                with stop.patiently():
+                    ranks = world.all_gather(mine, RankSummary, *OUTCOME_TYPES)
+                joined = join_cut_files(plan, ranks, config, out, world)
+        except (KeyboardInterrupt, LostRankError) as interrupt:
             stop.set(str(interrupt), at_once=True)
-        if stop.at_once:
-            ranks, joined = world.collect_in_haste(mine), dict(plan.joined)
-        if not world.is_main:
-            return int(stop.at_once)  # a rank that was interrupted alone must not look as if it were done
-        now = time.monotonic()
-        reason = stop.reason or (None if stop.at_once else world.stop_reason())
-        return conclude(config, setup, plan, ranks, joined, journal, reason, now - started, now - loaded)
+        with stop.patiently():
+            if stop.at_once:
+                ranks, joined = gather_what_is_left(mine, world), dict(plan.joined)
+            if not world.is_main:
+                return int(stop.at_once)  # a rank that was interrupted alone must not look as if it were done
+            return conclude(plan, ranks, joined, config, setup, out, reason_of(stop, world), clock)
+
+
+class Clock:
+    """When the run began, and when this rank had its model; seconds of the monotonic clock."""
+
+    def __init__(self) -> None:
+        self.began = self.loaded = time.monotonic()
+
+
+def engine_for(
+    units: Sequence[Unit], config: Config, setup: Setup, world: World, make_engine: MakeEngine
+) -> Engine | nullcontext[None]:
+    """The engine of every rank that has work to do; all ranks that need one get it, or all refuse."""
+
+    def engine_if_needed() -> Engine | nullcontext[None]:
+        return make_engine(config, setup, world) if units else nullcontext()
+
+    return world.all_or_none(engine_if_needed)
 
 
 def embed_bin(
+    plan: Plan,
+    units: Sequence[Unit],
+    engine: Engine | None,
     config: Config,
     setup: Setup,
+    out: OutputDir,
     world: World,
-    plan: Plan,
-    units: list[Unit],
-    engine: Engine | None,
-    journal: Journal,
     stop: Stop,
 ) -> RankSummary:
     """Embed this rank's units, and wait until all ranks have done so or the run is to end at once."""
@@ -105,22 +137,15 @@ def embed_bin(
     log.info("bin: %d units of %d files, %d proteins", len(units), num_files, num_proteins)
     result = RankResult()
     world.set_status(WorkerStatus.PROCESSING)
-    with on_signals(partial(stop.set, at_once=True)), world.watching(stop.set):
+    with stop.patiently():
         if engine is not None:
             stop.when_at_once(engine.abandon)
-            result = embed_units(
-                units,
-                plan.files,
-                config,
-                engine,
-                world.rank,
-                stop,
-                setup.provenance,
-                journal_writer(journal, plan),
-            )
-            engine.close()
-        if stop.reason is not None and not stop.at_once:
-            world.request_stop(stop.reason)
+            record = journal_writer(plan, out)
+            destination = Destination(out.path, out.scratch, setup.provenance, record)
+            result = embed_units(units, plan.files, config, engine, world.rank, stop, destination)
+        if stop.reason is not None:
+            how = f"rank {world.rank} was {stop.reason}" if stop.is_by_signal else stop.reason
+            world.request_stop(how, stop.at_once)
         status = WorkerStatus.COMPLETED if stop.reason is None else WorkerStatus.FAILED
         mine = account(world, setup, status, result, engine)
         if not stop.at_once:
@@ -144,72 +169,64 @@ def account(
     startup = engine.startup if engine is not None else {}
     if result.first_pack_at is not None:
         startup = {**startup, "first_pack_at": result.first_pack_at}
-    work = (
-        result.seconds,
-        result.num_tokens,
-        result.num_split_packs,
-        result.num_recomputed,
-        waits,
-        startup,
-        result.outcomes,
+    return RankSummary(
+        rank=world.rank,
+        host=world.host,
+        device=describe(setup.device),
+        status=status.name,
+        seconds=result.seconds,
+        tokens=result.num_tokens,
+        split_packs=result.num_split_packs,
+        recomputed=result.num_recomputed,
+        waits=waits,
+        startup=startup,
+        outcomes=result.outcomes,
     )
-    return RankSummary(world.rank, world.host, describe(setup.device), status.name, *work)
 
 
-@contextmanager
-def output_directory(config: Config, setup: Setup, world: World) -> Iterator[Journal]:
-    """Hold the output directory, refuse to mix settings in it, clear what killed runs left, and open this rank's journal."""
-    held = world.all_or_none(lambda: hold(config, setup.settings) if world.is_main else None)
-    (launch, *_) = world.exchange(new_launch())
-    journal = Journal(config.output_dir, launch, world.rank)
-    try:
-        yield journal
-    finally:
-        journal.close()
-        if held is not None:
-            held.close()
-
-
-def hold(config: Config, settings: dict[str, Any]) -> IO[str]:
-    """Rank 0's part of `output_directory`."""
-    held = lock(config.output_dir)
-    check_settings(config.output_dir, settings, config.resume)
-    if not config.resume:
-        there = finished_outputs(config.output_dir)
-        if there:
-            shown = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
-            log.warning(
-                "resume=false: starting over, %d finished outputs in %s are removed: %s",
-                len(there),
-                config.output_dir,
-                shown,
-            )
-        start_over(config.output_dir)
-    write_settings(config.output_dir, settings)
-    clean(config.output_dir, (one.path for entry in read_journal(config.output_dir) for one in entry.written))
-    return held
-
-
-def journal_writer(journal: Journal, plan: Plan) -> Callable[[Sequence[UnitResult]], None]:
-    """What records finished units."""
+def journal_writer(plan: Plan, out: OutputDir) -> Callable[[Sequence[UnitResult]], None]:
+    """A function that puts finished units into this rank's journal."""
 
     def entry(result: UnitResult) -> Entry:
-        pieces = [plan.unit(result.file, result.ordinal).slice]
-        output = str(plan.files[result.file].output)
+        file, unit = plan.files[result.file], plan.unit(result.file, result.ordinal)
         return entry_of(
-            output, pieces, [result.digest], list(result.pieces), result.tally, result.rank, result.seconds
+            file, [unit.slice], [result.text_digest], result.files, result.tally, result.rank, result.seconds
         )
 
     def record(results: Sequence[UnitResult]) -> None:
-        journal.append([entry(result) for result in results])
+        out.journal.append([entry(result) for result in results])
 
     return record
 
 
+def gather_what_is_left(mine: RankSummary, world: World) -> list[RankSummary]:
+    """What ranks can still say of a run that ends at once: their failures, and how far they came.
+
+    What they finished is in the journal, and there may be too much of it for the store.
+    """
+    failures = [outcome for outcome in mine.outcomes if isinstance(outcome, UnitFailure)]
+    _, *others = world.gather_in_haste(replace(mine, outcomes=failures), RankSummary, *OUTCOME_TYPES)
+    return [mine, *others]
+
+
+def reason_of(stop: Stop, world: World) -> str | None:
+    """Why the run was stopped, if it was.
+
+    A signal may be torchrun's answer to what happened to another rank: then that is the reason.
+    """
+    published = world.stop_reason()
+    if stop.reason is None or (stop.is_by_signal and published and not published.endswith(stop.reason)):
+        return published
+    return stop.reason
+
+
 def join_cut_files(
-    config: Config, plan: Plan, ranks: list[RankSummary], journal: Journal, world: World
+    plan: Plan, ranks: Sequence[RankSummary], config: Config, out: OutputDir, world: World
 ) -> dict[int, JoinedFile | Failure]:
-    """Join the pieces of every file that was cut, is whole again and is small enough for one output; the ranks share the files."""
+    """Join the shards of every file that was cut, is whole again and is small enough for one output.
+
+    The ranks share the files.
+    """
     outcomes = [*plan.done, *(outcome for rank in ranks for outcome in rank.outcomes)]
     failed = failures_by_file(outcomes)
     results: dict[int, dict[int, UnitResult]] = {}
@@ -219,89 +236,81 @@ def join_cut_files(
             results.setdefault(outcome.file, {})[outcome.ordinal] = outcome
     ready = sorted(
         file
-        for file, found in results.items()
-        if len(found) == len(plan.units_of(file)) and file not in plan.joined
+        for file, shards in results.items()
+        if len(shards) == len(plan.units_of(file)) and file not in plan.joined
     )
-    joined: dict[int, JoinedFile | Failure] = {}
+    joined: dict[str, JoinedFile | Failure] = {}
     for file in ready[world.rank :: world.world_size]:
-        parts = [results[file][ordinal] for ordinal in sorted(results[file])]
-        output = as_value(lambda file=file, parts=parts: join_file(config, plan, file, parts, journal))  # type: ignore[misc]
-        joined[file] = (
-            Failure.of(plan.files[file].path, output, world.rank) if isinstance(output, Exception) else output
-        )
-    return {**plan.joined, **{file: end for ends in world.all_gather(joined) for file, end in ends.items()}}
+        shards = [results[file][ordinal] for ordinal in sorted(results[file])]
+        output = as_value(join_file, plan, file, shards, config, out)
+        if isinstance(output, Exception):
+            output = Failure.of(plan.files[file].path, output, world.rank)
+        joined[str(file)] = output
+    everyone = world.all_gather(joined, JoinedFile, Failure, WrittenFile)
+    return {**plan.joined, **{int(file): output for share in everyone for file, output in share.items()}}
 
 
-def join_file(config: Config, plan: Plan, file: int, parts: list[UnitResult], journal: Journal) -> JoinedFile:
-    """Make one output of a file's pieces, record it, and remove the pieces."""
-    paths = [config.output_dir / part.pieces[0].path for part in parts]
-    with join(paths, config.output_dir / ".dist_esm") as embeddings:
-        output = write_output(config.format, embeddings, config.output_dir / plan.files[file].output)
-        duplicate_ids = len(embeddings.rows) - len(set(embeddings.ids))
-    written = written_file(config.output_dir, output)
+def join_file(
+    plan: Plan, file: int, shards: Sequence[UnitResult], config: Config, out: OutputDir
+) -> JoinedFile:
+    """Make one output of a file's shards, record it, and remove the shards.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    paths = [out.path / shard.files[0].path for shard in shards]
+    with join_shards(paths, out.scratch) as table:
+        staged = write_output(config.format, table, out.path / plan.files[file].output, out.scratch)
+        (written,) = commit_together([staged], out.path)
+        duplicate_ids = len(table.rows) - len(set(table.ids))
+    if isinstance(written, Exception):
+        raise written
     tally = Tally()
-    for part in parts:
-        tally.add(part.tally)
+    for shard in shards:
+        tally.add(shard.tally)
     tally.duplicate_ids = duplicate_ids
     slices = [unit.slice for unit in plan.units_of(file)]
-    seconds = sum(part.seconds for part in parts)
-    digests = [part.digest for part in parts]
-    journal.append(
-        [
-            entry_of(
-                str(plan.files[file].output),
-                slices,
-                digests,
-                [written],
-                tally,
-                journal.rank,
-                seconds,
-                is_joined=True,
-            )
-        ]
+    digests = [shard.text_digest for shard in shards]
+    seconds = sum(shard.seconds for shard in shards)
+    entry = entry_of(
+        plan.files[file], slices, digests, [written], tally, out.journal.rank, seconds, is_joined=True
     )
+    out.journal.append([entry])
     for path in paths:
         path.unlink(missing_ok=True)
     return JoinedFile(written, duplicate_ids)
 
 
 def conclude(
+    plan: Plan,
+    ranks: Sequence[RankSummary],
+    joined: Mapping[int, JoinedFile | Failure],
     config: Config,
     setup: Setup,
-    plan: Plan,
-    ranks: list[RankSummary],
-    joined: Mapping[int, JoinedFile | Failure],
-    journal: Journal,
+    out: OutputDir,
     reason: str | None,
-    seconds: float,
-    embedding_seconds: float,
+    clock: Clock,
 ) -> int:
     """Write the report, print the summary, and return the exit code."""
+    now = time.monotonic()
     others: list[UnitResult] = []
     if reason is not None:
         # Ranks that died can no longer say what they finished; what they journaled still stands.
         known = {(outcome.file, outcome.ordinal) for rank in ranks for outcome in rank.outcomes}
-        found, joined_since = since(read_journal(config.output_dir, journal.launch), plan)
-        others = [result for result in found if (result.file, result.ordinal) not in known]
+        journaled, joined_since = results_of_launch(read_journal(out.path, out.launch), plan)
+        others = [result for result in journaled if (result.file, result.ordinal) not in known]
         joined = {**joined, **joined_since}
-    report = make_report(plan, ranks, joined, reason, seconds, embedding_seconds, others)
-    fail_what_vanished(report, config.output_dir)
-    report.config = to_dict(config)
-    report.model = {
-        "name": config.model.name,
-        "weights": config.model.weights or str(locate(config.model)),
-        **setup.provenance,
-    }
-    report.kernels = str(setup.kernels)
-    report.versions = versions()
+    report = make_report(plan, ranks, joined, reason, now - clock.began, now - clock.loaded, others)
+    fail_what_vanished(report, out.path)
+    describe_run(report, config, setup, out)
     try:
-        with atomically(config.output_dir / ".dist_esm" / "config.json") as beside:
+        with atomically(out.path / ".dist_esm" / "config.json", out.scratch) as beside:
             beside.write_text(json.dumps(report.config, indent=1) + "\n", encoding="utf-8")
-        write_report(report, config.output_dir)
+        write_report(report, out.path, out.scratch)
     except OSError as error:
-        report.status, report.reason = (
-            "aborted",
-            f"the report cannot be written to {config.output_dir} ({error.strerror})",
-        )
-    print(summary(report, config.output_dir), flush=True)
+        report.status = "aborted"
+        report.reason = f"the report cannot be written to {out.path} ({error.strerror})"
+    print(summary(report, out.path), flush=True)
     return report.exit_code

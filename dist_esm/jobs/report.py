@@ -1,12 +1,16 @@
 """What became of every file and record: report.json, failed_files.txt and the text at the end.
 
-The counts of `records` add up: in = ok + truncated + windowed + skipped + failed + not_attempted.
+The counts of `records` add up: in = ok + truncated + windowed + skipped + failed + not_attempted. They decide
+the status, not the absence of errors: a run is complete only if every record has an outcome.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -14,8 +18,28 @@ from pathlib import Path
 from typing import Any
 
 from dist_esm.atomic import atomically
+from dist_esm.config import Config, to_dict
+from dist_esm.jobs.setup import Setup
+from dist_esm.model.weights import RANDOM, locate
+from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.planning.units import Plan
-from dist_esm.types import Failure, JoinedFile, RankSummary, RecordOutcome, Tally, UnitFailure, UnitOutcome
+from dist_esm.version import code_version
+from dist_esm.types import (
+    Failure,
+    JoinedFile,
+    RankSummary,
+    RecordOutcome,
+    Tally,
+    UnitFailure,
+    UnitOutcome,
+    UnitResult,
+)
+
+FORMAT_VERSION = 2
+"""Of report.json; reports without one are of version 1. Raise it when a key changes its meaning or goes."""
+MAX_SHOWN = 20
+"""Failures in the summary."""
+OUTCOMES = ("ok", "truncated", "windowed", "skipped", "failed", "not_attempted")
 
 
 @dataclass(frozen=True)
@@ -43,6 +67,7 @@ class Report:
     """The whole run, as rank 0 writes it."""
 
     status: str
+    """`running`, `complete`, `partial` or `aborted`."""
     reason: str | None
     files: list[FileReport]
     failed: list[Failure]
@@ -56,6 +81,12 @@ class Report:
     model: dict[str, Any] = field(default_factory=dict)
     kernels: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    launch: int = 0
+    """Counts the launches into the output directory."""
+    host: str = ""
+    pid: int = 0
+    started: float = 0.0
+    """Unix time."""
 
     @property
     def exit_code(self) -> int:
@@ -98,58 +129,38 @@ def make_report(
     embedding_seconds
         Of it, without finding files, loading and planning.
     others
-        Outcomes of ranks that can no longer speak for themselves.
+        Outcomes of this launch that no rank has told.
+
+    Returns
+    -------
+    Report
+        Its status is `complete` only if no file failed and every record has an outcome.
     """
-    outcomes = [*plan.done, *others, *(outcome for rank in ranks for outcome in rank.outcomes)]
+    of_this_launch = [*others, *(outcome for rank in ranks for outcome in rank.outcomes)]
+    outcomes = sorted([*plan.done, *of_this_launch], key=lambda outcome: (outcome.file, outcome.ordinal))
     resumed = {(result.file, result.ordinal) for result in plan.done}
-    failed = failures_by_file(outcomes) | {
-        file: end for file, end in joined.items() if isinstance(end, Failure)
-    }
-    done: dict[int, list[Any]] = {}
-    for outcome in sorted(outcomes, key=lambda outcome: (outcome.file, outcome.ordinal)):
-        if not isinstance(outcome, UnitFailure):
+    failed = failures_by_file(outcomes)
+    failed |= {file: output for file, output in joined.items() if isinstance(output, Failure)}
+    done: dict[int, list[UnitResult]] = {}
+    for outcome in outcomes:
+        if isinstance(outcome, UnitResult):
             done.setdefault(outcome.file, []).append(outcome)
     total = Tally(outcomes={outcome.name: 0 for outcome in RecordOutcome})
     files, not_attempted, num_not_attempted = [], [], 0
-    for number, file in enumerate(plan.files):
-        units = plan.units_of(number)
+    for index, file in enumerate(plan.files):
+        units = plan.units_of(index)
         num_records = sum(unit.count.sequences for unit in units)
-        results = done.get(number, [])
-        if number in failed:
+        results, whole = done.get(index, []), joined.get(index)
+        if index in failed:
             total.outcomes["failed"] += num_records
-        elif len(results) < len(units) or (units[0].is_shard and number not in joined):
+        elif len(results) < len(units) or (units[0].is_shard and whole is None):
             not_attempted.append(str(file.path))
             num_not_attempted += num_records
         else:
-            tally = Tally()
-            for result in results:
-                tally.add(result.tally)
-            whole = joined.get(number)
-            if isinstance(whole, JoinedFile):
-                tally.duplicate_ids = whole.duplicate_ids
-            total.add(tally)
-            pieces = [piece for result in results for piece in result.pieces]
-            outputs = (
-                [whole.written.path] if isinstance(whole, JoinedFile) else [piece.path for piece in pieces]
-            )
-            took = sum(result.seconds for result in results)
-            truncated = tally.outcomes.get("truncated", 0)
-            files.append(
-                FileReport(
-                    path=str(file.path),
-                    output=outputs[0],
-                    outputs=outputs,
-                    sequences=tally.sequences,
-                    residues=tally.residues,
-                    truncated=truncated,
-                    rank=results[0].rank,
-                    seconds=round(took, 3),
-                    units=len(units),
-                    resumed=all((result.file, result.ordinal) in resumed for result in results),
-                    tally=tally,
-                )
-            )
-    status = "aborted" if reason is not None else "partial" if failed else "complete"
+            is_resumed = all((result.file, result.ordinal) in resumed for result in results)
+            entry = file_entry(str(file.path), results, whole, is_resumed)
+            total.add(entry.tally)
+            files.append(entry)
     records = {
         "in": sum(unit.count.sequences for unit in plan.units),
         **total.outcomes,
@@ -162,44 +173,79 @@ def make_report(
         "windows": total.windows,
         "deduplicated": total.deduplicated,
     }
-    failures, entries = [failed[file] for file in sorted(failed)], [rank_entry(rank) for rank in ranks]
+    reason = reason or records_without_outcome(records, num_not_attempted)
     return Report(
-        status,
-        reason,
-        files,
-        failures,
-        not_attempted,
-        records,
-        entries,
-        round(seconds, 3),
-        max(0.001, round(embedding_seconds, 3)),
+        status="aborted" if reason is not None else "partial" if failed else "complete",
+        reason=reason,
+        files=files,
+        failed=[failed[file] for file in sorted(failed)],
+        not_attempted=not_attempted,
+        records=records,
+        ranks=[rank_entry(rank, of_this_launch) for rank in ranks],
+        seconds=round(seconds, 3),
+        embedding_seconds=max(0.001, round(embedding_seconds, 3)),
+    )
+
+
+def records_without_outcome(records: Mapping[str, Any], num_not_attempted: int) -> str | None:
+    """Why a run that nobody stopped is not complete all the same; None if every record has an outcome."""
+    accounted = sum(records[outcome] for outcome in OUTCOMES)
+    if num_not_attempted:
+        return (
+            f"{num_not_attempted} of {records['in']} records have no outcome, though nothing stopped the run"
+        )
+    if accounted != records["in"]:
+        return f"{records['in']} records were counted, but {accounted} have an outcome"
+    return None
+
+
+def file_entry(
+    path: str, results: Sequence[UnitResult], whole: JoinedFile | Failure | None, is_resumed: bool
+) -> FileReport:
+    """A file that is done, given the results of its units, and its one output if it was cut and joined."""
+    tally = Tally()
+    for result in results:
+        tally.add(result.tally)
+    outputs = [written.path for result in results for written in result.files]
+    if isinstance(whole, JoinedFile):
+        tally.duplicate_ids = whole.duplicate_ids
+        outputs = [whole.written.path]
+    return FileReport(
+        path=path,
+        output=outputs[0],
+        outputs=outputs,
+        sequences=tally.sequences,
+        residues=tally.residues,
+        truncated=tally.outcomes.get("truncated", 0),
+        rank=results[0].rank,
+        seconds=round(sum(result.seconds for result in results), 3),
+        units=len(results),
+        resumed=is_resumed,
+        tally=tally,
     )
 
 
 def fail_what_vanished(report: Report, output_dir: Path) -> None:
-    """Turn files whose outputs are no longer there into failures: nothing is called done that is not on disk."""
+    """Turn files whose outputs are no longer there into failures: nothing is called done that is not on
+    disk."""
     for entry in list(report.files):
         gone = [output for output in entry.outputs if not (output_dir / output).exists()]
         if gone:
+            message = f"its output {gone[0]} was removed while the run was under way"
             report.files.remove(entry)
-            report.failed.append(
-                Failure(
-                    entry.path,
-                    "FileNotFoundError",
-                    f"its output {gone[0]} was removed while the run was under way",
-                    entry.rank,
-                )
-            )
-            for outcome, number in entry.tally.outcomes.items():
-                report.records[outcome] -= number
+            report.failed.append(Failure(entry.path, "FileNotFoundError", message, entry.rank))
+            for outcome, num_records in entry.tally.outcomes.items():
+                report.records[outcome] -= num_records
             report.records["failed"] += entry.tally.sequences
             report.records["residues"] -= entry.tally.residues
             report.status = "partial" if report.status == "complete" else report.status
 
 
-def rank_entry(rank: RankSummary) -> dict[str, Any]:
-    """A rank's account as report.json has it."""
-    results = [outcome for outcome in rank.outcomes if not isinstance(outcome, UnitFailure)]
+def rank_entry(rank: RankSummary, outcomes: Sequence[UnitOutcome]) -> dict[str, Any]:
+    """A rank's account as report.json has it, given all outcomes of the launch."""
+    results = [
+        outcome for outcome in outcomes if isinstance(outcome, UnitResult) and outcome.rank == rank.rank
+    ]
     return {
         "rank": rank.rank,
         "host": rank.host,
@@ -218,28 +264,53 @@ def rank_entry(rank: RankSummary) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    names = ("dist_esm", "torch", "fair-esm", "biopython", "hydra-core", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("torch", "fair-esm", "biopython", "hydra-core", "numpy")
+    ours = {"python": platform.python_version(), "dist_esm": code_version()}
+    return ours | {name: version(name) for name in names}
 
 
-def write_report(report: Report, output_dir: Path) -> None:
-    """Write report.json, and failed_files.txt with a line ``path|error_type|error_message`` for each failure."""
-    with atomically(output_dir / "failed_files.txt") as beside:
-        lines = [
-            f"{failure.path}|{failure.error_type}|{failure.error_message}\n" for failure in report.failed
-        ]
-        beside.write_text(
-            "".join(lines), encoding="utf-8", errors="backslashreplace"
-        )  # a path may be any bytes
-    content = asdict(report)
+def describe_run(report: Report, config: Config, setup: Setup, out: OutputDir) -> None:
+    """Add what the run was: configuration, model, kernels and versions."""
+    report.launch = out.launch
+    report.config = to_dict(config)
+    weights = config.model.weights or str(locate(config.model))
+    report.model = {"name": config.model.name, "weights_from": weights, **setup.provenance}
+    report.kernels = str(setup.kernels)
+    report.versions = versions()
+
+
+def write_running_report(plan: Plan, out: OutputDir, setup: Setup, config: Config) -> None:
+    """Put a report of status `running` in the place of an earlier one, until this launch has one of its own.
+
+    It stays when rank 0 dies, so that nobody takes an earlier launch's report for this one's.
+    """
+    report = make_report(plan, [], plan.joined, "under way, or rank 0 died", 0.0, 0.0)
+    report.status = "running"
+    report.host, report.pid, report.started = socket.gethostname(), os.getpid(), round(time.time(), 3)
+    describe_run(report, config, setup, out)
+    (out.path / "failed_files.txt").unlink(missing_ok=True)
+    write_json(report, out.path, out.scratch)
+
+
+def write_report(report: Report, output_dir: Path, scratch: Path) -> None:
+    """Write report.json, and failed_files.txt with a line ``path|error_type|error_message`` for each
+    failure."""
+    lines = [f"{failure.path}|{failure.error_type}|{failure.error_message}\n" for failure in report.failed]
+    with atomically(output_dir / "failed_files.txt", scratch) as beside:
+        # A path may be any bytes.
+        beside.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    write_json(report, output_dir, scratch)
+
+
+def write_json(report: Report, output_dir: Path, scratch: Path) -> None:
+    """Write report.json."""
+    content = {"format_version": FORMAT_VERSION, **asdict(report)}
     for entry in content["files"]:
         tally = entry.pop("tally")
         entry["records"] = tally["outcomes"]
-        entry |= {
-            key: tally[key]
-            for key in ("skipped", "changed", "duplicate_ids", "unnamed", "windows", "deduplicated")
-        }
-    with atomically(output_dir / "report.json") as beside:
+        for key in ("skipped", "changed", "duplicate_ids", "unnamed", "windows", "deduplicated"):
+            entry[key] = tally[key]
+    with atomically(output_dir / "report.json", scratch) as beside:
         beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -250,50 +321,41 @@ def summary(report: Report, output_dir: Path) -> str:
     tokens = sum(rank["tokens"] for rank in report.ranks)
     resumed = sum(entry.resumed for entry in report.files)
     earlier = f" ({resumed} by earlier launches)" if resumed else ""
+    outcomes = [
+        f"{records[outcome]} {outcome}" for outcome in OUTCOMES if records[outcome] or outcome == "ok"
+    ]
     lines = [
-        f"{report.status}: {len(report.files)} of {num_files} files embedded{earlier} in {report.seconds:.1f} s, outputs in {output_dir}",
-        f"proteins: {records['in']} read, "
-        + ", ".join(
-            f"{records[key]} {key}"
-            for key in ("ok", "truncated", "windowed", "skipped", "failed", "not_attempted")
-            if records[key] or key == "ok"
-        )
-        + f"; {records['residues']} residues embedded",
+        f"{report.status}: {len(report.files)} of {num_files} files embedded{earlier} "
+        f"in {report.seconds:.1f} s, outputs in {output_dir}",
+        f"proteins: {records['in']} read, {', '.join(outcomes)}; {records['residues']} residues embedded",
     ]
     if records["deduplicated"]:
         lines.append(
-            f"identical sequences: {records['deduplicated']} proteins took the embedding of one already computed"
+            f"identical sequences: {records['deduplicated']} proteins took the embedding of one "
+            "already computed"
         )
-    if changed := {key: number for key, number in records["changed"].items() if key != "records"}:
-        lines.append(
-            f"letters changed in {records['changed']['records']} proteins: "
-            + ", ".join(f"{number} {key}" for key, number in changed.items())
-        )
+    if changed := {what: number for what, number in records["changed"].items() if what != "records"}:
+        what_changed = ", ".join(f"{number} {what}" for what, number in changed.items())
+        lines.append(f"letters changed in {records['changed']['records']} proteins: {what_changed}")
     for rank in report.ranks:
         split = f", {rank['split_packs']} packs split" if rank["split_packs"] else ""
+        who = f"rank {rank['rank']} ({rank['device']}): {rank['status']}, {rank['sequences']} proteins"
         speed = (
             f"{rank['tokens']} tokens in {rank['seconds']:.1f} s, {rank['tokens_per_second']:.0f} tokens/s"
         )
-        lines += [
-            f"rank {rank['rank']} ({rank['device']}): {rank['status']}, {rank['sequences']} proteins, {speed}{split}"
-        ]
+        lines.append(f"{who}, {speed}{split}")
     if tokens:
-        lines.append(
-            f"all ranks: {tokens} tokens, {tokens / report.embedding_seconds:.0f} tokens/s until all outputs were in place"
-        )
-    if report.model.get("weights") == "random":
+        rate = f"{tokens / report.embedding_seconds:.0f} tokens/s"
+        lines.append(f"all ranks: {tokens} tokens, {rate} until all outputs were in place")
+    if report.model.get("weights_from") == RANDOM:
         lines.append("WEIGHTS ARE RANDOM: these embeddings mean nothing; they are for tests and benchmarks")
     if report.reason:
-        lines += [
-            f"stopped: {report.reason}",
-            "what is embedded is kept: run the same command again to go on from there",
-        ]
-    lines += [
-        f"failed: {failure.path}: {failure.error_type}: {failure.error_message}"
-        for failure in report.failed[:20]
-    ]
-    if len(report.failed) > 20:
-        lines.append(f"and {len(report.failed) - 20} more failures, all in failed_files.txt")
+        lines.append(f"stopped: {report.reason}")
+        lines.append("what is embedded is kept: run the same command again to go on from there")
+    for failure in report.failed[:MAX_SHOWN]:
+        lines.append(f"failed: {failure.path}: {failure.error_type}: {failure.error_message}")
+    if len(report.failed) > MAX_SHOWN:
+        lines.append(f"and {len(report.failed) - MAX_SHOWN} more failures, all in failed_files.txt")
     if report.not_attempted:
         lines.append(f"not attempted: {len(report.not_attempted)} files, listed in report.json")
     return "\n".join(lines)

@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 
 from dist_esm.stop import Stop
 from dist_esm.types import Failure, Unit
 
 
 class Failures:
-    """Units that failed on this rank. So many files in a row, in the order of the bin, and the run is stopped.
+    """Counts failed files in a row, in the order in which units were taken, and stops the run when they are
+    too many.
 
-    The reader tells what it cannot read as soon as it knows, so that it begins nothing after the last failure that is let pass.
+    The reader tells what it cannot read as soon as it knows, so that it begins nothing after the last failure
+    that is let pass.
+
+    Parameters
+    ----------
+    max_consecutive
+        So many failed files in a row stop the run.
+    rank
+        Named in the reason.
+    stop
+        Set when there are too many.
     """
 
-    def __init__(self, units: Sequence[Unit], max_consecutive: int, rank: int, stop: Stop) -> None:
-        self.units = units
+    def __init__(self, max_consecutive: int, rank: int, stop: Stop) -> None:
         self.max_consecutive = max_consecutive
         self.rank = rank
         self.stop = stop
         self.files: set[int] = set()
-        self._keys: set[int] = set()
+        """Files that cannot be completed any more."""
+        self._file_of: dict[int, int] = {}
+        """Key of each unit that was taken to its file."""
+        self._failed: set[int] = set()
         self._lock = threading.Lock()
+
+    def begin(self, key: int, unit: Unit) -> None:
+        """A unit is taken; keys count from 0."""
+        with self._lock:
+            self._file_of[key] = unit.file
 
     def add(self, key: int, failure: Failure) -> None:
         """A unit failed; telling it twice changes nothing."""
         with self._lock:
-            self._keys.add(key)
-            self.files.add(self.units[key].file)
-            in_a_row = {self.units[one].file for one in run_around(self._keys, key)}
+            self._failed.add(key)
+            self.files.add(self._file_of[key])
+            in_a_row = {self._file_of[neighbour] for neighbour in run_around(self._failed, key)}
         if len(in_a_row) >= self.max_consecutive:
             last = f"{failure.path}, with {failure.error_type}: {failure.error_message}"
             self.stop.set(f"{len(in_a_row)} files in a row failed on rank {self.rank}, the last, {last}")

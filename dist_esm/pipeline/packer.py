@@ -1,8 +1,9 @@
 """Proteins to packs: plain Python on ints, first-fit over a few open packs.
 
-Packs know nothing of files, so a thousand files of ten proteins fill them as well as one file of ten thousand. Segments go into
-the first open pack with room; when too many packs are open the oldest is let go. It had the first pick of every segment, so it is
-about the fullest, and no protein waits long for its answer. Memory is the open packs.
+Packs know nothing of files, so a thousand files of ten proteins fill them as well as one file of ten
+thousand. Segments go into the first open pack with room; when too many packs are open the oldest is let go.
+It had the first pick of every segment, so it is about the fullest, and no protein waits long for its answer.
+Memory is the open packs.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class Packer:
     capacity
         Tokens of a pack, `toks_per_batch`.
     max_open
-        Packs that are filled at the same time: the look-ahead. Two fill packs of 25,344 tokens to 99.9%; more would keep
-        more files waiting for their last proteins.
+        Packs that are filled at the same time: the look-ahead. Two fill packs of 25,344 tokens to 99.9%; more
+        would keep more files waiting for their last proteins.
     """
 
     def __init__(self, capacity: int, max_open: int = 2) -> None:
@@ -49,7 +50,8 @@ class Packer:
             yield self._close(0)
 
     def flush(self) -> Iterator[Pack]:
-        """Let all that is held go, in as few packs as first-fit makes of it with the longest segments first."""
+        """Let all that is held go, in as few packs as first-fit makes of it with the longest segments
+        first."""
         segments = sorted(
             (segment for pack in self._open for segment in pack), key=lambda segment: -len(segment.tokens)
         )

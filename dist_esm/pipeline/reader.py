@@ -1,6 +1,7 @@
-"""Units to packs, ahead of the device: a thread that reads, announces every record, and fills packs across file borders.
+"""Units to packs, ahead of the device: a thread that reads, announces every record, and fills packs across
+file borders.
 
-Memory is the packs ahead and open, and the answers that are kept for identical sequences.
+Memory is the packs ahead and open, and the embeddings that are kept for identical sequences.
 """
 
 from __future__ import annotations
@@ -8,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
-import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from dist_esm.attempt import as_value
 from dist_esm.config import Config, Include
@@ -20,83 +20,126 @@ from dist_esm.fasta.segments import apply_length_policy, make_segments, num_embe
 from dist_esm.pipeline.collector import Collector
 from dist_esm.pipeline.failures import Failures
 from dist_esm.pipeline.packer import Packer
+from dist_esm.pipeline.threads import DeadThreadError, Service, get, put
 from dist_esm.stop import Stop
 from dist_esm.types import Failure, FastaFile, Pack, Protein, RecordRead, Segment, Unit
 
 PACKS_AHEAD = 4
 DEDUPE_BYTES = 256 << 20
-"""Bytes of answers that are kept for identical sequences."""
-LEADER_BYTES = 1024
-"""What keeping one answer costs beside its numbers."""
+"""Bytes of embeddings that are kept for identical sequences."""
+KEPT_BYTES = 1024
+"""Bytes that keeping one embedding costs beside its numbers."""
 MAX_HELD = 1 << 14
-"""Records that may pass before packs that do not fill are let go: when all that comes is copies, no pack fills."""
+"""Flush open packs after this many records: a stretch of duplicates would never fill them."""
 MAX_BATCH = 512
 """Records announced at once."""
 
 
-class Reader(threading.Thread):
+class Reader(Service):
     """Reads units, announces their records to the collector, and fills packs ahead of the device.
 
-    Identical residues are embedded once: later records point to the first, as long as its answer is kept.
+    Identical residues are embedded once: later records name the first, as long as its embedding is kept.
+
+    Parameters
+    ----------
+    units
+        What to read, in order; the next is asked for when the one before it has been read.
+    files
+        The plan's files.
+    config
+        Checked configuration.
+    toks_per_batch
+        Tokens of a pack.
+    collector
+        Is told of every unit and record.
+    failures
+        Says which files have failed already, and is told what cannot be read.
+    rank, stop
+        As of `Service`.
     """
 
     def __init__(
         self,
-        units: Sequence[Unit],
+        units: Iterable[Unit],
         files: Sequence[FastaFile],
         config: Config,
         toks_per_batch: int,
         collector: Collector,
         failures: Failures,
+        rank: int,
         stop: Stop,
     ) -> None:
-        super().__init__(name="reader", daemon=True)
-        self.units = units
-        self.files = files
-        self.config = config
-        self.collector = collector
-        self.failures = failures
-        self.stop = stop
-        self.packs: queue.Queue[Pack | None] = queue.Queue(maxsize=PACKS_AHEAD)
-        self.crash: Exception | None = None
+        super().__init__("reader", rank, stop)
+        self._units = units
+        self._files = files
+        self._config = config
+        self._collector = collector
+        self._failures = failures
+        self._packs: queue.Queue[Pack | None] = queue.Queue(maxsize=PACKS_AHEAD)
         self._packer = Packer(toks_per_batch)
         self._batch: list[RecordRead] = []
-        self._next_ticket = 0
-        self._leaders: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
+        self._next_index = 0
+        self._first_of: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
+        """Digest of residues to the protein that had them first, and the bytes that its embedding takes."""
         self._kept_bytes = 0
         self._num_held = 0
+        self._is_closing = False
 
-    def run(self) -> None:
-        """Read all units, then say so with None in `packs`."""
-        crash = as_value(self._read_all)
-        self.crash = crash if isinstance(crash, Exception) else None
-        self.packs.put(None)
+    @property
+    def has_pack(self) -> bool:
+        """A pack, or the end, is there without waiting."""
+        return not self._packs.empty()
 
-    def _read_all(self) -> None:
-        for key, unit in enumerate(self.units):
-            if self.stop.reason is not None:
+    def next_pack(self) -> Pack | None:
+        """Wait for the next pack; None when there will be no more.
+
+        Raises
+        ------
+        DeadThreadError
+            If the reader is gone before it has read everything.
+        """
+        return get(self._packs, self.check)
+
+    def ask_to_end(self) -> None:
+        """Read no further, and let go of packs that nobody will take."""
+        self._is_closing = True
+
+    def work(self) -> None:
+        """Read all units."""
+        for key, unit in enumerate(self._units):
+            if self._is_over:
                 break
-            if unit.file in self.failures.files:
+            self._failures.begin(key, unit)
+            if unit.file in self._failures.files:
                 continue
-            self.collector.begin(key, unit)
-            digest = as_value(lambda key=key, unit=unit: self._read(key, unit))  # type: ignore[misc]
+            self._collector.begin(key, unit)
+            text_digest = as_value(self._read, key, unit)
             self._flush_batch()
-            if isinstance(digest, Exception):
-                self.failures.add(key, Failure.of(self.files[unit.file].path, digest, self.failures.rank))
-                self.collector.fail(key, digest)
-            elif digest is None:
-                self.collector.abandon(key)
+            if isinstance(text_digest, DeadThreadError):
+                raise text_digest
+            if isinstance(text_digest, Exception):
+                path = self._files[unit.file].path
+                self._failures.add(key, Failure.of(path, text_digest, self.rank))
+                self._collector.fail(key, text_digest)
+            elif text_digest is None:
+                self._collector.abandon(key)
             else:
-                self.collector.end(key, digest)
+                self._collector.end(key, text_digest)
         for pack in self._packer.flush():
             self._emit(pack)
+        self._put(None)
+
+    @property
+    def _is_over(self) -> bool:
+        return self.stop.reason is not None or self._is_closing
 
     def _read(self, key: int, unit: Unit) -> str | None:
-        """Announce and pack the records of a unit, and give the sha256 of its text; None if the run was stopped half way."""
+        """Announce and pack the records of a unit; return the sha256 of its text, or None if stopped half
+        way."""
         num_records = 0
-        digest = hashlib.sha256()
-        for protein in read_proteins(unit, self.config.residues, digest.update):
-            if self.stop.reason is not None:
+        text_digest = hashlib.sha256()
+        for protein in read_proteins(unit, self._config.residues, text_digest.update):
+            if self._is_over:
                 return None
             num_records += 1
             for segment in self._announce(key, protein):
@@ -107,63 +150,70 @@ class Reader(threading.Thread):
                 for pack in self._packer.flush():
                     self._emit(pack)
                 self._num_held = 0
-        file = self.files[unit.file]
+        file = self._files[unit.file]
         stat = os.stat(file.path)
-        if num_records != unit.count.sequences or (stat.st_size, stat.st_mtime_ns) != (
-            file.num_bytes,
-            file.mtime_ns,
-        ):
+        is_same = (stat.st_size, stat.st_mtime_ns) == (file.num_bytes, file.mtime_ns)
+        if num_records != unit.count.sequences or not is_same:
             raise FastaError("the file was changed while the run was under way: start the run again")
-        return digest.hexdigest()
+        return text_digest.hexdigest()
 
     def _announce(self, key: int, protein: Protein) -> Iterator[Segment]:
         """Tell the collector of a record, and give the segments that the device has to see for it."""
-        protein_index = self._next_ticket
-        self._next_ticket += 1
-        protein, outcome, spans = apply_length_policy(protein, self.config)
+        index = self._next_index
+        self._next_index += 1
+        protein, outcome, spans = apply_length_policy(protein, self._config)
         num_residues = num_embedded(spans)
-        like = (
-            self._leader(protein_index, protein.residues[:num_residues], len(spans))
-            if spans and self.config.dedupe
-            else None
-        )
-        evicted = tuple(self._forgotten())
+        duplicate_of = None
+        if spans and self._config.dedupe:
+            duplicate_of = self._first(index, protein.residues[:num_residues], len(spans))
+        evicted = tuple(self._evicted())
         self._batch.append(
-            RecordRead(protein_index, key, protein, outcome, num_residues, len(spans), like, evicted)
+            RecordRead(index, key, protein, outcome, num_residues, len(spans), duplicate_of, evicted)
         )
         if len(self._batch) >= MAX_BATCH:
             self._flush_batch()
-        if like in (None, protein_index):
-            yield from make_segments(protein_index, protein.residues, spans)
+        if duplicate_of in (None, index):
+            yield from make_segments(index, protein.residues, spans)
 
-    def _leader(self, protein_index: int, residues: bytes, num_segments: int) -> int | None:
-        """The protein_index of the first protein with the same residues, which may be this one; None if keeping its answer is not cheap."""
-        include, layers = self.config.include, len(self.config.repr_layers)
-        rows = sum(len(residues) if kind is Include.per_tok else 1 for kind in include)
-        num_bytes = LEADER_BYTES + 4 * self.config.model.embed_dim * layers * rows
+    def _first(self, index: int, residues: bytes, num_segments: int) -> int | None:
+        """The first protein with the same residues, perhaps this one; None if its embedding is too large to
+        keep."""
+        include, num_layers = self._config.include, len(self._config.repr_layers)
+        num_rows = sum(len(residues) if kind is Include.per_tok else 1 for kind in include)
+        num_bytes = KEPT_BYTES + 4 * self._config.model.embed_dim * num_layers * num_rows
         if num_bytes > DEDUPE_BYTES // 16:
             return None
-        digest = hashlib.blake2b(residues, digest_size=16, salt=num_segments.to_bytes(8, "little")).digest()
-        if digest in self._leaders:
-            self._leaders.move_to_end(digest)
-            return self._leaders[digest][0]
-        self._leaders[digest] = (protein_index, num_bytes)
+        salt = num_segments.to_bytes(8, "little")
+        digest = hashlib.blake2b(residues, digest_size=16, salt=salt).digest()
+        if digest in self._first_of:
+            self._first_of.move_to_end(digest)
+            return self._first_of[digest][0]
+        self._first_of[digest] = (index, num_bytes)
         self._kept_bytes += num_bytes
-        return protein_index
+        return index
 
-    def _forgotten(self) -> Iterator[int]:
-        """Leaders that make room for newer ones, the least recently asked for first."""
+    def _evicted(self) -> Iterator[int]:
+        """Proteins whose embeddings make room for newer ones, the least recently asked for first."""
         while self._kept_bytes > DEDUPE_BYTES:
-            _, (protein_index, num_bytes) = self._leaders.popitem(last=False)
+            _, (index, num_bytes) = self._first_of.popitem(last=False)
             self._kept_bytes -= num_bytes
-            yield protein_index
+            yield index
 
     def _emit(self, pack: Pack) -> None:
         self._num_held = 0
         self._flush_batch()
-        self.packs.put(pack)
+        self._put(pack)
+
+    def _put(self, pack: Pack | None) -> None:
+        put(self._packs, pack, self._raise_if_closing)
+
+    def _raise_if_closing(self) -> None:
+        if self._is_closing:
+            raise DeadThreadError(
+                self.stop.reason or f"the main thread of rank {self.rank} takes no more packs"
+            )
 
     def _flush_batch(self) -> None:
         if self._batch:
-            self.collector.announce(self._batch)
+            self._collector.add_records(self._batch)
             self._batch = []

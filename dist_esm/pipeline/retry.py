@@ -15,75 +15,86 @@ from dist_esm.types import Pack, RankResult, Segment, SegmentEmbedding
 def embed_pack(
     engine: Engine, pack: Pack, result: RankResult | None = None
 ) -> list[SegmentEmbedding | Exception]:
-    """SegmentEmbedding a pack at once; see `finish`."""
+    """Submit a pack and wait for its embeddings; see `finish` for what comes back."""
     return finish(engine, pack, as_value(engine.submit, pack), result or RankResult())
 
 
 def finish(
     engine: Engine, pack: Pack, submitted: Submitted | Exception, result: RankResult
 ) -> list[SegmentEmbedding | Exception]:
-    """The answers of a pack that was submitted, in the order of its segments.
+    """Wait for the embeddings of a pack that was submitted.
 
-    A pack that fails is split and tried again with half the rows, down to single segments, whose error takes the answer's place.
-    An answer that is not finite is computed again in a wider dtype.
+    A pack that fails is split and tried again with half the rows, down to single segments, whose error takes
+    the embedding's place. An embedding that is not finite is computed again in a wider dtype.
+
+    Returns
+    -------
+    list
+        One for each segment, in order.
     """
-    answers = submitted if isinstance(submitted, Exception) else as_value(submitted.result)
-    if isinstance(answers, CancelledError):
-        return [answers] * len(pack.segments)
-    if isinstance(answers, Exception):
-        return in_halves(engine, pack, answers, engine.num_rows(pack), result)
-    if are_finite(answers):
-        return list(answers)
-    return [
-        widen(engine, segment, answer, result) for segment, answer in zip(pack.segments, answers, strict=True)
-    ]
+    embeddings = submitted if isinstance(submitted, Exception) else as_value(submitted.result)
+    if isinstance(embeddings, CancelledError):
+        return [embeddings] * len(pack.segments)
+    if isinstance(embeddings, Exception):
+        return in_halves(engine, pack, embeddings, engine.num_rows(pack), result)
+    if have_finite_sums(embeddings):
+        return list(embeddings)
+    return widen_all(engine, pack, embeddings, result)
 
 
 def in_halves(
     engine: Engine, pack: Pack, error: Exception, num_rows: int, result: RankResult
 ) -> list[SegmentEmbedding | Exception]:
-    """What `finish` does with a pack that failed in so many rows."""
+    """Try the halves of a pack that failed in so many rows, or the same pack in half the rows."""
     if is_out_of_memory(error):
         engine.free_memory()
     can_shrink = engine.is_gpu and is_out_of_memory(error) and num_rows > pack.num_tokens
     if len(pack.segments) == 1 and not can_shrink:
         return [error]
     result.num_split_packs += 1
-    rows = num_rows // 2
-    found: list[SegmentEmbedding | Exception] = []
+    half_rows = num_rows // 2
+    all_embeddings: list[SegmentEmbedding | Exception] = []
     for part in pack.halves() if len(pack.segments) > 1 else (pack,):
-        answers = as_value(engine.run, part, rows)
-        if isinstance(answers, Exception):
-            found += in_halves(engine, part, answers, rows, result)
+        embeddings = as_value(engine.run, part, half_rows)
+        if isinstance(embeddings, Exception):
+            all_embeddings += in_halves(engine, part, embeddings, half_rows, result)
         else:
-            found += [
-                widen(engine, segment, answer, result)
-                for segment, answer in zip(part.segments, answers, strict=True)
-            ]
-    return found
+            all_embeddings += widen_all(engine, part, embeddings, result)
+    return all_embeddings
+
+
+def widen_all(
+    engine: Engine, pack: Pack, embeddings: Sequence[SegmentEmbedding], result: RankResult
+) -> list[SegmentEmbedding | Exception]:
+    """The embeddings of a pack, those that are not finite computed again."""
+    pairs = zip(pack.segments, embeddings, strict=True)
+    return [widen(engine, segment, embedding, result) for segment, embedding in pairs]
 
 
 def widen(
-    engine: Engine, segment: Segment, answer: SegmentEmbedding, result: RankResult
+    engine: Engine, segment: Segment, embedding: SegmentEmbedding, result: RankResult
 ) -> SegmentEmbedding | Exception:
-    """An answer, or what a wider dtype gives if it is not finite: a number that is not spoils the sum of its column."""
-    if are_finite([answer]):
-        return answer
+    """An embedding; if it is not finite, the one that a wider dtype gives, or an error."""
+    if have_finite_sums([embedding]):
+        return embedding
     result.num_recomputed += 1
     wider = as_value(engine.recompute, segment)
-    if isinstance(wider, Exception) or are_finite([wider]):
+    if isinstance(wider, Exception) or have_finite_sums([wider]):
         return wider
     return FloatingPointError(
         "its embedding is not finite, in a wider dtype neither: the weights may be damaged"
     )
 
 
-def are_finite(answers: Sequence[SegmentEmbedding]) -> bool:
-    """Whether all sums and representations of BOS are finite numbers."""
-    return bool(
-        np.isfinite(
-            np.concatenate(
-                [x for answer in answers for part in (answer.sums, answer.bos) for x in part.values()]
-            )
-        ).all()
-    )
+def have_finite_sums(embeddings: Sequence[SegmentEmbedding]) -> bool:
+    """Tell whether all sums and representations of BOS are finite.
+
+    A residue's number that is not finite spoils the sum of its column, so residues need no look of their own.
+    """
+    vectors = [
+        vector
+        for embedding in embeddings
+        for part in (embedding.sums, embedding.bos)
+        for vector in part.values()
+    ]
+    return bool(np.isfinite(np.concatenate(vectors)).all())

@@ -1,50 +1,73 @@
 """One rank's work, end to end on one device; no process group.
 
-Three threads, joined by bounded queues: the reader turns units into packs, this thread runs them, the collector writes what is
-complete. The device waits for neither. Packs cross file borders; a failure is a value that names its file, and the work goes on.
+The reader turns units into packs, this thread runs them on the device, the collector brings embeddings and
+records together, and the writers write what is complete. Bounded queues join them, so the device waits for
+none of them and memory does not grow. Packs cross file borders. A failure is a value that names its file, and
+the work goes on; a thread that ends early stops the rank with a reason that names it, and what is done stays
+done.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dist_esm.attempt import as_value
+from dist_esm.attempt import as_value, ending_of
 from dist_esm.config import Config
 from dist_esm.model.engine import AHEAD, Engine, Submitted
+from dist_esm.outputs.builder import OutputSettings
+from dist_esm.outputs.row_buffer import Memory
+from dist_esm.pipeline.assembly import Assembly
 from dist_esm.pipeline.collector import Collector
 from dist_esm.pipeline.failures import Failures
 from dist_esm.pipeline.reader import Reader
 from dist_esm.pipeline.retry import finish
-from dist_esm.pipeline.writer_pool import MAX_WRITERS, MIN_WRITERS, OutputSettings
+from dist_esm.pipeline.threads import describe_ending
+from dist_esm.pipeline.writer_pool import MAX_WRITERS, MIN_WRITERS, WriterPool
 from dist_esm.stop import Stop
 from dist_esm.types import Failure, FastaFile, Pack, RankResult, Unit, UnitFailure, UnitResult
 
-T = TypeVar("T")
+log = logging.getLogger("dist_esm")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a rank's outputs go, and who is told of them."""
+
+    output_dir: Path
+    scratch: Path
+    """Folder of this rank's temporary files."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """What the numbers depend on; goes into every output."""
+    record: Callable[[Sequence[UnitResult]], None] = lambda results: None
+    """Called with results as soon as their outputs are in place; an exception fails their units."""
 
 
 def embed_units(
-    units: Sequence[Unit],
+    units: Iterable[Unit],
     files: Sequence[FastaFile],
     config: Config,
     engine: Engine,
     rank: int,
     stop: Stop,
-    provenance: dict[str, Any] | None = None,
-    record: Callable[[Sequence[UnitResult]], None] = lambda results: None,
+    destination: Destination,
 ) -> RankResult:
-    """Embed a rank's units in order and write their outputs.
+    """Embed units in order and write their outputs.
 
     Parameters
     ----------
     units
-        The rank's bin.
+        What to do; the next one is asked for, in the reader's thread, when there is room for it.
     files
         The plan's files.
     config
@@ -54,71 +77,86 @@ def embed_units(
     rank
         Recorded with results and failures.
     stop
-        Ends the work early; set here when `max_consecutive_failures` is reached.
-    provenance
-        What the numbers depend on, for every output.
-    record
-        Called with results as soon as their outputs are in place; what it raises fails the units.
+        Ends the work early. It is set here when `max_consecutive_failures` is reached, or a thread ended
+        early.
+    destination
+        Where outputs go.
 
     Returns
     -------
     RankResult
-        Units without an outcome were not attempted.
+        Units without an outcome were not attempted, or not finished.
     """
-    gc.freeze()  # the garbage collector need not go through torch's modules again and again
-    started = time.monotonic()
+    began = time.monotonic()
     result = RankResult()
-    keys = {(unit.file, unit.ordinal): key for key, unit in enumerate(units)}
-    failures = Failures(units, config.max_consecutive_failures, rank, stop)
+    ending = ending_of(_run_threads, units, files, config, engine, rank, stop, destination, result)
+    if ending is not None:
+        stop.set(describe_ending("the main thread", rank, ending), at_once=True)
+        log.error("%s", stop.reason, exc_info=ending)
+    result.seconds = time.monotonic() - began
+    result.device_idle = engine.idle_seconds if engine.is_gpu else None
+    return result
+
+
+def _run_threads(
+    units: Iterable[Unit],
+    files: Sequence[FastaFile],
+    config: Config,
+    engine: Engine,
+    rank: int,
+    stop: Stop,
+    destination: Destination,
+    result: RankResult,
+) -> None:
+    failures = Failures(config.max_consecutive_failures, rank, stop)
 
     def on_results(results: Sequence[UnitResult]) -> None:
-        error = as_value(record, results)
+        error = as_value(destination.record, results)
         if not isinstance(error, Exception):
             result.outcomes += results
             return
-        for one in results:
-            on_failure(
-                UnitFailure(one.file, one.ordinal, Failure.of(files[one.file].path, error, rank), one.seconds)
-            )
+        for unit in results:
+            failure = Failure.of(files[unit.file].path, error, rank)
+            result.outcomes.append(UnitFailure(unit.file, unit.ordinal, failure, unit.seconds))
 
-    def on_failure(failed: UnitFailure) -> None:
+    def on_failure(key: int, failed: UnitFailure) -> None:
         result.outcomes.append(failed)
-        failures.add(keys[failed.file, failed.ordinal], failed.failure)
+        failures.add(key, failed.failure)
 
-    settings = OutputSettings(
-        output_dir=config.output_dir,
-        format=config.format,
-        include=config.include,
-        main_layer=config.resolved_layers()[-1],
-        wanted=config.output_representations(),
-        width=config.model.embed_dim,
-        dtype=np.dtype(config.save_dtype.name),
-        max_proteins_per_output=config.max_proteins_per_output,
-        provenance=provenance or {},
-        num_writers=max(MIN_WRITERS, min(MAX_WRITERS, engine.num_threads // 2)),
-    )
-    collector = Collector(files, settings, rank, on_results, on_failure)
-    reader = Reader(units, files, config, engine.toks_per_batch, collector, failures, stop)
-    reader.start()
+    num_writers = max(MIN_WRITERS, min(MAX_WRITERS, engine.num_threads // 2))
+    with no_garbage_collection_of_modules(), ExitStack() as threads:  # torn down in reverse, whatever happens
+        copiers = threads.enter_context(ThreadPoolExecutor(max(1, num_writers // 2), "copier"))
+        assembly = Assembly(files, output_settings(config, destination), rank, Memory(copiers=copiers))
+        writers = threads.enter_context(WriterPool(destination.output_dir, num_writers, rank, stop))
+        collector = Collector(assembly, writers, rank, stop, on_results, on_failure)
+        threads.enter_context(collector)
+        reader = Reader(units, files, config, engine.toks_per_batch, collector, failures, rank, stop)
+        threads.enter_context(reader)
+        run_packs(reader, collector, engine, stop, result)
+
+
+def run_packs(reader: Reader, collector: Collector, engine: Engine, stop: Stop, result: RankResult) -> None:
+    """Run the reader's packs on the device and pass their embeddings on, `AHEAD` packs ahead of the
+    answers."""
     ahead: deque[tuple[Pack, Submitted | Exception]] = deque()
 
     def settle() -> None:
-        """Wait for the oldest pack that was submitted, and pass its answers on."""
+        """Wait for the oldest pack that was submitted, and pass its embeddings on."""
         pack, submitted = ahead.popleft()
         if stop.at_once:
             return
-        answers = finish(engine, pack, submitted, result)
+        embeddings = finish(engine, pack, submitted, result)
         if stop.at_once:
             return
         result.num_tokens += pack.num_tokens
-        result.wait("waited_for_output", partial(collector.answer, pack.segments, answers))
-        if collector.crash is not None:
-            stop.set(f"rank {rank} cannot go on: {collector.crash}", at_once=True)
+        with waiting(result, "waited_for_output"):
+            collector.add_embeddings(pack.segments, embeddings)
 
     while True:
-        while ahead and (len(ahead) >= AHEAD or reader.packs.empty()):
+        while ahead and (len(ahead) >= AHEAD or not reader.has_pack):
             settle()
-        pack = result.wait("waited_for_input", reader.packs.get)
+        with waiting(result, "waited_for_input"):
+            pack = reader.next_pack()
         if pack is None:
             break
         if not stop.at_once:
@@ -126,11 +164,39 @@ def embed_units(
             ahead.append((pack, as_value(engine.submit, pack)))
     while ahead:
         settle()
-    reader.join()
-    collector.close()
-    if reader.crash is not None:
-        raise reader.crash
-    result.seconds = time.monotonic() - started
-    gc.unfreeze()
-    result.device_idle = engine.idle_seconds if engine.is_gpu else None
-    return result
+
+
+def output_settings(config: Config, destination: Destination) -> OutputSettings:
+    """What to write, and where, as the configuration has it."""
+    return OutputSettings(
+        output_dir=destination.output_dir,
+        scratch=destination.scratch,
+        format=config.format,
+        include=config.include,
+        main_layer=config.resolved_layers()[-1],
+        representations=config.output_representations(),
+        width=config.model.embed_dim,
+        dtype=np.dtype(config.save_dtype.name),
+        max_proteins_per_output=config.max_proteins_per_output,
+        provenance=destination.provenance,
+    )
+
+
+@contextmanager
+def waiting(result: RankResult, for_what: str) -> Iterator[None]:
+    """Count the time that the block takes as waiting."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        result.waits[for_what] += time.monotonic() - began
+
+
+@contextmanager
+def no_garbage_collection_of_modules() -> Iterator[None]:
+    """Spare the garbage collector what is there now: torch's modules are a million objects, and stay."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

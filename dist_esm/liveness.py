@@ -1,0 +1,170 @@
+"""Signs of life: every rank says that it lives and what it has in hand, and notices when another one no
+longer does.
+
+Two ways, since each sees what the other misses. A *heartbeat* is a value in the store that changes every few
+seconds; a rank that is stopped, hangs in the kernel or is on a host that is gone no longer changes it. A
+*process handle* (pidfd, Linux) of each rank of the same host is ready as soon as that process has ended, and
+tells how, so a rank that was killed is named before torchrun's own SIGTERM reaches the others. Rank 0 watches
+all ranks, the others watch rank 0 and the ranks of their host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import Store
+
+BEAT_SECONDS = 2.0
+LOOK_SECONDS = 0.5
+"""Time between two looks, when no process handle tells of an end before."""
+
+
+class SignsOfLife:
+    """This rank's heartbeat, and its view of those of others.
+
+    Parameters
+    ----------
+    store
+        Shared by the ranks.
+    rank, world_size, host
+        Who this is.
+    timeout
+        Seconds without a sign of life after which a rank counts as lost.
+    has_left
+        Tells whether a rank said that it is done before it ended.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        host: str,
+        timeout: float,
+        has_left: Callable[[int], bool],
+    ) -> None:
+        self.device = ""
+        self.in_hand = ""
+        """The file that this rank works on."""
+        self._store = store
+        self._rank = rank
+        self._host = host
+        self._timeout = timeout
+        self._has_left = has_left
+        self._count = 0
+        self._next_beat = 0.0
+        self._watched = [other for other in range(world_size) if other != rank and 0 in (rank, other)]
+        self._world_size = world_size
+        self._last: dict[int, tuple[str, float]] = {}
+        """Rank to its last sign, and when it was first seen here."""
+        self._handles: dict[int, tuple[int, int]] = {}
+        """Handle to rank and process."""
+        self._poll = select.poll()
+        self._is_searched: set[int] = set()
+
+    def beat(self) -> None:
+        """Say that this rank lives, if it is time to."""
+        now = time.monotonic()
+        if now < self._next_beat:
+            return
+        self._next_beat = now + BEAT_SECONDS
+        self._count += 1
+        about = {
+            "beat": self._count,
+            "host": self._host,
+            "processes": process_space(),
+            "pid": os.getpid(),
+            "device": self.device,
+            "in_hand": self.in_hand,
+        }
+        self._store.set(f"alive/{self._rank}", json.dumps(about))
+
+    def wait_for_an_end(self) -> str | None:
+        """Wait a moment, less if a process of this host ends; return what happened to a rank that is lost, if
+        any is."""
+        for handle, _ in self._poll.poll(LOOK_SECONDS * 1000):
+            rank, pid = self._handles[handle]
+            ending = how_it_ended(pid)
+            self._poll.unregister(handle)
+            os.close(handle)
+            del self._handles[handle]
+            if not self._has_left(rank):
+                return f"{self._describe(rank)} {ending}"
+        return None
+
+    def silent_rank(self) -> str | None:
+        """Return what is known of a rank that has given no sign of life for too long, if there is one."""
+        now = time.monotonic()
+        for rank in self._watched:
+            key = f"alive/{rank}"
+            sign = self._store.get(key).decode() if self._store.check([key]) else ""
+            if rank not in self._last or self._last[rank][0] != sign:
+                self._last[rank] = sign, now
+            elif now - self._last[rank][1] > self._timeout and not self._has_left(rank):
+                return f"{self._describe(rank)} gave no sign of life for {now - self._last[rank][1]:.0f} s"
+        self._find_neighbours()
+        return None
+
+    def close(self) -> None:
+        """Give the process handles back."""
+        for handle in self._handles:
+            os.close(handle)
+        self._handles.clear()
+
+    def _find_neighbours(self) -> None:
+        """Take a handle of each process of this host, once it has said which it is."""
+        for rank in range(self._world_size):
+            if rank == self._rank or rank in self._is_searched:
+                continue
+            about = self._about(rank)
+            if about is None:
+                continue
+            self._is_searched.add(rank)
+            if about["processes"] == process_space() and hasattr(os, "pidfd_open"):
+                with suppress(OSError):  # it has ended already, in a way that its heartbeat will tell
+                    handle = os.pidfd_open(int(about["pid"]))
+                    self._handles[handle] = rank, int(about["pid"])
+                    self._poll.register(handle, select.POLLIN)
+
+    def _about(self, rank: int) -> dict[str, Any] | None:
+        key = f"alive/{rank}"
+        if not self._store.check([key]):
+            return None
+        about: dict[str, Any] = json.loads(self._store.get(key))
+        return about
+
+    def _describe(self, rank: int) -> str:
+        about = self._about(rank) or {}
+        where = ", ".join(str(about[key]) for key in ("host", "device") if about.get(key))
+        in_hand = f" with {about['in_hand']} in hand" if about.get("in_hand") else ""
+        return f"rank {rank}" + (f" ({where})" if where else "") + in_hand
+
+
+def process_space() -> str:
+    """A name of what process numbers refer to: two containers of one host, or of one host name, have their
+    own."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return f"{socket.gethostname()} without /proc"
+
+
+def how_it_ended(pid: int) -> str:
+    """How a process of this host ended, in words, as long as its parent has not asked for it yet."""
+    with suppress(OSError, ValueError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if fields[0] == "Z":
+            status = int(fields[49])
+            if os.WIFSIGNALED(status):
+                return f"was killed by {signal.Signals(os.WTERMSIG(status)).name}"
+            return f"ended with exit code {os.WEXITSTATUS(status)} before its work was done"
+    return "ended before its work was done"
