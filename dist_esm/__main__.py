@@ -18,8 +18,8 @@ from typing import NoReturn
 
 from omegaconf import OmegaConf
 
-from dist_esm.cli import HELP, compose_config, conf_dir
-from dist_esm.config import Config, Job, check, to_dict
+from dist_esm.cli import HELP, compose_config
+from dist_esm.config import Config, Job, check, conf_dir, to_dict
 from dist_esm.stop import on_signals
 
 

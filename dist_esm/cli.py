@@ -13,7 +13,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_esm.config import Config
+from dist_esm.config import Config, conf_dir
 
 HELP = """\
 usage: torchrun --nproc_per_node=N -m dist_esm input=PATH [key=value ...]
@@ -35,12 +35,6 @@ options:
 
 keys and defaults:
 """
-
-
-def conf_dir() -> Path:
-    """The folder of configuration files: inside an installed package, beside it in a checkout."""
-    here = Path(__file__).resolve().parent
-    return next(path for path in (here / "conf", here.parent / "conf") if path.is_dir())
 
 
 def compose_config(

@@ -6,13 +6,18 @@ objects are passed on. The names of enum members are the values that the user wr
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import MISSING, OmegaConf
+
+E = TypeVar("E", bound=Enum)
 
 
 class Include(Enum):
@@ -233,6 +238,72 @@ def to_dict(config: Config) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     return {key: plain(value) for key, value in asdict(config).items()}
+
+
+def conf_dir() -> Path:
+    """The folder of configuration files: inside an installed package, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    return next(path for path in (here / "conf", here.parent / "conf") if path.is_dir())
+
+
+def model_config(name: str) -> ModelConfig:
+    """Read the configuration of an ESM-2 by fair-esm's name.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name; the message lists the names that there are.
+    """
+    names = [path.stem for path in (conf_dir() / "model").glob("*.yaml")]
+    if name not in names:
+        raise ValueError(unknown_model(name, names))
+    values = OmegaConf.load(conf_dir() / "model" / f"{name}.yaml")
+    model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
+    assert isinstance(model, ModelConfig)
+    return model
+
+
+NOT_ESM2 = re.compile(r"esm-?_?(1|c\b|c_|3|-?if|fold|msa)|msa|prot_?t5|prot_?bert|ankh|progen", re.IGNORECASE)
+"""Names of protein language models of other families."""
+
+
+def unknown_model(name: str, names: Sequence[str]) -> str:
+    """Say in one line that no model has this name, and which names there are."""
+    names = sorted(names, key=_by_layers)
+    wanted = name.rpartition("/")[2].removesuffix(".pt").removesuffix(".yaml").lower()
+    parts = [part for part in re.split(r"[-_]", wanted) if part not in ("", "esm2", "esm")]
+    holding = [known for known in names if all(part in known.lower().split("_") for part in parts)]
+    near = holding if parts and len(holding) == 1 else difflib.get_close_matches(wanted, names, n=1)
+    if NOT_ESM2.search(wanted):
+        problem = "is not an ESM-2, and no other model is embedded here"
+    else:
+        problem = "is no model" + (f": did you mean {near[0]}?" if near else "")
+    return f"model={name} {problem}{'' if problem.endswith('?') else ':'} use one of {', '.join(names)}"
+
+
+def _by_layers(name: str) -> tuple[int, str]:
+    layers = re.search(r"_t(\d+)_", name)
+    return (int(layers[1]) if layers else 0), name
+
+
+def choice(choices: type[E], key: str, value: str) -> E:
+    """Return the member of an enum that a key's value names.
+
+    Raises
+    ------
+    ValueError
+        If there is none; the message lists them.
+    """
+    if value not in choices.__members__:
+        raise ValueError(no_choice(choices, key, value))
+    return choices[value]
+
+
+def no_choice(choices: type[Enum], key: str, value: str) -> str:
+    """Say in one line that a key has no such choice, and which it has."""
+    near = difflib.get_close_matches(str(value).lower(), choices.__members__, n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    return f"{key}={value} is no choice: {guess}use one of {', '.join(choices.__members__)}"
 
 
 NEEDS = {Format.h5: "h5py", Format.parquet: "pyarrow", Format.safetensors: "safetensors"}
