@@ -16,10 +16,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from omegaconf import OmegaConf
-
-from dist_esm.cli import HELP, compose_config
-from dist_esm.config import Config, Job, check, conf_dir, to_dict
+from dist_esm.cli import HELP, compose_config, config_text
+from dist_esm.config import Config, Job, check, conf_dir
 from dist_esm.stop import on_signals
 
 
@@ -50,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             config = compose_config(options.overrides, options.config_dir, options.config_name)
             if options.cfg:
-                text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+                text = config_text(config)
             check(config)
     except (argparse.ArgumentError, ValueError) as error:
         problem = " ".join(str(error).split())

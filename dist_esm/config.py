@@ -7,6 +7,7 @@ objects are passed on. The names of enum members are the values that the user wr
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -225,19 +226,17 @@ class Config:
         )
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain values, as it can be written on the command line."""
+def plain_values(config: Config) -> dict[str, Any]:
+    """Return the configuration as JSON and YAML can hold it: names of enum members, paths as text.
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, Enum):
-            return value.value
-        if isinstance(value, Path):
-            return str(value)
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    return {key: plain(value) for key, value in asdict(config).items()}
+    OmegaConf's own containers would read `${` in a file's name as a reference to another key.
+    """
+    values: dict[str, Any] = json.loads(
+        json.dumps(
+            asdict(config), default=lambda value: value.name if isinstance(value, Enum) else str(value)
+        )
+    )
+    return values
 
 
 def conf_dir() -> Path:
@@ -308,13 +307,6 @@ def no_choice(choices: type[Enum], key: str, value: str) -> str:
 
 NEEDS = {Format.h5: "h5py", Format.parquet: "pyarrow", Format.safetensors: "safetensors"}
 """Package that writes a format, or reads it back."""
-
-
-def from_dict(values: dict[str, Any]) -> Config:
-    """What `to_dict` made plain, typed again."""
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    assert isinstance(config, Config)
-    return config
 
 
 LEAST = {

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from dist_esm.atomic import atomically, written_file
 from dist_esm.attempt import as_value
-from dist_esm.config import Config, to_dict
+from dist_esm.config import Config, plain_values
 from dist_esm.distributed import World
 from dist_esm.jobs.report import (
     fail_what_vanished,
@@ -286,7 +286,7 @@ def conclude(
         joined = {**joined, **joined_since}
     report = make_report(plan, ranks, joined, reason, seconds, embedding_seconds, others)
     fail_what_vanished(report, config.output_dir)
-    report.config = to_dict(config)
+    report.config = plain_values(config)
     report.model = {
         "name": config.model.name,
         "weights": config.model.weights or str(locate(config.model)),

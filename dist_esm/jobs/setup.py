@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dist_esm.atomic import atomically
-from dist_esm.config import Config, Format, to_dict
+from dist_esm.config import Config, Format, plain_values
 from dist_esm.distributed import World
 from dist_esm.model.engine import Engine, default_toks_per_batch, make_engine, num_cores
 from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, choose_kernels
@@ -66,7 +66,7 @@ def choose_setup(config: Config, world: World) -> Setup:
         "long": config.long.name,
         "dist_esm": version("dist_esm"),
     }
-    values = to_dict(config)
+    values = plain_values(config)
     settings = {
         key: values[key]
         for key in ("format", "include", "window_overlap", "residues", "max_proteins_per_output")
