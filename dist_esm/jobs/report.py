@@ -16,6 +16,7 @@ from typing import Any
 from dist_esm.atomic import atomically
 from dist_esm.planning.units import Plan
 from dist_esm.types import Failure, JoinedFile, RankSummary, RecordOutcome, Tally, UnitFailure, UnitOutcome
+from dist_esm.version import code_version
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,9 @@ def rank_entry(rank: RankSummary) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    names = ("dist_esm", "torch", "fair-esm", "biopython", "hydra-core", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("torch", "fair-esm", "biopython", "hydra-core", "numpy")
+    ours = {"python": platform.python_version(), "dist_esm": code_version()}
+    return {**ours, **{name: version(name) for name in names}}
 
 
 def write_report(report: Report, output_dir: Path) -> None:

@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, 
 from dist_esm.model.weights import RANDOM, architecture, fetch, weights_id
 from dist_esm.planning.inputs import find_files, refuse_nested
 from dist_esm.types import FastaFile
+from dist_esm.version import code_version
 
 log = logging.getLogger("dist_esm")
 
@@ -64,7 +64,7 @@ def choose_setup(config: Config, world: World) -> Setup:
         "save_dtype": config.save_dtype.name,
         "truncation_seq_length": config.truncation_seq_length,
         "long": config.long.name,
-        "dist_esm": version("dist_esm"),
+        "dist_esm": code_version(),
     }
     values = plain_values(config)
     settings = {
