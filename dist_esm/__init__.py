@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dist_esm.fasta.blocks import FastaError
 from dist_esm.planning.assign import assign_files_by_size, count_sequences
 from dist_esm.types import WorkerStatus
+from dist_esm.version import __version__
 
 if TYPE_CHECKING:
     from dist_esm.embedder import Embedder
@@ -21,6 +22,7 @@ __all__ = [
     "EmbeddingSet",
     "FastaError",
     "WorkerStatus",
+    "__version__",
     "assign_files_by_size",
     "count_sequences",
     "load",

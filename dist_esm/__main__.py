@@ -13,14 +13,12 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import NoReturn
 
-from omegaconf import OmegaConf
-
-from dist_esm.cli import HELP, compose_config, conf_dir
-from dist_esm.config import Config, Job, check, to_dict
+from dist_esm.cli import HELP, compose_config, config_text
+from dist_esm.config import Config, Job, check, conf_dir
 from dist_esm.stop import on_signals
+from dist_esm.version import code_version
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if not line.startswith("#")
             )
         elif options.version:
-            text = f"dist_esm {version('dist_esm')}\n"
+            text = f"dist_esm {code_version()}\n"
         else:
             config = compose_config(options.overrides, options.config_dir, options.config_name)
             if options.cfg:
-                text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+                text = config_text(config)
             check(config)
     except (argparse.ArgumentError, ValueError) as error:
         problem = " ".join(str(error).split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_esm.config import Config
+from dist_esm.config import Config, conf_dir, plain_values
 
 HELP = """\
 usage: torchrun --nproc_per_node=N -m dist_esm input=PATH [key=value ...]
@@ -35,12 +36,6 @@ options:
 
 keys and defaults:
 """
-
-
-def conf_dir() -> Path:
-    """The folder of configuration files: inside an installed package, beside it in a checkout."""
-    here = Path(__file__).resolve().parent
-    return next(path for path in (here / "conf", here.parent / "conf") if path.is_dir())
 
 
 def compose_config(
@@ -74,6 +69,12 @@ def compose_config(
         raise ValueError(explain(error, overrides)) from None
     assert isinstance(config, Config)
     return config
+
+
+def config_text(config: Config) -> str:
+    """Return the configuration as a YAML file that `--config-name` reads; `${` in a name stays a name."""
+    text = json.dumps(plain_values(config)).replace("${", "\\\\${")
+    return OmegaConf.to_yaml(OmegaConf.create(json.loads(text)))
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:

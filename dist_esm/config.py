@@ -6,13 +6,19 @@ objects are passed on. The names of enum members are the values that the user wr
 
 from __future__ import annotations
 
+import difflib
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import MISSING, OmegaConf
+
+E = TypeVar("E", bound=Enum)
 
 
 class Include(Enum):
@@ -220,30 +226,87 @@ class Config:
         )
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain values, as it can be written on the command line."""
+def plain_values(config: Config) -> dict[str, Any]:
+    """Return the configuration as JSON and YAML can hold it: names of enum members, paths as text.
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, Enum):
-            return value.value
-        if isinstance(value, Path):
-            return str(value)
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    OmegaConf's own containers would read `${` in a file's name as a reference to another key.
+    """
+    values: dict[str, Any] = json.loads(
+        json.dumps(
+            asdict(config), default=lambda value: value.name if isinstance(value, Enum) else str(value)
+        )
+    )
+    return values
 
-    return {key: plain(value) for key, value in asdict(config).items()}
+
+def conf_dir() -> Path:
+    """The folder of configuration files: inside an installed package, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    return next(path for path in (here / "conf", here.parent / "conf") if path.is_dir())
+
+
+def model_config(name: str) -> ModelConfig:
+    """Read the configuration of an ESM-2 by fair-esm's name.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name; the message lists the names that there are.
+    """
+    names = [path.stem for path in (conf_dir() / "model").glob("*.yaml")]
+    if name not in names:
+        raise ValueError(unknown_model(name, names))
+    values = OmegaConf.load(conf_dir() / "model" / f"{name}.yaml")
+    model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
+    assert isinstance(model, ModelConfig)
+    return model
+
+
+NOT_ESM2 = re.compile(r"esm-?_?(1|c\b|c_|3|-?if|fold|msa)|msa|prot_?t5|prot_?bert|ankh|progen", re.IGNORECASE)
+"""Names of protein language models of other families."""
+
+
+def unknown_model(name: str, names: Sequence[str]) -> str:
+    """Say in one line that no model has this name, and which names there are."""
+    names = sorted(names, key=_by_layers)
+    wanted = name.rpartition("/")[2].removesuffix(".pt").removesuffix(".yaml").lower()
+    parts = [part for part in re.split(r"[-_]", wanted) if part not in ("", "esm2", "esm")]
+    holding = [known for known in names if all(part in known.lower().split("_") for part in parts)]
+    near = holding if parts and len(holding) == 1 else difflib.get_close_matches(wanted, names, n=1)
+    if NOT_ESM2.search(wanted):
+        problem = "is not an ESM-2, and no other model is embedded here"
+    else:
+        problem = "is no model" + (f": did you mean {near[0]}?" if near else "")
+    return f"model={name} {problem}{'' if problem.endswith('?') else ':'} use one of {', '.join(names)}"
+
+
+def _by_layers(name: str) -> tuple[int, str]:
+    layers = re.search(r"_t(\d+)_", name)
+    return (int(layers[1]) if layers else 0), name
+
+
+def choice(choices: type[E], key: str, value: str) -> E:
+    """Return the member of an enum that a key's value names.
+
+    Raises
+    ------
+    ValueError
+        If there is none; the message lists them.
+    """
+    if value not in choices.__members__:
+        raise ValueError(no_choice(choices, key, value))
+    return choices[value]
+
+
+def no_choice(choices: type[Enum], key: str, value: str) -> str:
+    """Say in one line that a key has no such choice, and which it has."""
+    near = difflib.get_close_matches(str(value).lower(), choices.__members__, n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    return f"{key}={value} is no choice: {guess}use one of {', '.join(choices.__members__)}"
 
 
 NEEDS = {Format.h5: "h5py", Format.parquet: "pyarrow", Format.safetensors: "safetensors"}
 """Package that writes a format, or reads it back."""
-
-
-def from_dict(values: dict[str, Any]) -> Config:
-    """What `to_dict` made plain, typed again."""
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    assert isinstance(config, Config)
-    return config
 
 
 LEAST = {

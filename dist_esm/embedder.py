@@ -16,7 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_esm.config import Attention, DeviceKind, Dtype, Include, LinearKind, Long, check
+from dist_esm.config import (
+    Attention,
+    Config,
+    DeviceKind,
+    Dtype,
+    Include,
+    LinearKind,
+    Long,
+    check,
+    choice,
+    model_config,
+)
 from dist_esm.fasta.letters import make_protein
 from dist_esm.fasta.segments import apply_length_policy, make_segments, num_embedded
 from dist_esm.model.engine import make_engine
@@ -67,23 +78,20 @@ class Embedder:
         window_overlap: int = 256,
         toks_per_batch: int | None = None,
     ) -> None:
-        from dist_esm.cli import compose_config
-
-        config = compose_config(["input=sequences", f"model={model}"])
+        config = Config(
+            input="sequences",
+            model=model_config(model),
+            repr_layers=[layer],
+            device=choice(DeviceKind, "device", device),
+            dtype=choice(Dtype, "dtype", dtype),
+            attention=choice(Attention, "attention", attention),
+            linear=choice(LinearKind, "linear", linear),
+            truncation_seq_length=truncation_seq_length,
+            long=choice(Long, "long", long),
+            window_overlap=window_overlap,
+            toks_per_batch=toks_per_batch,
+        )
         config.model.weights = None if weights is None else os.fspath(weights)
-        config.repr_layers = [layer]
-        config.device, config.dtype, config.attention = (
-            named(DeviceKind, device),
-            named(Dtype, dtype),
-            named(Attention, attention),
-        )
-        config.linear = named(LinearKind, linear)
-        config.truncation_seq_length, config.window_overlap, config.long = (
-            truncation_seq_length,
-            window_overlap,
-            named(Long, long),
-        )
-        config.toks_per_batch = toks_per_batch
         check(config)
         self.config = config
         (self.layer,) = config.resolved_layers()
@@ -116,7 +124,7 @@ class Embedder:
         """
         if isinstance(sequences, str):
             raise ValueError("sequences is one string: pass a list of sequences")
-        kind = named(Include, include)
+        kind = choice(Include, "include", include)
         self.engine.wants_rows = kind is Include.per_tok
         packer = Packer(self.engine.toks_per_batch)
         answers: dict[int, list[SegmentEmbedding | None]] = {}
@@ -151,16 +159,3 @@ class Embedder:
             if isinstance(answer, Exception):
                 raise answer
             answers[segment.protein][segment.part] = answer
-
-
-def named(kind: type[Any], name: str) -> Any:
-    """A member of an enum by its name.
-
-    Raises
-    ------
-    ValueError
-        If there is none; the message lists them.
-    """
-    if name not in kind.__members__:
-        raise ValueError(f"{name!r} is no {kind.__name__}: use one of {', '.join(kind.__members__)}")
-    return kind[name]

@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 
 from conftest import PROTEINS
 from dist_esm.__main__ import main
-from dist_esm.cli import compose_config
-from dist_esm.config import Dtype, Include, check
+from dist_esm.cli import compose_config, config_text
+from dist_esm.config import Dtype, Include, check, plain_values
 from dist_esm.planning.inputs import find_files
 
 REFUSED = {
@@ -94,6 +94,26 @@ def test_the_configuration_that_would_run_is_printed_as_plain_yaml(capsys):
     assert main(["input=x", "output_dir=here", "include=[mean,bos]", "--cfg"]) == 0
     printed = OmegaConf.create(capsys.readouterr().out)
     assert (printed.output_dir, printed.include, printed.model.num_layers) == ("here", ["mean", "bos"], 36)
+
+
+def test_plain_values_are_what_was_given():
+    """Names of enum members, paths as text, the input as it was written, whatever its letters."""
+    config = compose_config(
+        ["input=[a.fa,b.fa]", "output_dir=out/x", "include=[bos]", "residues.gaps=unknown"]
+    )
+    values = plain_values(config)
+    assert (values["input"], values["output_dir"], values["include"]) == (["a.fa", "b.fa"], "out/x", ["bos"])
+    assert values["residues"] == {
+        "lower_case": "fix",
+        "trailing_stop": "fix",
+        "gaps": "unknown",
+        "unknown": "replace",
+    }
+    assert values["selfcheck"] == {"proteins": 32, "min_cosine": None, "max_relative_error": None}
+    assert (values["model"]["embed_dim"], values["unit_share"], values["job"]) == (2560, 0.01, "embed")
+    config.input = "a${b.fa"
+    assert plain_values(config)["input"] == "a${b.fa"
+    assert OmegaConf.create(config_text(config)).input == "a${b.fa"
 
 
 def test_outputs_mirror_the_tree():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_esm.atomic import atomically
-from dist_esm.config import Config, to_dict
+from dist_esm.config import Config, plain_values
 from dist_esm.jobs.setup import Setup
 from dist_esm.model.weights import RANDOM, locate
 from dist_esm.outputs.output_dir import OutputDir
@@ -272,7 +272,7 @@ def versions() -> dict[str, str]:
 def describe_run(report: Report, config: Config, setup: Setup, out: OutputDir) -> None:
     """Add what the run was: configuration, model, kernels and versions."""
     report.launch = out.launch
-    report.config = to_dict(config)
+    report.config = plain_values(config)
     weights = config.model.weights or str(locate(config.model))
     report.model = {"name": config.model.name, "weights_from": weights, **setup.provenance}
     report.kernels = str(setup.kernels)

@@ -6,20 +6,20 @@ import logging
 import os
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dist_esm.atomic import atomically
-from dist_esm.config import Config, Format, to_dict
+from dist_esm.config import Config, Format, plain_values
 from dist_esm.distributed import World
 from dist_esm.model.engine import Engine, default_toks_per_batch, make_engine, num_cores
 from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, choose_kernels
 from dist_esm.model.weights import RANDOM, architecture, fetch, weights_id
 from dist_esm.planning.inputs import find_files, refuse_nested
 from dist_esm.types import FastaFile
+from dist_esm.version import code_version
 
 log = logging.getLogger("dist_esm")
 
@@ -64,9 +64,9 @@ def choose_setup(config: Config, world: World) -> Setup:
         "save_dtype": config.save_dtype.name,
         "truncation_seq_length": config.truncation_seq_length,
         "long": config.long.name,
-        "dist_esm": version("dist_esm"),
+        "dist_esm": code_version(),
     }
-    values = to_dict(config)
+    values = plain_values(config)
     settings = {
         key: values[key]
         for key in ("format", "include", "window_overlap", "residues", "max_proteins_per_output")

@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
 from dist_esm.atomic import atomically, fingerprint
 from dist_esm.attempt import as_value
-from dist_esm.config import Config, Include, from_dict
+from dist_esm.config import Config, Include
 from dist_esm.distributed import World
 from dist_esm.fasta.blocks import Digests, Tee, whole
 from dist_esm.fasta.parser import read_proteins
@@ -131,15 +132,20 @@ def read_report(config: Config) -> tuple[dict[str, Any], Config]:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        settings = from_dict(
-            {**content["config"], "input": config.input, "output_dir": str(config.output_dir)}
-        )
+        settings = typed({**content["config"], "input": "", "output_dir": ""})
     except (ValueError, KeyError, TypeError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(
             f"{path} is no report of this version ({type(error).__name__}: {problem}): run again, which does again only what is missing"
         ) from None
-    return content, settings
+    return content, replace(settings, input=config.input, output_dir=config.output_dir)
+
+
+def typed(values: dict[str, Any]) -> Config:
+    """Return the configuration that a report holds, with its types."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    assert isinstance(config, Config)
+    return config
 
 
 def check_file(

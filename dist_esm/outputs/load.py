@@ -241,7 +241,7 @@ class EmbeddingSet:
         for output, path in enumerate(self._outputs):
             opened = self._opened(output)
             about, first = opened.about, index[0][0] if index else opened.about
-            if (about.provenance, about.kinds, about.width) != (first.provenance, first.kinds, first.width):
+            if settings_of(about) != settings_of(first):
                 raise ValueError(
                     f"{path} and {self._outputs[0]} were made under different settings: load them one by one"
                 )
@@ -260,3 +260,9 @@ class EmbeddingSet:
         for position, protein in enumerate(self.ids):
             positions.setdefault(protein, []).append(position)
         return positions
+
+
+def settings_of(about: About) -> tuple[dict[str, Any], dict[str, list[int]], int]:
+    """Return what outputs that are read together must share: all but the code, which tells its numerics apart."""
+    settings = {key: value for key, value in about.provenance.items() if key != "dist_esm"}
+    return settings, about.kinds, about.width

@@ -781,6 +781,14 @@ def test_what_is_no_output_is_refused_with_path_and_remedy(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_outputs_of_two_commits_with_the_same_numerics_are_read_together(tmp_path):
+    for name, code in (("a", "0.1.0+g1a2b3c4"), ("b", "0.1.0+g5d6e7f8.dirty")):
+        write_output(Format.pt, made_of(SEQUENCES, {**PROVENANCE, "dist_esm": code}), tmp_path / name)
+    outputs = {"files": [{"outputs": ["a.pt"]}, {"outputs": ["b.pt"]}]}
+    (tmp_path / "report.json").write_text(json.dumps(outputs))
+    assert len(load(tmp_path)) == 2 * len(SEQUENCES)
+
+
 def test_an_output_of_a_run_that_is_gone_is_named_and_other_settings_are_not_mixed_in(tmp_path):
     for name, provenance in (("a", PROVENANCE), ("b", {**PROVENANCE, "weights": "sha256:4567"})):
         write_output(Format.pt, made_of(SEQUENCES, provenance), tmp_path / name)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dist_esm.atomic import atomically
-from dist_esm.config import Config, to_dict
+from dist_esm.config import Config, plain_values
 from dist_esm.distributed import RefusedError, World
 from dist_esm.jobs.report import versions
 from dist_esm.jobs.selfcheck.compare import (
@@ -278,7 +278,7 @@ def write(
             for one in proteins
         ],
         "ranks": [asdict(rank) for rank in ranks],
-        "config": to_dict(config),
+        "config": plain_values(config),
         "versions": versions(),
     }
     with atomically(config.output_dir / "selfcheck.json") as beside:
