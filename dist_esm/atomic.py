@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -91,7 +91,7 @@ _held = _Held()
 
 
 @contextmanager
-def atomically(path: Path) -> Iterator[Path]:
+def atomically(path: Path, scratch=None) -> Iterator[Path]:
     """A path beside `path` to write a file to; on success it is synced and takes the name, on failure it is removed.
 
     Within `together` that comes when all are written.
@@ -153,6 +153,18 @@ def together(works: Sequence[Callable[[], T]]) -> list[T | Exception]:
             for beside, _ in pairs:
                 beside.unlink(missing_ok=True)
     return values
+
+
+@dataclass
+class Staged:
+    path: Path
+    sha256: str | None = None
+    files: list = field(default_factory=list)
+    obsolete: list = field(default_factory=list)
+
+
+def commit_together(staged, output_dir):
+    return [one if isinstance(one, Exception) else as_value(written_file, output_dir, Output(one.path, one.sha256)) for one in staged]
 
 
 def sync(path: Path) -> None:

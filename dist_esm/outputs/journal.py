@@ -221,7 +221,7 @@ def lock(output_dir: Path) -> IO[str]:
 
 
 def entry_of(
-    output: str,
+    output,
     slices: Sequence[Slice],
     digests: list[str],
     written: list[WrittenFile],
@@ -232,5 +232,5 @@ def entry_of(
 ) -> Entry:
     """An entry for slices of a file."""
     return Entry(
-        output, [(one.start, one.stop) for one in slices], digests, written, tally, rank, seconds, is_joined
+        str(output.output) if hasattr(output,'output') else output, [(one.start, one.stop) for one in slices], digests, written, tally, rank, seconds, is_joined
     )

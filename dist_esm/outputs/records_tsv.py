@@ -5,7 +5,7 @@ from __future__ import annotations
 from dist_esm.types import RecordOutcome, RecordRead, Tally
 
 
-def note(record: RecordRead, number: int, tally: Tally, notes: list[str]) -> None:
+def count_record(record: RecordRead, number: int, tally: Tally, notes: list[str]) -> None:
     """Count a record, the one of this number in its file from 1, and add a line of `NOTE_COLUMNS` if anything about it is not as it came."""
     protein, changes = record.protein, record.protein.changes
     outcome = record.outcome.name

@@ -19,10 +19,15 @@ from dist_esm.outputs.row_buffer import Memory, RowBuffer
 from dist_esm.types import Row
 
 
-def write_shard(embeddings: OutputTable, path: Path) -> Output:
+def shard_path(output_dir, output, ordinal):
+    return output_dir / '.dist_esm' / 'pieces' / f'{output}.{ordinal:06d}.pt'
+
+
+def write_shard(embeddings: OutputTable, path: Path, scratch=None) -> Output:
     """Write what one unit of a cut file contributes, for `join`. Its rows are one text: torch's unpickler takes microseconds for each string."""
     per_tok = {layer: rows[0 : rows.shape[0]] for layer, rows in embeddings.per_tok.items()}
-    return Output(
+    from dist_esm.atomic import Staged
+    return Staged(
         path, save({**vars(embeddings), "rows": json.dumps(embeddings.rows), "per_tok": per_tok}, path)
     )
 
@@ -37,7 +42,7 @@ def read_shard(path: Path) -> OutputTable:
 
 
 @contextmanager
-def join(paths: Sequence[Path], directory: Path) -> Iterator[OutputTable]:
+def join_shards(paths: Sequence[Path], directory: Path) -> Iterator[OutputTable]:
     """The pieces of a file as one, in the order given. Residues stay where they are, vectors are copied through buffers: memory grows with neither."""
     pieces = [read_shard(path) for path in paths]
     buffers: list[RowBuffer] = []
@@ -62,7 +67,7 @@ def join(paths: Sequence[Path], directory: Path) -> Iterator[OutputTable]:
     try:
         whole: dict[str, Any] = {
             "rows": [row for piece in pieces for row in piece.rows],
-            "notes": [line for piece in pieces for line in piece.notes],
+            "tsv_lines": [line for piece in pieces for line in piece.tsv_lines],
         }
         for kind in ("mean", "bos"):
             whole[kind] = {

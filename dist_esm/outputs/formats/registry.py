@@ -32,7 +32,7 @@ WRITERS: dict[Format, tuple[str, Writer]] = {
 """Suffix and function of each format; without a suffix it is a folder."""
 
 
-def write_output(kind: Format, embeddings: OutputTable, stem: Path) -> Output:
+def write_output(kind, embeddings, stem, scratch=None):
     """Write one output, after ``<stem>.records.tsv`` beside it if any of its records deserves a note.
 
     Parameters
@@ -50,11 +50,12 @@ def write_output(kind: Format, embeddings: OutputTable, stem: Path) -> Output:
         Its path, and its checksum if that was taken on the way.
     """
     notes = stem.with_name(stem.name + ".records.tsv")
-    if embeddings.notes:
+    if embeddings.tsv_lines:
         with atomically(notes) as beside:
-            beside.write_text("\n".join(["\t".join(NOTE_COLUMNS), *embeddings.notes, ""]), encoding="utf-8")
+            beside.write_text("\n".join(["\t".join(NOTE_COLUMNS), *embeddings.tsv_lines, ""]), encoding="utf-8")
     else:
         notes.unlink(missing_ok=True)
     suffix, writer = WRITERS[kind]
     path = stem.with_name(stem.name + suffix)
-    return Output(path, writer(embeddings, path))
+    from dist_esm.atomic import Staged
+    return Staged(path, writer(embeddings, path))
