@@ -41,7 +41,7 @@ from dist_esm.outputs.journal import (
 from dist_esm.outputs.journal import read as read_journal
 from dist_esm.outputs.shards import join
 from dist_esm.pipeline.worker import embed_units
-from dist_esm.planning.agree import agree_on_plan, since
+from dist_esm.planning.agree import agree_on_plan, results_in_journal
 from dist_esm.planning.units import Plan
 from dist_esm.stop import Stop, on_signals
 from dist_esm.types import Failure, JoinedFile, RankResult, RankSummary, Tally, Unit, UnitResult, WorkerStatus
@@ -69,7 +69,7 @@ def run(config: Config, world: World) -> int:
     setup = choose_setup(config, world)
     with output_directory(config, setup, world) as journal:
         entries = read_journal(config.output_dir) if config.resume else []
-        plan = agree_on_plan(config, files, world, entries)
+        plan = agree_on_plan(config, files, entries, world)
         units = [plan.units[index] for index in plan.bins[world.rank]]
         stop, mine = Stop(), account(world, setup, WorkerStatus.FAILED)
         try:
@@ -281,7 +281,7 @@ def conclude(
     if reason is not None:
         # Ranks that died can no longer say what they finished; what they journaled still stands.
         known = {(outcome.file, outcome.ordinal) for rank in ranks for outcome in rank.outcomes}
-        found, joined_since = since(read_journal(config.output_dir, journal.launch), plan)
+        found, joined_since = results_in_journal(read_journal(config.output_dir, journal.launch), plan)
         others = [result for result in found if (result.file, result.ordinal) not in known]
         joined = {**joined, **joined_since}
     report = make_report(plan, ranks, joined, reason, seconds, embedding_seconds, others)
