@@ -156,11 +156,11 @@ def child_count(path: str, how: str, repeats: int) -> dict[str, Any]:
     """One way to count one file."""
     work: Callable[[], Any]
     if how == "dist_esm":
-        from dist_esm.fasta.blocks import whole
-        from dist_esm.fasta.slices import count
+        from dist_esm.fasta.blocks import whole_file
+        from dist_esm.fasta.slices import count_records
 
         def work() -> tuple[int, int]:
-            found = count(whole(Path(path)), 1022)
+            found = count_records(whole_file(Path(path)), 1022)
             return found.sequences, found.residues
 
     elif how == "SimpleFastaParser":

@@ -155,7 +155,7 @@ def run(
     make_output_dir(out)
     write_settings(out, {})
     journal = Journal(out, new_launch(), 0)
-    plan = agree_on_plan(config, files, world)
+    plan = agree_on_plan(config, files, [], world)
     units = [plan.units[index] for index in plan.bins[0]]
     device: Any = PacedDevice(pace, dtype)
     before = cpu_seconds()

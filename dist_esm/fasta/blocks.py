@@ -1,10 +1,8 @@
-"""FASTA as bytes: opening, line ends, counting and cutting at disk speed, before any record is parsed.
+"""FASTA as bytes: opening, gzip, line ends and digests, before any record is parsed.
 
-Counting is a few numpy passes over blocks of the file: a record is a line that begins with ``>``, the parser's own rule, so
-the two agree. Cutting never reads a plain file: it jumps to a byte and looks for the next record's border; a block-gzip file
-(BGZF, as bgzip and samtools write) is entered at the block that holds the byte. Ordinary gzip can only be streamed.
-
-Memory is a few blocks, whatever the size of the file or of its lines.
+Text passes by in blocks, so memory is a few blocks, whatever the size of the file or of its lines. A
+block-gzip file (BGZF, as bgzip and samtools write) is entered at the block that holds the slice's first
+byte. Ordinary gzip can only be streamed from its beginning.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from dist_esm.types import Slice
 Tee = Callable[[bytes], object]
 BLOCK = 1 << 20
 MAX_LINE = 1 << 26
-"""A longer line is no FASTA; refusing it is what keeps the reader's memory bounded."""
+"""A longer line is no FASTA. Refusing it is what keeps the reader's memory bounded."""
 BOM = b"\xef\xbb\xbf"
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -30,8 +28,8 @@ class FastaError(ValueError):
     """A file that cannot be read as FASTA; the message names the line and what is wrong with it."""
 
 
-def whole(path: Path) -> Slice:
-    """The slice that is all of a file. Gzip is told by its first bytes, whatever the name.
+def whole_file(path: Path) -> Slice:
+    """Return the slice that is all of a file. Gzip is told by its first bytes, whatever the name.
 
     Raises
     ------
@@ -47,35 +45,44 @@ def whole(path: Path) -> Slice:
     return Slice(path, is_gzip=magic == _GZIP_MAGIC)
 
 
-def raw_blocks(piece: Slice, tee: Tee | None = None) -> Iterator[bytes]:
-    """The decompressed bytes of a slice; each block is passed to `tee`, too, for whoever wants a digest.
+def raw_blocks(slice_: Slice, tee: Tee | None = None) -> Iterator[bytes]:
+    """Yield the decompressed bytes of a slice, block by block.
+
+    Parameters
+    ----------
+    slice_
+        What to read.
+    tee
+        Called with each block before it is yielded, for example `update` of a hash.
 
     Raises
     ------
     FastaError
         If gzip is truncated or damaged.
     """
-    with open(piece.path, "rb", buffering=0) as file:
-        file.seek(piece.seek[0])
-        stream: BinaryIO = gzip.GzipFile(fileobj=file) if piece.is_gzip else file  # type: ignore[assignment]
-        position = piece.seek[1]
+    with open(slice_.path, "rb", buffering=0) as file:
+        file.seek(slice_.seek[0])
+        stream: BinaryIO = gzip.GzipFile(fileobj=file) if slice_.is_gzip else file  # type: ignore[assignment]
+        position = slice_.seek[1]
         try:
-            while piece.stop is None or position < piece.stop:
-                wanted = BLOCK if piece.stop is None else min(BLOCK, piece.stop - position)
-                if position < piece.start:
-                    wanted = min(wanted, piece.start - position)
-                block = stream.read(wanted)
+            while slice_.stop is None or position < slice_.stop:
+                size = BLOCK if slice_.stop is None else min(BLOCK, slice_.stop - position)
+                if position < slice_.start:
+                    size = min(size, slice_.start - position)
+                block = stream.read(size)
                 if not block:
                     break
                 position += len(block)
-                if position > piece.start:
+                if position > slice_.start:
                     if tee is not None:
                         tee(block)
                     yield block
-            # One byte more, so that gzip checks the sum of a block that the slice ends with; it belongs to the next record, if there is one.
-            if piece.is_gzip and piece.stop is not None and stream.read(1) not in (b"", b">"):
+            # Reading one byte more makes gzip check the sum of a block that the slice ends with.
+            # That byte begins the next record, if there is one.
+            if slice_.is_gzip and slice_.stop is not None and stream.read(1) not in (b"", b">"):
                 raise FastaError(
-                    f"damaged gzip: a block-gzip record border is not at decompressed byte {position}, where the sizes of its blocks put it"
+                    f"damaged gzip: a block-gzip record border is not at decompressed byte {position}, "
+                    "where the sizes of its blocks put it"
                 )
         except EOFError:
             raise FastaError(
@@ -83,15 +90,18 @@ def raw_blocks(piece: Slice, tee: Tee | None = None) -> Iterator[bytes]:
             ) from None
         except (gzip.BadGzipFile, zlib.error) as error:
             raise FastaError(f"damaged gzip at or before byte {file.tell()} of the file: {error}") from None
-        if piece.is_gzip and position == 0:
+        if slice_.is_gzip and position == 0:
             raise FastaError("empty gzip file: it decompresses to nothing")
 
 
-def blocks(piece: Slice, tee: Tee | None = None) -> Iterator[bytes]:
-    """The text of a slice with every line end (LF, CRLF, CR) as LF and no byte order mark; blocks may end within a line."""
+def text_blocks(slice_: Slice, tee: Tee | None = None) -> Iterator[bytes]:
+    """Yield the text of a slice with every line end (LF, CRLF, CR) as LF and without a byte order mark.
+
+    Blocks may end within a line. `tee` is called with the bytes as they are in the file.
+    """
     pending = b""
-    is_first = piece.start == 0
-    for block in raw_blocks(piece, tee):
+    is_first = slice_.start == 0
+    for block in raw_blocks(slice_, tee):
         block = pending + block
         pending = b""
         if is_first:
@@ -110,8 +120,8 @@ def blocks(piece: Slice, tee: Tee | None = None) -> Iterator[bytes]:
         yield pending.replace(b"\r", b"\n")
 
 
-def digest(piece: Slice) -> str:
-    """sha256 of the decompressed bytes of a slice.
+def text_digest(slice_: Slice) -> str:
+    """Return the sha256 of the decompressed bytes of a slice.
 
     Raises
     ------
@@ -120,14 +130,16 @@ def digest(piece: Slice) -> str:
     OSError
         If the file cannot be read.
     """
-    found = hashlib.sha256()
-    for _ in raw_blocks(piece, found.update):
+    sha256 = hashlib.sha256()
+    for _ in raw_blocks(slice_, sha256.update):
         pass
-    return found.hexdigest()
+    return sha256.hexdigest()
 
 
 class Digests:
-    """sha256 of ranges of a text that goes by once, in blocks; of each what `digest` says of such a slice.
+    """The sha256 of several ranges of a text that passes by once, in blocks.
+
+    The digest of a range is what `text_digest` returns for a slice of these bytes.
 
     Parameters
     ----------
@@ -137,26 +149,26 @@ class Digests:
 
     def __init__(self, ranges: Sequence[tuple[int, int | None]]) -> None:
         self._ranges = list(ranges)
-        self._found = [hashlib.sha256() for _ in ranges]
+        self._hashes = [hashlib.sha256() for _ in ranges]
         self.num_bytes = 0
-        """Of the text so far."""
+        """Length of the text so far."""
 
     def update(self, block: bytes) -> None:
-        """The next block."""
+        """Take the next block of the text."""
         first, after = self.num_bytes, self.num_bytes + len(block)
-        for (start, stop), found in zip(self._ranges, self._found, strict=True):
+        for (start, stop), sha256 in zip(self._ranges, self._hashes, strict=True):
             stop = after if stop is None else stop
             if start < after and stop > first:
-                found.update(block[max(0, start - first) : stop - first])
+                sha256.update(block[max(0, start - first) : stop - first])
         self.num_bytes = after
 
     def hexdigests(self) -> list[str]:
-        """Of the text so far."""
-        return [found.hexdigest() for found in self._found]
+        """Return the digest of each range, as far as the text has come."""
+        return [sha256.hexdigest() for sha256 in self._hashes]
 
 
-def lines(piece: Slice, tee: Tee | None = None) -> Iterator[bytes]:
-    """The lines of a slice, without their ends.
+def text_lines(slice_: Slice, tee: Tee | None = None) -> Iterator[bytes]:
+    """Yield the lines of a slice, without their ends. `tee` is called with the bytes as they are in the file.
 
     Raises
     ------
@@ -165,7 +177,7 @@ def lines(piece: Slice, tee: Tee | None = None) -> Iterator[bytes]:
     """
     parts: list[bytes] = []
     length = 0
-    for block in blocks(piece, tee):
+    for block in text_blocks(slice_, tee):
         first, *rest = block.split(b"\n")
         parts.append(first)
         length += len(first)

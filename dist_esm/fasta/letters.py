@@ -1,4 +1,4 @@
-"""The policy for letters, one for files and notebooks: what is put right, replaced, or left out."""
+"""The policy for letters, the same for files and notebooks: which are put right, replaced, or left out."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ RESIDUES = b"ACDEFGHIKLMNPQRSTVWYXBUZO"
 """The letters that a protein may have once the residue policy has been applied."""
 
 _LOWER = bytes(range(ord("a"), ord("z") + 1))
-
-
 _REPLACE = bytes(letter if letter in RESIDUES else ord("X") for letter in range(256))
 
 
-def make_protein(header: str, letters: str, number: int, policy: ResidueConfig) -> Protein:
-    """One record under the residue policy; `number` is its own in its file, from 1.
+def make_protein(header: str, letters: str, record_number: int, policy: ResidueConfig) -> Protein:
+    """Return one record under the residue policy.
+
+    Parameters
+    ----------
+    header
+        Its header line without `>`.
+    letters
+        Its sequence as it was given.
+    record_number
+        Its place in its file, from 1.
+    policy
+        ``residues.*`` of the configuration.
 
     Raises
     ------
@@ -24,15 +33,16 @@ def make_protein(header: str, letters: str, number: int, policy: ResidueConfig) 
         If it has a letter that the policy does not let pass.
     """
     words = header.split(None, 1)
-    name = words[0] if words else f"unnamed_{number}"
-    residues, changes = put_right(letters.encode("ascii", "replace"), policy)
+    name = words[0] if words else f"unnamed_{record_number}"
+    residues, changes = fix_letters(letters.encode("ascii", "replace"), policy)
     strange = residues.translate(None, RESIDUES)
     skipped = None
     if strange:
-        kinds = ", ".join(repr(chr(letter)) for letter in sorted(set(strange)))
+        shown = ", ".join(repr(chr(letter)) for letter in sorted(set(strange)))
         if policy.unknown is Unknown.fail:
             raise FastaError(
-                f"record {number} ({name}) has letters outside the alphabet: {kinds}; residues.unknown=replace makes them X"
+                f"record {record_number} ({name}) has letters outside the alphabet: {shown}; "
+                "residues.unknown=replace makes them X"
             )
         if policy.unknown is Unknown.skip:
             residues, skipped = b"", "unknown letters"
@@ -44,8 +54,8 @@ def make_protein(header: str, letters: str, number: int, policy: ResidueConfig) 
     return Protein(name, header, residues, changes, is_unnamed=not words, skipped=skipped)
 
 
-def put_right(letters: bytes, policy: ResidueConfig) -> tuple[bytes, Changes]:
-    """Apply what the policy can put right without loss: case, gaps, and stops at the end."""
+def fix_letters(letters: bytes, policy: ResidueConfig) -> tuple[bytes, Changes]:
+    """Return the letters with case, gaps and stops at the end put right, and how many were changed."""
     if not letters.translate(None, RESIDUES):
         return letters, NO_CHANGES
     upper_cased = stops_removed = gaps_removed = 0

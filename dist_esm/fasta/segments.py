@@ -1,4 +1,4 @@
-"""What one forward sees of a protein: all of it, its first residues, or overlapping windows.
+"""Segments: one forward sees all of a protein, its first residues, or one of several overlapping windows.
 
 Files, notebooks and the checks of both cut proteins here, so that all of them see the same segments.
 """
@@ -17,7 +17,7 @@ from dist_esm.types import Protein, RecordOutcome, Segment
 
 
 class Span(NamedTuple):
-    """The residues of one segment, and those of them that the protein's embedding takes from it; counted from 0 in the protein."""
+    """The residues of one segment and those that the embedding takes from it, from 0 in the protein."""
 
     start: int
     stop: int
@@ -30,7 +30,12 @@ def apply_length_policy(protein: Protein, config: Config) -> tuple[Protein, Reco
 
     Returns
     -------
-    the protein, marked as skipped if the policy leaves it out; what becomes of it; the span of each of its segments
+    Protein
+        Marked as skipped if the policy leaves it out.
+    RecordOutcome
+        How the record ends if nothing fails.
+    list of Span
+        One for each of its segments, in order; empty if it is skipped.
 
     Raises
     ------
@@ -55,8 +60,8 @@ def apply_length_policy(protein: Protein, config: Config) -> tuple[Protein, Reco
 def windows(num_residues: int, width: int, overlap: int) -> list[Span]:
     """Cut a long protein into overlapping windows of equal width.
 
-    Each residue is taken from the window in which it is most central; ties go to the earlier window. The last window
-    is moved back to end with the protein.
+    Neighbours share at least `overlap` residues: the last window is moved back to end with the protein.
+    Each residue is taken from the window in which it is most central; ties go to the earlier window.
     """
     starts = [*range(0, num_residues - width, width - overlap), num_residues - width]
     borders = [0, *((a + b + width + 1) // 2 for a, b in pairwise(starts)), num_residues]
@@ -65,12 +70,12 @@ def windows(num_residues: int, width: int, overlap: int) -> list[Span]:
 
 
 def num_embedded(spans: Iterable[Span]) -> int:
-    """Residues that the embedding is made of."""
+    """Return the number of residues that the embedding is made of."""
     return sum(span.keep_stop - span.keep_start for span in spans)
 
 
 def make_segments(protein_index: int, residues: bytes, spans: Sequence[Span]) -> list[Segment]:
-    """Cut a protein, given its residues up to the last span's end, into segments that carry its index."""
+    """Cut a protein into segments that carry its index. `residues` must reach the last span's end."""
     return [
         Segment(
             protein_index,

@@ -1,4 +1,10 @@
-"""Slices of whole records: counted by passes over bytes, cut at record borders without reading the file."""
+"""Slices of whole records: counted by passes over bytes, cut at record borders without reading the file.
+
+Counting is a few numpy passes over blocks of the file. A record is a line that begins with ``>``, which is
+the parser's own rule, so both find the same number of records. Cutting never reads a plain file: it jumps
+to a byte and looks for the next record's border. A block-gzip file is entered at the block that holds the
+byte.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +16,27 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_esm.fasta.blocks import blocks, raw_blocks
+from dist_esm.fasta.blocks import raw_blocks, text_blocks
 from dist_esm.types import Count, Slice
 
 _BORDER = re.compile(rb"[\r\n]>")
-
-
 _NEWLINE, _HEADER, _COMMENT = b"\n>;"
 
 
-def count(piece: Slice, max_residues: int | None = None) -> Count:
-    """Count the records, residues and lines of a slice.
+def count_records(slice_: Slice, max_residues: int | None = None) -> Count:
+    """Count the records, the bytes of sequence lines, and the lines of a slice.
 
     Parameters
     ----------
-    piece
+    slice_
         What to count.
     max_residues
         Residues that one forward sees of a record, for `Count.squares`; None: all.
+
+    Returns
+    -------
+    Count
+        A scan knows no policy for letters: `residues` are bytes of sequence lines, blanks and gaps included.
 
     Raises
     ------
@@ -40,10 +49,9 @@ def count(piece: Slice, max_residues: int | None = None) -> Count:
     sequences = residues = squares = num_lines = 0
     open_record = 0  # residues so far of the record that the last block ended in
     in_record = False
-    carried: bool | None = (
-        None  # whether the line that the last block ended in holds residues; None: it ended at a line end
-    )
-    for block in blocks(piece):
+    # True if the line that the last block ended in holds residues; None if that block ended at a line end.
+    carried: bool | None = None
+    for block in text_blocks(slice_):
         data = np.frombuffer(block, dtype=np.uint8)
         ends = np.flatnonzero(data == _NEWLINE)
         starts = np.empty(len(ends) + 1, dtype=np.int64)
@@ -80,60 +88,63 @@ def count(piece: Slice, max_residues: int | None = None) -> Count:
     return Count(sequences, residues, squares, num_lines + (carried is not None))
 
 
-def cut(piece: Slice, num_bytes: int, num_slices: int) -> list[Slice]:
+def cut_slice(slice_: Slice, num_bytes: int, num_slices: int) -> list[Slice]:
     """Cut a slice at record borders into at most `num_slices` of about equal size.
 
     Parameters
     ----------
-    piece
-        What to cut. Gzip that is not block-gzip comes back whole.
+    slice_
+        What to cut.
     num_bytes
-        The size of its file on disk.
+        Size of its file on disk.
     num_slices
-        How many slices are wanted.
+        Largest number of slices.
+
+    Returns
+    -------
+    list of Slice
+        In order. Gzip that is not block-gzip is not cut.
     """
-    index = _bgzf_index(piece.path) if piece.is_gzip else None
-    if num_slices < 2 or (piece.is_gzip and index is None):
-        return [piece]
-    end = piece.stop if piece.stop is not None else (index[-1][1] if index else num_bytes)
-    borders = [piece.start]
-    for number in range(1, num_slices):
-        target = piece.start + (end - piece.start) * number // num_slices
+    index = _bgzf_index(slice_.path) if slice_.is_gzip else None
+    if num_slices < 2 or (slice_.is_gzip and index is None):
+        return [slice_]
+    end = slice_.stop if slice_.stop is not None else (index[-1][1] if index else num_bytes)
+    borders = [slice_.start]
+    for index_of_cut in range(1, num_slices):
+        target = slice_.start + (end - slice_.start) * index_of_cut // num_slices
         if target > borders[-1]:  # else the last border is the next one after this byte, too
-            borders.append(_next_record(piece, target, end, index))
+            borders.append(_next_record(slice_, target, end, index))
     borders = [border for border in borders if border < end] + [end]
     slices = [
-        Slice(
-            piece.path, start, stop, _entry(index, start) if piece.is_gzip else (start, start), piece.is_gzip
-        )
+        Slice(slice_.path, start, stop, _entry(index, start), slice_.is_gzip)
         for start, stop in pairwise(borders)
     ]
-    return slices or [piece]
+    return slices or [slice_]
 
 
 def _entry(index: list[tuple[int, int]] | None, offset: int) -> tuple[int, int]:
-    """Where to enter a file to read its text from an offset."""
+    """Return where to enter a file to read on from an offset in its text: (file offset, text offset)."""
     if index is None:
         return (offset, offset)
     return index[max(0, bisect_right(index, offset, key=lambda entry: entry[1]) - 1)]
 
 
-def _next_record(piece: Slice, target: int, end: int, index: list[tuple[int, int]] | None) -> int:
-    """Offset of the first record at or after a byte that is not a slice's first."""
+def _next_record(slice_: Slice, target: int, end: int, index: list[tuple[int, int]] | None) -> int:
+    """Return the offset of the first record at or after a byte that is not a slice's first."""
     start = target - 1
     position, last = start, b""
-    for block in raw_blocks(Slice(piece.path, start, end, _entry(index, start), piece.is_gzip)):
-        if found := _BORDER.search(last + block):
-            return position - len(last) + found.end() - 1
+    for block in raw_blocks(Slice(slice_.path, start, end, _entry(index, start), slice_.is_gzip)):
+        if border := _BORDER.search(last + block):
+            return position - len(last) + border.end() - 1
         position += len(block)
         last = block[-1:]
     return end
 
 
 def _bgzf_index(path: Path) -> list[tuple[int, int]] | None:
-    """(offset in the file, offset in the text) of each block of a block-gzip file, the end as the last; None: not block-gzip.
+    """Return (offset in the file, offset in the text) of each block of a block-gzip file, and of its end.
 
-    Source: the SAM/BAM format specification, section 4.1.
+    None if it is not block-gzip. Source: the SAM/BAM format specification, section 4.1.
     """
     entries = []
     offset = text = 0

@@ -22,13 +22,13 @@ from dist_esm.atomic import atomically, fingerprint
 from dist_esm.attempt import as_value
 from dist_esm.config import Config, Include
 from dist_esm.distributed import World
-from dist_esm.fasta.blocks import Digests, Tee, whole
+from dist_esm.fasta.blocks import Digests, Tee, whole_file
 from dist_esm.fasta.parser import read_proteins
 from dist_esm.fasta.segments import apply_length_policy, num_embedded
 from dist_esm.outputs.journal import Entry
 from dist_esm.outputs.journal import read as read_journal
 from dist_esm.outputs.load import EmbeddingSet, load
-from dist_esm.planning.assign import assign
+from dist_esm.planning.assign import assign_to_bins
 from dist_esm.planning.inputs import find_files
 from dist_esm.types import Count, FastaFile, Unit
 
@@ -75,9 +75,8 @@ def verify(config: Config, world: World) -> int:
     reasons |= dict.fromkeys(report["not_attempted"], "not attempted: the run was stopped before it")
     findings: list[Finding] = []
     num_proteins = 0
-    mine = assign([file.num_bytes for file in files], [str(file.path) for file in files], world.world_size)[
-        world.rank
-    ]
+    sizes, paths = [file.num_bytes for file in files], [str(file.path) for file in files]
+    mine = assign_to_bins(sizes, paths, world.world_size)[world.rank]
     for number in mine:
         path = str(files[number].path)
         entry = done.get(path) or moved.get(str(files[number].output))
@@ -86,11 +85,7 @@ def verify(config: Config, world: World) -> int:
                 Finding(path, reasons.get(path, "not in report.json: it was not part of the run"))
             )
             continue
-        found = as_value(
-            lambda number=number, entry=entry: list(
-                check_file(files[number], entry["outputs"], journal, settings)
-            )
-        )  # type: ignore[misc]
+        found = as_value(list, check_file(files[number], entry["outputs"], journal, settings))
         problems = [f"{type(found).__name__}: {found}"] if isinstance(found, Exception) else found
         findings += [Finding(path, problem) for problem in problems]
         num_proteins += entry["sequences"]
@@ -208,7 +203,7 @@ def check_file(
 
 def expected_records(file: FastaFile, settings: Config, tee: Tee) -> tuple[list[str], list[int]]:
     """Ids and embedded residues of the records of a file that get an embedding, in order; its text goes to `tee`."""
-    unit = Unit(0, 0, whole(file.path), Count(), Count(), is_whole=True)
+    unit = Unit(0, 0, whole_file(file.path), Count(), Count(), is_whole=True)
     ids, lengths = [], []
     for protein in read_proteins(unit, settings.residues, tee):
         shaped, _, spans = apply_length_policy(protein, settings)

@@ -1,4 +1,4 @@
-"""Paths, directories and globs to the input files and their outputs."""
+"""Input files and their outputs, from paths, directories and globs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 from dist_esm.types import FastaFile
 
 SUFFIXES = (".fasta", ".fa", ".faa", ".fas")
-
-
 PASSED_OVER = (".", "~")
 """Beginnings of hidden and temporary names."""
 
@@ -19,16 +17,35 @@ PASSED_OVER = (".", "~")
 def find_files(inputs: Sequence[str]) -> list[FastaFile]:
     """Resolve paths, directories and globs to FASTA files with their outputs, in a stable order.
 
-    A file named outright is taken, hidden or not, link or not. Directories are searched recursively: hidden and temporary names
-    are skipped, links are followed, and a file or directory that a search or a glob can reach in two ways is taken once, under
-    its real name if that is one of them.
+    A file named outright is taken, hidden or not, link or not. Directories are searched recursively: hidden
+    and temporary names are skipped, links are followed, and a file or directory that a search or a glob can
+    reach in two ways is taken once, under its real name if that is one of them.
+
+    Parameters
+    ----------
+    inputs
+        Paths of files or directories, or patterns as `glob.glob` takes them.
+
+    Returns
+    -------
+    list of FastaFile
+        Sorted by path.
 
     Raises
     ------
     ValueError
         If a path does not exist or holds no FASTA file, or if two inputs would share an output.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     Path(folder, "viruses").mkdir()
+    ...     _ = Path(folder, "viruses", "a.fasta").write_text(">a\\nMKV\\n")
+    ...     [file.output.as_posix() for file in find_files([folder])]
+    ['viruses/a_ESM']
     """
-    found: dict[Path, None] = {}
+    candidates: dict[Path, None] = {}
     outright: set[Path] = set()
     roots: list[Path] = []
     for item in inputs:
@@ -58,19 +75,23 @@ def find_files(inputs: Sequence[str]) -> list[FastaFile]:
             ]
             if not matches:
                 raise ValueError(
-                    f"input={item} matches no FASTA file ({_suffixes()}): check the pattern, and quote it for the shell"
+                    f"input={item} matches no FASTA file ({_suffixes()}): "
+                    "check the pattern, and quote it for the shell"
                 )
             root = Path(os.path.commonpath([match.parent for match in matches]))
         else:
             raise ValueError(
                 f"input={item} does not exist: name a FASTA file, a directory, a glob or a list of these"
             )
-        found.update(dict.fromkeys(matches))
+        candidates.update(dict.fromkeys(matches))
         roots.append(root)
     root = Path(os.path.commonpath(roots))
-    real = {path: os.path.realpath(path) for path in found}
+    real = {path: os.path.realpath(path) for path in candidates}
     names: dict[str, Path] = {}
-    for path in sorted(found, key=lambda path: (path not in outright, real[path] != str(path), str(path))):
+    # Named outright first, then real names, then links: of two ways to one file the first counts.
+    for path in sorted(
+        candidates, key=lambda path: (path not in outright, real[path] != str(path), str(path))
+    ):
         names.setdefault(str(path) if path in outright else real[path], path)
     files = []
     for path in sorted(names.values(), key=str):
@@ -85,7 +106,7 @@ def find_files(inputs: Sequence[str]) -> list[FastaFile]:
 
 
 def refuse_nested(files: Sequence[FastaFile]) -> None:
-    """For a format whose outputs are folders: no output may lie inside another.
+    """Refuse outputs inside other outputs, for a format whose outputs are folders.
 
     Raises
     ------
@@ -97,7 +118,8 @@ def refuse_nested(files: Sequence[FastaFile]) -> None:
         outer = next((by_output[folder] for folder in file.output.parents if folder in by_output), None)
         if outer is not None:
             raise ValueError(
-                f"{file.path} would be written inside the output folder of {outer}: rename one, or embed them into two output_dirs"
+                f"{file.path} would be written inside the output folder of {outer}: "
+                "rename one, or embed them into two output_dirs"
             )
 
 
@@ -106,7 +128,7 @@ def _suffixes() -> str:
 
 
 def _stem(path: Path) -> str:
-    """The name without its FASTA suffix."""
+    """Return the name without its FASTA suffix."""
     name = path.name[:-3] if path.name.lower().endswith(".gz") else path.name
     return name[: name.rindex(".")]
 
@@ -120,7 +142,7 @@ def _is_fasta(path: Path) -> bool:
 
 
 def _search(directory: Path) -> Iterator[Path]:
-    """FASTA files below a directory; real names win over links, and no directory is entered twice."""
+    """Yield FASTA files below a directory; real names win over links, and no directory is entered twice."""
     entered: set[str] = set()
     files: dict[str, Path] = {}
 
@@ -134,9 +156,8 @@ def _search(directory: Path) -> Iterator[Path]:
             path = Path(entry.path)
             if entry.name.startswith(PASSED_OVER):
                 continue
-            target = (
-                path if entry.is_symlink() else entry
-            )  # a path takes a link to itself for no file, an entry raises
+            # A path takes a link to itself for no file, an entry raises.
+            target = path if entry.is_symlink() else entry
             if target.is_dir():
                 (links if entry.is_symlink() else folders).append(path)
             elif target.is_file() and _is_fasta(path):
@@ -159,5 +180,6 @@ def _refuse_collisions(files: Sequence[FastaFile]) -> None:
         other = taken.setdefault(file.output, file.path)
         if other != file.path:
             raise ValueError(
-                f"{other} and {file.path} would both be written to {file.output}: rename one, or embed them into two output_dirs"
+                f"{other} and {file.path} would both be written to {file.output}: "
+                "rename one, or embed them into two output_dirs"
             )

@@ -1,7 +1,7 @@
-"""Which files, cut into which units, at what cost, on which rank.
+"""The plan: files, the units they are cut into, and the rank that takes each.
 
-Finding files reads directories; cutting looks at a few record borders of large files; everything after that is pure: the same
-inputs give the same plan on every rank, and the run compares digests of it before any work.
+Cutting looks at a few record borders of large files. Everything after that is pure: the same inputs give
+the same plan on every rank, and the run compares digests of it before any work.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 from dist_esm.config import AssignBy
-from dist_esm.fasta.blocks import FastaError, whole
-from dist_esm.fasta.slices import count, cut
-from dist_esm.planning.assign import assign, cost
+from dist_esm.fasta.blocks import FastaError, whole_file
+from dist_esm.fasta.slices import count_records, cut_slice
+from dist_esm.planning.assign import assign_to_bins, unit_cost
 from dist_esm.types import Count, FastaFile, JoinedFile, Slice, Unit, UnitResult
 
 MAX_UNIT_BYTES = 32 << 20
 MIN_UNIT_BYTES = 64 << 10
+
+CountedSlice = tuple[int, Slice, Count, str | None]
+"""Index of a file, a slice of it, what it holds, and why it cannot be read, if so."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,10 @@ class Plan:
     done: tuple[UnitResult, ...] = ()
     """Units that an earlier launch finished; they are in no bin."""
     joined: Mapping[int, JoinedFile] = field(default_factory=dict)
-    """Files whose pieces an earlier launch joined, with their outputs; their units are all done."""
+    """Files whose shards an earlier launch joined, with their outputs; their units are all done."""
 
     def digest(self) -> str:
-        """A fingerprint of files, units and bins."""
+        """Return a fingerprint of files, units and bins."""
         done = [(result.file, result.ordinal) for result in self.done], sorted(self.joined)
         text = json.dumps(
             [[asdict(item) for item in self.files], [asdict(item) for item in self.units], self.bins, done],
@@ -46,107 +49,104 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def units_of(self, file: int) -> Sequence[Unit]:
-        """The units of a file, in order."""
+        """Return the units of a file, in order."""
         return self._by_file[file]
 
     def unit(self, file: int, ordinal: int) -> Unit:
-        """A unit by its file and its place in it."""
+        """Return a unit by its file and its place in it."""
         return self._by_file[file][ordinal]
 
     @cached_property
     def _by_file(self) -> dict[int, list[Unit]]:
-        found: dict[int, list[Unit]] = {number: [] for number in range(len(self.files))}
+        by_file: dict[int, list[Unit]] = {file: [] for file in range(len(self.files))}
         for unit in self.units:
-            found[unit.file].append(unit)
-        return found
+            by_file[unit.file].append(unit)
+        return by_file
 
 
 def cut_files(files: Sequence[FastaFile], unit_share: float) -> list[tuple[int, Slice, str | None]]:
-    """Slices of every file: (index of the file, slice, why it cannot be read), in the files' order.
+    """Cut every file into slices, in the files' order.
 
-    A file is cut if it can be (plain text or block-gzip) and is larger than `unit_share` of all bytes, or than `MAX_UNIT_BYTES`.
-    The cuts do not depend on the number of ranks, so that any number of them can go on from what others left.
-    """
-    unit_bytes = unit_size(sum(file.num_bytes for file in files), unit_share)
-    slices: list[tuple[int, Slice, str | None]] = []
-    for number, file in enumerate(files):
-        try:
-            piece = whole(file.path)
-            pieces = cut(piece, file.num_bytes, math.ceil(file.num_bytes / unit_bytes))
-            slices.extend((number, piece, None) for piece in pieces)
-        except (OSError, FastaError) as error:
-            slices.append(
-                (
-                    number,
-                    Slice(file.path),
-                    f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error),
-                )
-            )
-    return slices
-
-
-def unit_size(total_bytes: int, unit_share: float) -> int:
-    """Bytes above which a file is cut."""
-    return (
-        total_bytes + 1
-        if unit_share == 1
-        else max(MIN_UNIT_BYTES, min(MAX_UNIT_BYTES, int(total_bytes * unit_share)))
-    )
-
-
-def count_slice(
-    piece: Slice, max_residues: int | None, max_sequences: int, is_cut: bool
-) -> tuple[list[tuple[Slice, Count]], str | None]:
-    """Count a slice; one of a cut file that holds more than `max_sequences` is cut again, so that no part of an output has more.
+    A file is cut if it can be (plain text or block-gzip) and is larger than `unit_share` of all bytes, or
+    than `MAX_UNIT_BYTES`. The cuts do not depend on the number of ranks, so any number of them can resume a
+    run.
 
     Returns
     -------
-    (slice, count) pairs in order, and why the slice could not be read, if so
+    list of (int, Slice, str or None)
+        Index of the file, a slice of it, and why it cannot be read, if so.
+    """
+    unit_bytes = unit_size(sum(file.num_bytes for file in files), unit_share)
+    slices: list[tuple[int, Slice, str | None]] = []
+    for index, file in enumerate(files):
+        try:
+            num_slices = math.ceil(file.num_bytes / unit_bytes)
+            file_slices = cut_slice(whole_file(file.path), file.num_bytes, num_slices)
+            slices.extend((index, slice_, None) for slice_ in file_slices)
+        except (OSError, FastaError) as error:
+            slices.append((index, Slice(file.path), reason(error)))
+    return slices
+
+
+def reason(error: OSError | FastaError) -> str:
+    """Return why a file cannot be read, as its failure will say it."""
+    return f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)
+
+
+def unit_size(total_bytes: int, unit_share: float) -> int:
+    """Return the number of bytes above which a file is cut."""
+    if unit_share == 1:
+        return total_bytes + 1
+    return max(MIN_UNIT_BYTES, min(MAX_UNIT_BYTES, int(total_bytes * unit_share)))
+
+
+def count_slice(
+    slice_: Slice, max_residues: int | None, max_sequences: int, is_cut: bool
+) -> tuple[list[tuple[Slice, Count]], str | None]:
+    """Count a slice; if it is of a cut file and holds more than `max_sequences`, cut it again.
+
+    No part of an output has more records than that.
+
+    Returns
+    -------
+    list of (Slice, Count)
+        In order.
+    str or None
+        Why the slice cannot be read, if so.
     """
     try:
-        found = count(piece, max_residues)
-        if not is_cut or found.sequences <= max_sequences:
-            return [(piece, found)], None
-        smaller = cut(piece, 0, math.ceil(found.sequences / max_sequences) + 1)
+        count = count_records(slice_, max_residues)
+        if not is_cut or count.sequences <= max_sequences:
+            return [(slice_, count)], None
+        smaller = cut_slice(slice_, 0, math.ceil(count.sequences / max_sequences) + 1)
         if len(smaller) == 1:
-            return [(piece, found)], None
-        counted = [count_slice(one, max_residues, max_sequences, is_cut) for one in smaller]
-        return [pair for pairs, _ in counted for pair in pairs], next(
-            (reason for _, reason in counted if reason), None
-        )
+            return [(slice_, count)], None
+        counted = [count_slice(part, max_residues, max_sequences, is_cut) for part in smaller]
+        unreadable = next((problem for _, problem in counted if problem), None)
+        return [pair for pairs, _ in counted for pair in pairs], unreadable
     except (OSError, FastaError) as error:
-        return [(piece, Count())], f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(
-            error
-        )
+        return [(slice_, Count())], reason(error)
 
 
-def make_units(counted: Sequence[tuple[int, Slice, Count, str | None]], max_sequences: int) -> list[Unit]:
+def make_units(counted: Sequence[CountedSlice], max_sequences: int) -> list[Unit]:
     """Number the slices of each file and tell each what comes before it.
 
-    A file of more than `max_sequences` records is written as parts of so many: each of its units knows the number of its first.
+    A file of more than `max_sequences` records is written as numbered parts of so many: each of its units
+    knows the number of its first part.
     """
-    by_file: dict[int, list[tuple[Slice, Count, str | None]]] = {}
-    for file, piece, found, unreadable in counted:
-        by_file.setdefault(file, []).append((piece, found, unreadable))
+    by_file: dict[int, list[CountedSlice]] = {}
+    for item in counted:
+        by_file.setdefault(item[0], []).append(item)
     units: list[Unit] = []
-    for file, slices in by_file.items():
-        is_parted = sum(found.sequences for _, found, _ in slices) > max_sequences
+    for slices in by_file.values():
+        is_parted = sum(count.sequences for _, _, count, _ in slices) > max_sequences
         before, part = Count(), 0
-        for ordinal, (piece, found, unreadable) in enumerate(slices):
-            units.append(
-                Unit(
-                    file,
-                    ordinal,
-                    piece,
-                    found,
-                    before,
-                    len(slices) == 1,
-                    part if is_parted else None,
-                    unreadable,
-                )
-            )
-            before += found
-            part += max(1, math.ceil(found.sequences / max_sequences))
+        for ordinal, (file, slice_, count, unreadable) in enumerate(slices):
+            first_part = part if is_parted else None
+            is_whole = len(slices) == 1
+            units.append(Unit(file, ordinal, slice_, count, before, is_whole, first_part, unreadable))
+            before += count
+            part += max(1, math.ceil(count.sequences / max_sequences))
     return units
 
 
@@ -162,7 +162,8 @@ def make_plan(
     """Assign the units that are not done to ranks."""
     finished = {(result.file, result.ordinal) for result in done}
     missing = [index for index, unit in enumerate(units) if (unit.file, unit.ordinal) not in finished]
-    costs = [cost(units[index], assign_by, embed_dim) for index in missing]
+    costs = [unit_cost(units[index], assign_by, embed_dim) for index in missing]
     keys = [(str(files[units[index].file].path), units[index].ordinal) for index in missing]
-    bins = tuple(tuple(missing[item] for item in own) for own in assign(costs, keys, num_workers))
+    assigned = assign_to_bins(costs, keys, num_workers)
+    bins = tuple(tuple(missing[item] for item in own) for own in assigned)
     return Plan(tuple(files), tuple(units), bins, tuple(done), joined or {})

@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 
 from dist_esm.config import Include, Letter, Long, ResidueConfig, Unknown
 from dist_esm.fasta import blocks as scan
-from dist_esm.fasta.blocks import FastaError, raw_blocks, whole
+from dist_esm.fasta import slices
+from dist_esm.fasta.blocks import FastaError, raw_blocks, whole_file
 from dist_esm.fasta.letters import RESIDUES
 from dist_esm.fasta.parser import read_proteins
 from dist_esm.fasta.segments import windows
-from dist_esm.fasta.slices import count, cut
+from dist_esm.fasta.slices import count_records, cut_slice
 from dist_esm.fasta.tokens import tokenize
 from dist_esm.pipeline.packer import Packer
 from dist_esm.pipeline.reader import Reader
@@ -641,7 +642,9 @@ def test_counts_are_those_of_the_parser_wherever_blocks_end(tmp_path, monkeypatc
         monkeypatch.setattr(scan, "BLOCK", block)
         for limit in (None, 1, 17):
             squares = sum(min(length, limit or length) ** 2 for length in lengths)
-            assert count(whole(path), limit) == Count(len(parsed), sum(lengths), squares, num_lines)
+            assert count_records(whole_file(path), limit) == Count(
+                len(parsed), sum(lengths), squares, num_lines
+            )
         assert count_sequences(path) == len(parsed)
         assert count_sequences(write(tmp_path / "a.fasta.gz", gzip.compress(path.read_bytes()))) == len(
             parsed
@@ -664,19 +667,19 @@ def test_slices_hold_exactly_the_records_of_the_file(tmp_path, kind, end):
     content = (b"\xef\xbb\xbf" if kind == "bom" else b"") + cut_text(len(kind), end)
     is_bgzf = kind.startswith("bgzf")
     path = write(tmp_path / "a.fasta", block_gzip(content, int(kind.split()[1])) if is_bgzf else content)
-    all_of_it = whole(path)
-    right, total = read(all_of_it), count(all_of_it)
+    all_of_it = whole_file(path)
+    right, total = read(all_of_it), count_records(all_of_it)
     assert len(right) == 25
     for num_slices in (1, 2, 3, 4, 5, 7, 11, 18, 40, 200):
-        slices = cut(all_of_it, path.stat().st_size, num_slices)
+        slices = cut_slice(all_of_it, path.stat().st_size, num_slices)
         assert len(slices) <= num_slices
         assert num_slices == 1 or (slices[0].start, slices[-1].stop) == (0, len(content))
         assert all(a.stop == b.start and content[b.start : b.start + 1] == b">" for a, b in pairwise(slices))
         assert b"".join(block for piece in slices for block in raw_blocks(piece)) == content
-        counts = [count(piece) for piece in slices]
+        counts = [count_records(piece) for piece in slices]
         assert sum(counts, Count()) == total
         assert [record for piece in slices for record in read(piece)] == right
-        again = [smaller for piece in slices for smaller in cut(piece, 0, 3)]
+        again = [smaller for piece in slices for smaller in cut_slice(piece, 0, 3)]
         assert [record for piece in again for record in read(piece)] == right
 
 
@@ -684,17 +687,17 @@ def test_slices_are_of_about_equal_size_and_ordinary_gzip_is_not_cut(tmp_path):
     text = "".join(f">r{i}\n{sequence(80, i)}\n" for i in range(1000)).encode()
     plain, blocked = write(tmp_path / "a.fasta", text), write(tmp_path / "b.fasta.gz", block_gzip(text, 1000))
     for path in (plain, blocked):
-        slices = cut(whole(path), path.stat().st_size, 10)
+        slices = cut_slice(whole_file(path), path.stat().st_size, 10)
         assert len(slices) == 10
         assert max((piece.stop or 0) - piece.start for piece in slices) < len(text) / 10 + 200
     ordinary = write(tmp_path / "c.fasta.gz", gzip.compress(text))
-    assert cut(whole(ordinary), ordinary.stat().st_size, 10) == [whole(ordinary)]
+    assert cut_slice(whole_file(ordinary), ordinary.stat().st_size, 10) == [whole_file(ordinary)]
 
 
 def test_finding_borders_reads_a_file_once_however_few_there_are(tmp_path, monkeypatch):
     path = write(tmp_path / "a.fasta", ">only\n" + "MK\n" * 100_000)
     read_bytes = 0
-    original = scan.raw_blocks
+    original = slices.raw_blocks
 
     def counting(piece):
         nonlocal read_bytes
@@ -702,21 +705,21 @@ def test_finding_borders_reads_a_file_once_however_few_there_are(tmp_path, monke
             read_bytes += len(block)
             yield block
 
-    monkeypatch.setattr(scan, "raw_blocks", counting)
-    assert len(cut(whole(path), path.stat().st_size, 500)) == 1
-    assert read_bytes <= path.stat().st_size
+    monkeypatch.setattr(slices, "raw_blocks", counting)
+    assert len(cut_slice(whole_file(path), path.stat().st_size, 500)) == 1
+    assert 0 < read_bytes <= path.stat().st_size
 
 
 def test_block_gzip_of_empty_blocks_only_is_an_empty_gzip(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "MIN_UNIT_BYTES", 100)
     empty = write(tmp_path / "a.fasta.gz", bgzf._bgzf_eof * 50)
-    assert cut(whole(empty), empty.stat().st_size, 5) == [whole(empty)]
+    assert cut_slice(whole_file(empty), empty.stat().st_size, 5) == [whole_file(empty)]
     assert "decompresses to nothing" in failure_of(
         tmp_path, bgzf._bgzf_eof * 50, "a.fasta.gz", unit_share=0.1
     )
     tiny = write(tmp_path / "b.fasta.gz", bgzf._bgzf_eof * 50 + block_gzip(b">\n"))
-    assert cut(whole(tiny), tiny.stat().st_size, 9)[0].start == 0
-    assert [record for piece in cut(whole(tiny), 0, 9) for record in read(piece)] == [("", b"")]
+    assert cut_slice(whole_file(tiny), tiny.stat().st_size, 9)[0].start == 0
+    assert [record for piece in cut_slice(whole_file(tiny), 0, 9) for record in read(piece)] == [("", b"")]
 
 
 def damage(content: bytes, field: str, block: int) -> bytes:

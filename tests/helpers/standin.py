@@ -19,7 +19,7 @@ from esm.data import Alphabet
 from dist_esm.atomic import Output, written_file
 from dist_esm.config import Config, ModelConfig
 from dist_esm.distributed import World
-from dist_esm.fasta.blocks import digest, whole
+from dist_esm.fasta.blocks import text_digest, whole_file
 from dist_esm.jobs.embed import join_cut_files
 from dist_esm.jobs.report import Report, make_report
 from dist_esm.jobs.setup import make_output_dir
@@ -219,7 +219,7 @@ def embed_directory(
     make_output_dir(output_dir)
     write_settings(output_dir, {})
     journal = Journal(output_dir, new_launch(), 0)
-    plan = agree_on_plan(config, files, world)
+    plan = agree_on_plan(config, files, [], world)
     after_plan()
     assert config.toks_per_batch is not None
     engine = StandIn(
@@ -250,7 +250,11 @@ def embed_directory(
 def journal_of(source: Path, output: Path) -> dict[str, Entry]:
     """What a run that keeps a journal would have in it of an output just below `output_dir`, by the output's name."""
     written = written_file(output.parent, Output(output))
-    return {output.name: Entry(output.stem, [(0, None)], [digest(whole(source))], [written], Tally(), 0, 1.0)}
+    return {
+        output.name: Entry(
+            output.stem, [(0, None)], [text_digest(whole_file(source))], [written], Tally(), 0, 1.0
+        )
+    }
 
 
 def accounts_add_up(report: Report) -> bool:

@@ -25,7 +25,7 @@ from conftest import (
     relative_error,
     run_ranks,
 )
-from dist_esm.fasta.blocks import raw_blocks, whole
+from dist_esm.fasta.blocks import raw_blocks, whole_file
 
 MODEL = "model=esm2_t6_8M_UR50D"
 OUTPUTS = ["large_ESM.pt", "medium_ESM.pt", "viruses/small_ESM.pt", "viruses/tiny_ESM.pt"]
@@ -39,7 +39,7 @@ def digests(output_dir: Path) -> dict[str, str]:
 
 
 def sequences(path: Path) -> dict[str, str]:
-    text = b"".join(raw_blocks(whole(path))).decode()
+    text = b"".join(raw_blocks(whole_file(path))).decode()
     return {record.id: str(record.seq) for record in SeqIO.parse(io.StringIO(text), "fasta")}
 
 

@@ -94,7 +94,7 @@ def sample_together(
     config: Config, files: list[FastaFile], world: World
 ) -> tuple[list[Sampled], int, list[str]]:
     """The sample, how many proteins it was drawn from, and what could not be read. Each rank reads its bin of the plan."""
-    plan = agree_on_plan(config, files, world)
+    plan = agree_on_plan(config, files, [], world)
     sampler, unread = draw((plan.units[index] for index in plan.bins[world.rank]), files, config)
     told = world.all_gather((sampler.candidates(), sampler.num_seen, unread))
     proteins = choose((one for kept, _, _ in told for one in kept), config.selfcheck.proteins)
