@@ -82,7 +82,7 @@ def give_up(reason: str) -> None:
 def start(config: Config | None, problem: str | None) -> int:
     """Join the other ranks and run, or refuse with all problems of all ranks, said once."""
     gc.disable()  # imports make a million objects and no garbage
-    from dist_esm.distributed import RefusedError, World, setup_logging
+    from dist_esm.distributed import LostRankError, RefusedError, World, setup_logging
     from dist_esm.jobs.embed import run
     from dist_esm.jobs.selfcheck.job import selfcheck
     from dist_esm.jobs.verify import verify
@@ -91,12 +91,16 @@ def start(config: Config | None, problem: str | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may be any bytes
-    with World.connect() as world:
+    heartbeat_timeout = Config().heartbeat_timeout if config is None else config.heartbeat_timeout
+    with World.connect(heartbeat_timeout) as world:
         setup_logging(world.rank)
         try:
             world.agree(problem)
             assert config is not None
             return {Job.embed: run, Job.selfcheck: selfcheck, Job.verify: verify}[config.job](config, world)
+        except LostRankError as lost:
+            print(f"dist_esm: error: {lost}: start it again, it goes on from what is done", file=sys.stderr)
+            return 1
         except RefusedError as refused:
             if world.is_main:
                 for line in refused.problems:

@@ -203,6 +203,8 @@ class Config:
     """A file of more proteins than this is written as numbered parts of at most so many."""
     max_consecutive_failures: int = 3
     """So many failed units in a row on one rank stop the run."""
+    heartbeat_timeout: float = 60.0
+    """A rank that gives no sign of life for so many seconds counts as lost, and the run ends as aborted."""
     resume: bool = True
     """Skip units that the journal has as done under the same settings."""
     selfcheck: SelfcheckConfig = field(default_factory=SelfcheckConfig)
@@ -309,6 +311,8 @@ NEEDS = {Format.h5: "h5py", Format.parquet: "pyarrow", Format.safetensors: "safe
 """Package that writes a format, or reads it back."""
 
 
+LEAST_HEARTBEAT = 5.0
+"""Seconds; a rank gives a sign of life every two."""
 LEAST = {
     "truncation_seq_length": 1,
     "toks_per_batch": 3,
@@ -347,6 +351,9 @@ def check(config: Config) -> None:
         value = getattr(config, key)
         if value is not None and value < least:
             raise ValueError(f"{key}={value} is too small: use {least} or more")
+    if not config.heartbeat_timeout >= LEAST_HEARTBEAT:
+        limit = f"use {LEAST_HEARTBEAT:g} seconds or more"
+        raise ValueError(f"heartbeat_timeout={config.heartbeat_timeout} is too small: {limit}")
     if not 0 < config.unit_share <= 1:
         raise ValueError(f"unit_share={config.unit_share} is not a share: use a number above 0 and up to 1")
     if config.long is Long.window:

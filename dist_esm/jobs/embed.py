@@ -30,7 +30,7 @@ from dist_esm.outputs.journal import read as read_journal
 from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.outputs.shards import join_shards
 from dist_esm.pipeline.worker import Destination, embed_units
-from dist_esm.planning.agree import agree_on_plan, results_of_launch
+from dist_esm.planning.agree import agree_on_plan, results_in_journal
 from dist_esm.planning.units import Plan
 from dist_esm.stop import Stop, stopping
 from dist_esm.types import (
@@ -41,6 +41,7 @@ from dist_esm.types import (
     Tally,
     Unit,
     UnitFailure,
+    UnitOutcome,
     UnitResult,
     WorkerStatus,
     WrittenFile,
@@ -190,7 +191,7 @@ def journal_writer(plan: Plan, out: OutputDir) -> Callable[[Sequence[UnitResult]
     def entry(result: UnitResult) -> Entry:
         file, unit = plan.files[result.file], plan.unit(result.file, result.ordinal)
         return entry_of(
-            file, [unit.slice], [result.text_digest], result.files, result.tally, result.rank, result.seconds
+            file, [unit.slice], [result.text_digest], list(result.files), result.tally, result.rank, result.seconds
         )
 
     def record(results: Sequence[UnitResult]) -> None:
@@ -204,7 +205,7 @@ def gather_what_is_left(mine: RankSummary, world: World) -> list[RankSummary]:
 
     What they finished is in the journal, and there may be too much of it for the store.
     """
-    failures = [outcome for outcome in mine.outcomes if isinstance(outcome, UnitFailure)]
+    failures: list[UnitOutcome] = [outcome for outcome in mine.outcomes if isinstance(outcome, UnitFailure)]
     _, *others = world.gather_in_haste(replace(mine, outcomes=failures), RankSummary, *OUTCOME_TYPES)
     return [mine, *others]
 
@@ -244,8 +245,9 @@ def join_cut_files(
         shards = [results[file][ordinal] for ordinal in sorted(results[file])]
         output = as_value(join_file, plan, file, shards, config, out)
         if isinstance(output, Exception):
-            output = Failure.of(plan.files[file].path, output, world.rank)
-        joined[str(file)] = output
+            joined[str(file)] = Failure.of(plan.files[file].path, output, world.rank)
+        else:
+            joined[str(file)] = output
     everyone = world.all_gather(joined, JoinedFile, Failure, WrittenFile)
     return {**plan.joined, **{int(file): output for share in everyone for file, output in share.items()}}
 
@@ -299,7 +301,7 @@ def conclude(
     if reason is not None:
         # Ranks that died can no longer say what they finished; what they journaled still stands.
         known = {(outcome.file, outcome.ordinal) for rank in ranks for outcome in rank.outcomes}
-        journaled, joined_since = results_of_launch(read_journal(out.path, out.launch), plan)
+        journaled, joined_since = results_in_journal(read_journal(out.path, out.launch), plan)
         others = [result for result in journaled if (result.file, result.ordinal) not in known]
         joined = {**joined, **joined_since}
     report = make_report(plan, ranks, joined, reason, now - clock.began, now - clock.loaded, others)

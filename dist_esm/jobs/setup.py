@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ def find_inputs(config: Config) -> list[FastaFile]:
     if config.format is Format.fair_esm:
         refuse_nested(files)
     return files
+
+
+MakeEngine = Callable[[Config, "Setup", World], Engine]
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,12 @@ class Engine:
                 self.num_threads, "forward", initializer=torch.set_num_threads, initargs=(1,)
             )
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *a):
+        self.close()
+
     def submit(self, pack: Pack, num_rows: int | None = None) -> Submitted:
         """Begin with a pack.
 
