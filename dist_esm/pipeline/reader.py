@@ -11,6 +11,7 @@ import os
 import queue
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 from dist_esm.attempt import as_value
 from dist_esm.config import Config, Include
@@ -33,6 +34,10 @@ MAX_HELD = 1 << 14
 """Flush open packs after this many records: a stretch of duplicates would never fill them."""
 MAX_BATCH = 512
 """Records announced at once."""
+
+
+class ClosingError(DeadThreadError):
+    """Nobody takes packs any more, because the main thread has ended early."""
 
 
 class Reader(Service):
@@ -105,7 +110,11 @@ class Reader(Service):
         self._is_closing = True
 
     def work(self) -> None:
-        """Read all units."""
+        """Read all units, or as many as somebody takes the packs of."""
+        with suppress(ClosingError):
+            self._read_units()
+
+    def _read_units(self) -> None:
         for key, unit in enumerate(self._units):
             if self._is_over:
                 break
@@ -209,9 +218,7 @@ class Reader(Service):
 
     def _raise_if_closing(self) -> None:
         if self._is_closing:
-            raise DeadThreadError(
-                self.stop.reason or f"the main thread of rank {self.rank} takes no more packs"
-            )
+            raise ClosingError
 
     def _flush_batch(self) -> None:
         if self._batch:
