@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from conftest import PROTEINS
 from dist_esm.__main__ import main
 from dist_esm.cli import compose_config
 from dist_esm.config import Dtype, Include, check
-from dist_esm.planning.inputs import find_files
 
 REFUSED = {
     "input=x dtype=foo": r"dtype=foo.*expected one of \[auto, fp32, bf16, fp16\]",
@@ -94,13 +92,3 @@ def test_the_configuration_that_would_run_is_printed_as_plain_yaml(capsys):
     assert main(["input=x", "output_dir=here", "include=[mean,bos]", "--cfg"]) == 0
     printed = OmegaConf.create(capsys.readouterr().out)
     assert (printed.output_dir, printed.include, printed.model.num_layers) == ("here", ["mean", "bos"], 36)
-
-
-def test_outputs_mirror_the_tree():
-    files = find_files([str(PROTEINS)])
-    assert [str(file.output) for file in files] == [
-        "large_ESM",
-        "medium_ESM",
-        "viruses/small_ESM",
-        "viruses/tiny_ESM",
-    ]

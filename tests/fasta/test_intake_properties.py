@@ -17,14 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dist_esm.config import Include, Letter, Long, ResidueConfig, Unknown
-from dist_esm.fasta import blocks as scan
+from dist_esm.fasta import blocks
 from dist_esm.fasta.segments import windows
-from dist_esm.planning import units as plan
+from dist_esm.planning import units
 from dist_esm.planning.assign import count_sequences
-from standin import Embedded, accounts_add_up, embed_directory, expected
-from test_intake import LETTERS, block_gzip
+from helpers.data import INTAKE
+from helpers.fasta import LETTERS, block_gzip
+from helpers.standin import Embedded, accounts_add_up, embed_directory, expected
 
-INTAKE = Path(__file__).parents[1] / "data" / "intake"
 LIMIT, OVERLAP = 40, 12
 BLANKS = " \t\n\r\x0b\x0c"
 
@@ -161,8 +161,8 @@ def well_formed(record: Record, layout: Layout) -> bool:
 def test_every_record_of_every_file_comes_out_as_its_author_meant_it(files, policy, overrides, block):
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(scan, "BLOCK", block),
-        patch.object(plan, "MIN_UNIT_BYTES", 40),
+        patch.object(blocks, "BLOCK", block),
+        patch.object(units, "MIN_UNIT_BYTES", 40),
     ):
         inputs = Path(folder) / "in"
         inputs.mkdir()
@@ -284,8 +284,8 @@ def check_bytes(contents: list[bytes], block: int = 1 << 20, unit_share: float =
     ends: list[str | int] = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(scan, "BLOCK", block),
-        patch.object(plan, "MIN_UNIT_BYTES", 100),
+        patch.object(blocks, "BLOCK", block),
+        patch.object(units, "MIN_UNIT_BYTES", 100),
     ):
         inputs = Path(folder) / "in"
         inputs.mkdir()

@@ -17,7 +17,7 @@ import torch
 from esm.data import Alphabet
 
 from dist_esm.atomic import Output, written_file
-from dist_esm.config import Config, ModelConfig
+from dist_esm.config import Config, Include, ModelConfig
 from dist_esm.distributed import World
 from dist_esm.fasta.blocks import digest, whole
 from dist_esm.jobs.embed import join_cut_files
@@ -32,6 +32,7 @@ from dist_esm.stop import Stop
 from dist_esm.types import Pack, RankSummary, Segment, SegmentEmbedding, Tally
 
 WIDTH = 6
+ALL_KINDS = [Include.mean, Include.bos, Include.per_tok]
 FAIR_ESM = Alphabet.from_architecture("ESM-1b")
 
 

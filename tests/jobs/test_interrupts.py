@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import dist_esm
-from conftest import PROTEINS, command, environment, read_report, run_meanwhile, run_ranks
-from test_embed import MODEL, digests
-from test_kill import processes_of
+from helpers.command import MODEL, command, environment, processes_of, read_report, run_meanwhile, run_ranks
+from helpers.compare import digests
+from helpers.data import PROTEINS
 
 SECONDS = 15
 """Within which an interrupted run must have ended, on a machine that may be busy."""

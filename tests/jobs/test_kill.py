@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import PROTEINS, command, environment, read_report, run_ranks
-from test_embed import MODEL, digests, sequences
+from helpers.command import MODEL, command, environment, processes_of, read_report, run_ranks
+from helpers.compare import digests
+from helpers.data import PROTEINS
+from helpers.fasta import read_sequences
 
 HOW = ("one rank", "all ranks", "torchrun", "SIGTERM", "SIGINT")
 
@@ -24,7 +26,9 @@ HOW = ("one rank", "all ranks", "torchrun", "SIGTERM", "SIGINT")
 def job(tmp_path_factory, checkpoint_8m):
     """Forty small files, and a large one that is cut and whose few distinct sequences come over and over; embedded undisturbed."""
     folder = tmp_path_factory.mktemp("kill")
-    proteins = [sequence for path in sorted(PROTEINS.glob("*.fa*")) for sequence in sequences(path).values()]
+    proteins = [
+        sequence for path in sorted(PROTEINS.glob("*.fa*")) for sequence in read_sequences(path).values()
+    ]
     (folder / "in").mkdir()
     for i in range(40):
         (folder / "in" / f"{i:02}.fasta").write_text(
@@ -47,17 +51,6 @@ def job(tmp_path_factory, checkpoint_8m):
     assert result.returncode == 0, result.stderr
     assert [entry["units"] for entry in read_report(folder / "undisturbed")["files"]] == [1] * 40 + [4]
     return settings, folder / "undisturbed"
-
-
-def processes_of(output_dir: Path) -> list[int]:
-    """Ranks that work on an output directory, without torchrun itself."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            line = (path / "cmdline").read_bytes().split(b"\0")
-            if f"output_dir={output_dir}".encode() in line and b"torch.distributed.run" not in line:
-                found.append(int(path.name))
-    return found
 
 
 def kill(how: str, launcher: subprocess.Popen, output_dir: Path, chance: random.Random) -> None:

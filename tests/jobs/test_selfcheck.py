@@ -15,7 +15,6 @@ from esm.data import Alphabet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import A8M, PROTEINS, fair_esm_model, random_state, run_ranks, write_checkpoint
 from dist_esm import Embedder
 from dist_esm.config import Config, Include, ModelConfig, SelfcheckConfig
 from dist_esm.distributed import World
@@ -36,7 +35,10 @@ from dist_esm.model.weights import load_model
 from dist_esm.planning.inputs import find_files
 from dist_esm.planning.units import cut_files, make_units
 from dist_esm.types import Count, Pack
-from test_embed import MODEL, sequences
+from helpers.checkpoints import A8M, fair_esm_model, random_state, write_checkpoint
+from helpers.command import MODEL, run_ranks
+from helpers.data import PROTEINS
+from helpers.fasta import read_sequences
 
 CPU = torch.device("cpu")
 SOURCES = ("large.fasta", "medium.faa", "viruses/small.fa.gz", "viruses/tiny.fas")
@@ -65,7 +67,7 @@ def test_the_figures_of_two_ranks_are_those_worked_out_apart(tmp_path, checkpoin
     letters = {
         name: (source, text[:100])
         for source in SOURCES
-        for name, text in sequences(PROTEINS / source).items()
+        for name, text in read_sequences(PROTEINS / source).items()
     }
     lengths = [one["embedded"] for one in found["sample"]]
     assert (len(lengths), lengths[0], lengths[-1]) == (4, min(len(text) for _, text in letters.values()), 100)

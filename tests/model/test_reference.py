@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import DATA, PROTEINS, run_ranks
 from dist_esm import Embedder
 from dist_esm.fasta.tokens import tokenize
+from helpers.command import run_ranks
+from helpers.data import DATA, PROTEINS
 
 REFERENCE = DATA / "reference"
 GPU = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import A8M, A35M, random_state, write_checkpoint
 from dist_esm.config import ModelConfig
 from dist_esm.model.kernels.choose import PLAIN
 from dist_esm.model.weights import KNOWN, fetch, load_model, locate
+from helpers.checkpoints import A8M, A35M, random_state, write_checkpoint
 
 CPU = torch.device("cpu")
 
