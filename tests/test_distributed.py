@@ -1,4 +1,4 @@
-"""Real gloo ranks: status, waiting without a time limit, and the start that all ranks agree on or none makes."""
+"""Real gloo ranks: status, waiting without a time limit, and a start that all ranks agree on."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ PLAIN = [("one", "MKVLAAGIVG"), ("two", "ACDEFGHIKLMNPQRSTVWY"), ("three", "XBUZ
         b">one first\rMKVLA\r\nAGIVG\n\r>two\n\n\rACDEFGHIKLMNPQRSTVWY\r\n\r\n>three\rXBUZO",
         b"\n\n  \n\t\n>one first\n\nMKVLA\n\n\nAGIVG\n\n>two\nACDEFGHIKLMNPQRSTVWY\n>three\n\nXBUZO\n\n\n",
         b">one first   \n MKVLA\t\nAGIVG   \n>two\nACDEFGHIKLMNPQRSTVWY  \n>three\nXBUZO \x0b\x0c",
-        b"; made by hand\n>one first\n;a remark > here\nMKVLA\n ; another\nAGIVG\n>two\nACDEFGHIKLMNPQRSTVWY\n>three\nXBUZO\n;end",
+        b"; made by hand\n>one first\n;a remark > here\nMKVLA\n ; another\nAGIVG\n"
+        b">two\nACDEFGHIKLMNPQRSTVWY\n>three\nXBUZO\n;end",
         b"\xef\xbb\xbf>one first\nMKVLAAGIVG\n>two\nACDEFGHIKLMNPQRSTVWY\n>three\nXBUZO",
         b"\xef\xbb\xbf\r\n\r\n>one first\r\nMKVLAAGIVG\r\n>two\r\nACDEFGHIKLMNPQRSTVWY\r\n>three\r\nXBUZO\r",
         b">one first\n"

@@ -72,7 +72,10 @@ def test_what_is_no_fasta_fails_with_its_line_and_the_others_go_on(tmp_path, con
 
 @pytest.mark.parametrize("line", ["MKV>b second", ">MKV>b", "<mask>MK>b", "<a<b>c>"])
 def test_a_header_in_the_middle_of_a_line_fails_the_file(tmp_path, line):
-    """As when files without a last line end are joined with cat; what looks like a token in brackets does not hide it."""
+    """Joining files without a last line end with cat leaves such a header.
+
+    A token in brackets does not hide it.
+    """
     assert "line 2 has a '>'" in failure_of(tmp_path, f">a\n {line}\n")
 
 

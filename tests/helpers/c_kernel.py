@@ -19,7 +19,8 @@ static float *numbers(const TVMFFIAny *any) {
 
 /* out[0] = a[0] * factor + offset */
 int __tvm_ffi_product(void *self, const TVMFFIAny *args, int32_t num_args, TVMFFIAny *result) {
-    numbers(&args[3])[0] = numbers(&args[0])[0] * args[1].v_int64 + (args[2].type_index == kTVMFFINone ? 0 : args[2].v_int64);
+    int64_t offset = args[2].type_index == kTVMFFINone ? 0 : args[2].v_int64;
+    numbers(&args[3])[0] = numbers(&args[0])[0] * args[1].v_int64 + offset;
     result->type_index = kTVMFFINone;
     return 0;
 }
@@ -60,6 +61,7 @@ class Compiler:
 
 
 def answer(kernel: aot.Kernel) -> float:
+    """The product that the kernel writes for 7."""
     a, out = torch.tensor([7.0]), torch.zeros(1)
     kernel({"a": a, "out": out})
     return out.item()

@@ -16,7 +16,10 @@ A650M_SHAPED, A3B_SHAPED = Architecture(2, 1280, 20), Architecture(2, 2560, 40)
 
 
 def random_state(arch: Architecture, seed: int = 0, hard: bool = False) -> dict[str, torch.Tensor]:
-    """Seeded tensors under fair-esm's names. Hard ones have peaky attention, outlier channels and large LayerNorm gains."""
+    """Seeded tensors under fair-esm's names.
+
+    Hard ones have peaky attention, outlier channels and large LayerNorm gains.
+    """
     generator = torch.Generator().manual_seed(seed)
     state = {
         name: random_tensor(name, shape, arch.num_layers, generator)

@@ -52,6 +52,7 @@ def run_meanwhile(place: str, shell: str, *overrides: object) -> subprocess.Comp
 
 
 def read_report(output_dir: Path) -> dict:
+    """The report.json of a run."""
     return json.loads((output_dir / "report.json").read_text())
 
 

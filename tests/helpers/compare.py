@@ -17,6 +17,7 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def digests(output_dir: Path) -> dict[str, str]:
+    """The SHA-256 of each .pt file below a folder, by its path from there."""
     return {
         str(path.relative_to(output_dir)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(output_dir.rglob("*.pt"))
@@ -24,7 +25,7 @@ def digests(output_dir: Path) -> dict[str, str]:
 
 
 def assert_same(got, want) -> None:
-    """The same numbers of the same dtype, bit for bit."""
+    """Hold two arrays to the same numbers of the same dtype, bit for bit."""
     got, want = np.asarray(got), np.asarray(want)
     assert (got.dtype, got.shape) == (want.dtype, want.shape)
     assert got.tobytes() == want.tobytes()

@@ -26,8 +26,8 @@ SEQUENCES = (
 def packed_layers(model: ESM2, sequences) -> list[dict[int, torch.Tensor]]:
     """Every layer of each protein, all in one pack."""
     tokens = [tokenize(sequence) for sequence in sequences]
-    bounds = [0, *np.cumsum([len(one) for one in tokens]).tolist()]
-    positions = np.concatenate([np.arange(len(one)) for one in tokens])
+    bounds = [0, *np.cumsum([len(protein_tokens) for protein_tokens in tokens]).tolist()]
+    positions = np.concatenate([np.arange(len(protein_tokens)) for protein_tokens in tokens])
     layers = range(model.arch.num_layers + 1)
     hidden = model(
         torch.from_numpy(np.concatenate(tokens)).long(),
@@ -40,10 +40,12 @@ def packed_layers(model: ESM2, sequences) -> list[dict[int, torch.Tensor]]:
 
 @torch.inference_mode()
 def fair_esm_layers(model, sequence: bytes) -> dict[int, torch.Tensor]:
+    """Every layer of one protein, with BOS and EOS, by fair-esm's own model."""
     _, _, tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter()([("id", sequence.decode())])
     hidden = model(tokens, repr_layers=list(range(model.num_layers + 1)))["representations"]
     return {layer: tensor[0] for layer, tensor in hidden.items()}
 
 
-def segment_of(sequence: bytes, number: int) -> Segment:
-    return Segment(number, 0, tokenize(sequence), (0, len(sequence)))
+def segment_of(sequence: bytes, protein_index: int) -> Segment:
+    """A whole protein as one segment."""
+    return Segment(protein_index, 0, tokenize(sequence), (0, len(sequence)))

@@ -49,19 +49,22 @@ FASTA = "".join(f">{name}{rest}\n{residues}\n" for name, rest, residues in RECOR
 
 
 def expected_mean(residues: str, layer: int = 1) -> np.ndarray:
+    """The mean over residues that the stand-in has for a protein, shape (WIDTH,)."""
     return expected(residues, layer).mean
 
 
 def expected_bos(residues: str, layer: int = 1) -> np.ndarray:
+    """The representation of BOS that the stand-in has for a protein, shape (WIDTH,)."""
     return bos_of(fair_esm_tokens(residues), layer).astype(np.float32)
 
 
 def expected_rows(residues: str, layer: int = 1) -> np.ndarray:
+    """The rows of residues that the stand-in has for a protein, shape (len(residues), WIDTH)."""
     return expected(residues, layer).rows
 
 
 def embed_text(tmp_path: Path, kind: Format, name: str = "a.fasta", text: str = FASTA, **settings) -> Path:
-    """Embed one file; its output."""
+    """Embed one file of this text; returns the path of its output."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_text(text, encoding="utf-8")
     run = embed_directory(tmp_path / "in", tmp_path / "out", format=kind, **settings)
@@ -71,17 +74,18 @@ def embed_text(tmp_path: Path, kind: Format, name: str = "a.fasta", text: str = 
 
 
 def everything_below(folder: Path) -> set[str]:
+    """Paths of all files and folders below a folder, from there."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def table_of(sequences, provenance=None, width=WIDTH, ids=None, dtype=torch.float32) -> OutputTable:
-    """OutputTable as the collector hands them to a writer."""
-    found = [
+    """An output as the collector hands it to a writer: the means count upwards from 0."""
+    rows = [
         Row(ids[i] if ids else f"p{i}", f"p{i} header", i, len(residues), len(residues), "ok", 0, 0, 0, 0)
         for i, residues in enumerate(sequences)
     ]
-    mean = torch.arange(len(found) * width, dtype=dtype).reshape(-1, width)
-    return OutputTable("in.fasta", provenance or {}, ["mean"], 33, found, {33: mean}, {}, {}, [])
+    mean = torch.arange(len(rows) * width, dtype=dtype).reshape(-1, width)
+    return OutputTable("in.fasta", provenance or {}, ["mean"], 33, rows, {33: mean}, {}, {}, [])
 
 
 PROVENANCE = {

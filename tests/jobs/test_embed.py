@@ -1,4 +1,4 @@
-"""The main job with real ranks: the same bits from any number of them, and what becomes of files and runs that fail."""
+"""The main job with real ranks: the same bits from any number of them, and failures of files and runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def overrides(output_dir: Path, checkpoint: Path) -> list[str]:
 
 
 def test_every_number_is_fair_esms(alone):
-    """Against fair-esm's own fp32 model with the same parameters: ids, means, BOS and residues of every layer asked for."""
+    """Ids, means, BOS and residues of every layer asked for, held to fair-esm's own fp32 model."""
     output_dir, _ = alone
     oracle = fair_esm_model(A8M, random_state(A8M))
     convert = Alphabet.from_architecture("ESM-1b").get_batch_converter()
@@ -204,7 +204,7 @@ def test_an_abort_on_one_rank_stops_the_others_between_units(tmp_path, checkpoin
 
 
 def test_a_protein_that_does_not_fit_fails_its_file_alone(alone, tmp_path, checkpoint_8m):
-    """Real allocation failures: once the model is loaded the address space is limited, and one protein needs more than is left."""
+    """Real allocation failures: one protein needs more address space than is left to the process."""
     shutil.copytree(PROTEINS, tmp_path / "in")
     (tmp_path / "in" / "huge.fasta").write_text(">huge\n" + "MKTAYIAK" * 100_000 + "\n")
     settings = [

@@ -1,4 +1,4 @@
-"""Disks that are full, and inputs and outputs that go away while a run is under way: real faults under a real run."""
+"""Real faults under a real run: full disks, and inputs and outputs that go away meanwhile."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def test_a_read_only_output_directory_is_refused_before_any_work(small_disk):
     )
     assert result.returncode == 1
     assert (
-        f"output_dir={small_disk / 'out'} cannot be written to (Read-only file system): name a directory that can"
-        in result.stderr
+        f"output_dir={small_disk / 'out'} cannot be written to (Read-only file system): "
+        "name a directory that can" in result.stderr
     )
 
 

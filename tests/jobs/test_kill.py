@@ -1,4 +1,4 @@
-"""Real runs killed at random moments, resumed with other numbers of ranks, and compared bit for bit with an undisturbed one."""
+"""Real runs, killed at random and resumed with other numbers of ranks: the bits of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ HOW = ("one rank", "all ranks", "torchrun", "SIGTERM", "SIGINT")
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, checkpoint_8m):
-    """Forty small files, and a large one that is cut and whose few distinct sequences come over and over; embedded undisturbed."""
+    """Forty small files and a large one, embedded undisturbed.
+
+    The large one is cut, and its few distinct sequences come over and over.
+    """
     folder = tmp_path_factory.mktemp("kill")
     proteins = [
         sequence for path in sorted(PROTEINS.glob("*.fa*")) for sequence in read_sequences(path).values()
@@ -70,7 +73,10 @@ def kill(how: str, launcher: subprocess.Popen, output_dir: Path, chance: random.
 
 
 def kill_and_resume(job, output_dir: Path, seed: int, num_kills: int) -> dict[str, int]:
-    """Start, kill and check so many times, then let the last launch finish. Returns how often each kind of kill hit a live run."""
+    """Start, kill and check so many times, then let the last launch finish.
+
+    Returns how often each kind of kill hit a live run.
+    """
     settings, undisturbed = job
     wanted = digests(undisturbed)
     chance = random.Random(seed)

@@ -129,7 +129,8 @@ CASES = {
     break_ids: "protein 1 is 2, 1 is expected",
     break_lengths: "protein 1 (1) has 4 embedded residues, 5 are expected",
     break_value: "a_ESM.pt: mean of layer 1 has values that are not finite",
-    break_shape: "a_ESM.pt: mean of layer 1 cannot be read: could not broadcast input array from shape (2,3) into shape (2,6)",
+    break_shape: "a_ESM.pt: mean of layer 1 cannot be read: "
+    "could not broadcast input array from shape (2,3) into shape (2,6)",
 }
 
 
@@ -157,7 +158,7 @@ def test_an_output_that_was_wrong_when_it_was_written_is_found(tmp_path, fault):
 
 @pytest.mark.parametrize("kind", Format)
 def test_verify_finds_every_record_in_its_place(tmp_path, kind):
-    """Ids are what verify looks for, whatever an output's names are made of."""
+    """Verify looks for ids, however an output makes names of them."""
     path = embed_text(tmp_path, kind, **EVERYTHING)
     config = make_config(str(tmp_path / "in"), tmp_path / "out", format=kind, **EVERYTHING)
     assert (

@@ -1,4 +1,4 @@
-"""Our forward against fair-esm's own, in fp32 with the same parameters, layer by layer; packed against alone."""
+"""The forward held to fair-esm's own, in fp32 with the same parameters, layer by layer, packed and alone."""
 
 from __future__ import annotations
 
@@ -104,7 +104,10 @@ def test_a_lower_layer_stops_the_forward_early_with_the_same_numbers(pair):
 
 
 def test_rows_without_a_protein_change_nothing(pair):
-    """On a GPU a pack is filled up to a fixed number of rows; the same forward on a CPU shows that they stay out of the answers."""
+    """A GPU fills a pack up to a fixed number of rows.
+
+    The same forward on a CPU shows that they stay out of the answers.
+    """
     model, _ = pair
     segments = [segment_of(sequence, i) for i, sequence in enumerate(SEQUENCES)]
     engine = Engine(model, [model.arch.num_layers], wants_rows=True, num_threads=1)

@@ -1,4 +1,4 @@
-"""Kernels that are kept: a small C function in the place of a GPU kernel; compiler, linker, library and processes are real."""
+"""Kernels that are kept: compiler, linker and processes are real, a C function stands for the GPU kernel."""
 
 from __future__ import annotations
 

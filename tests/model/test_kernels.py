@@ -1,4 +1,4 @@
-"""The implementations of a block: their choice, the layout of their weights, and on a GPU their numbers and bits."""
+"""Implementations of a block: their choice, their layout of weights, and on a GPU their numbers and bits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ CPU = torch.device("cpu")
         (
             "triton",
             "auto",
-            "attention=triton needs a CUDA GPU of compute capability 8.0 or newer, this is cpu: use attention=auto",
+            "attention=triton needs a CUDA GPU of compute capability 8.0 or newer, this is cpu: "
+            "use attention=auto",
         ),
         (
             "auto",
@@ -60,7 +61,10 @@ def test_auto_is_what_runs_anywhere_on_a_cpu():
 
 
 class Neighbours(TorchLinear):
-    """torch's operations over the layout that the products with a rotation inside want: what is rotated against each other lies side by side."""
+    """torch's operations over the layout that the products with a rotation inside want.
+
+    Numbers that are rotated against each other lie side by side.
+    """
 
     interleaves = True
 
@@ -89,7 +93,7 @@ def test_queries_and_keys_side_by_side_give_fair_esms_numbers(hard):
 
 
 def same(one, other) -> bool:
-    """Whether two answers have the same bits."""
+    """Return True if two answers have the same bits."""
     parts = ((getattr(one, kind), getattr(other, kind)) for kind in ("sums", "bos", "rows"))
     return all(np.array_equal(a[layer], b[layer]) for a, b in parts for layer in a)
 

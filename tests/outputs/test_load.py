@@ -125,7 +125,7 @@ def test_a_file_without_proteins_has_an_output_of_the_right_shape(tmp_path, kind
 
 @pytest.mark.parametrize("kind", Format)
 def test_a_run_reads_back_in_input_order_from_joined_files_parts_and_folders(tmp_path, monkeypatch, kind):
-    """A file that was cut and joined, one in numbered parts, an empty one, one in a folder, and the same ids in several files."""
+    """One file was cut and joined, one is in parts, one empty, one in a folder; ids are in several files."""
     monkeypatch.setattr("dist_esm.planning.units.MIN_UNIT_BYTES", 64)
     inputs = tmp_path / "in"
     (inputs / "deep").mkdir(parents=True)

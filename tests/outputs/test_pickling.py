@@ -13,7 +13,7 @@ from dist_esm.outputs.pickling import RowsOf, torch_save
 
 
 def same(one, other) -> bool:
-    """Whether two contents are alike to the last bit, type and stride."""
+    """Return True if two contents are alike to the last bit, type and stride."""
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):

@@ -13,7 +13,7 @@ from helpers.standin import ALL_KINDS, StandIn, accounts_add_up, embed_directory
 
 
 def test_a_protein_whose_forward_fails_fails_its_own_file_and_its_twins(tmp_path):
-    """Packs cross file borders: the others in the pack are none the worse, and an identical sequence elsewhere fails the same way."""
+    """Packs cross file borders: the others in a pack are right, and a copy in another file fails, too."""
     inputs = write_files(
         tmp_path / "in",
         a=">1\nMKTAY\n>2\nIAKQR\n",

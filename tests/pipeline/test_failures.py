@@ -13,7 +13,10 @@ from helpers.standin import accounts_add_up, embed_directory
     ("names", "is_aborted"), [("bbb", True), ("bgbb", False), ("bbgbbb", True), ("bbgbb", False)]
 )
 def test_only_failures_in_a_row_abort(tmp_path, names, is_aborted):
-    """In the order of the bin, though good files end later than bad ones: b bad, g good, each with fewer records than the last."""
+    """In the order of the bin, though good files end later than bad ones.
+
+    In `names` b is bad and g is good. Each file has fewer records than the last.
+    """
     inputs = tmp_path / "in"
     inputs.mkdir()
     for i, kind in enumerate(names):

@@ -1,4 +1,4 @@
-"""What is read while the run is under way: identical sequences once, and files that changed since the plan."""
+"""Reading while the run is under way: identical sequences once, and files that changed since the plan."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_inputs_that_would_share_an_output_are_refused(tmp_path, other):
 
 
 def test_an_output_folder_inside_another_is_refused(tmp_path):
-    """With format=fair_esm an output is a folder: a.fasta and a_ESM/b.fasta would get into each other's way."""
+    """With format=fair_esm an output is a folder, in which a_ESM/b.fasta would be written, too."""
     write(tmp_path / "in/a.fasta", GOOD)
     write(tmp_path / "in/a_ESM/b.fasta", GOOD)
     files = find_files([str(tmp_path / "in")])

@@ -110,7 +110,7 @@ def test_no_id_leaves_the_folder_and_every_name_is_safe_anywhere_and_can_be_read
 
 
 def extract(checkpoint: Path, fasta: Path, output_dir: Path, layers: list[int], truncation: int) -> None:
-    """What fair-esm's own classes leave if they are put together as its extract script does, which its package lacks."""
+    """Put fair-esm's own classes together as its extract script does, which its package lacks."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(checkpoint, weights_only=True)
     model, alphabet = pretrained.load_model_and_alphabet_core(checkpoint.stem, content)
@@ -139,7 +139,10 @@ def extract(checkpoint: Path, fasta: Path, output_dir: Path, layers: list[int], 
 
 @pytest.mark.filterwarnings("ignore:Regression weights not found")
 def test_fair_esm_takes_the_place_of_what_esm_extract_leaves(tmp_path, checkpoint_8m):
-    """A script that reads esm-extract's folder by label finds the same files, keys, labels, shapes, dtypes and numbers in ours."""
+    """A script that reads esm-extract's folder by label finds the same in this one.
+
+    Files, keys, labels, shapes, dtypes and numbers are alike.
+    """
     headers = [
         "sp|P12345|X_Y Putative protein OS=Frog virus 3 (isolate Goorha) GN='a' PE=4 SV=1 ",
         "0|beta-lactamase_P20P|1.581033423",

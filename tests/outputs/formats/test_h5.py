@@ -65,7 +65,11 @@ def test_h5_with_residues_has_them_as_datasets_and_vectors_as_attributes(tmp_pat
 
 @pytest.fixture
 def protspace(monkeypatch):
-    """ProtSpace's own loader of HDF5. It needs numpy and h5py, the package around it scikit-learn, UMAP and more, so its parents stay unexecuted."""
+    """ProtSpace's own loader of HDF5.
+
+    The loader needs numpy and h5py alone, the package around it scikit-learn, UMAP and more. So its parents
+    stay unexecuted.
+    """
     found = importlib.util.find_spec("protspace")
     if found is None or found.submodule_search_locations is None:
         pytest.skip("ProtSpace is not installed: pip install --no-deps protspace")

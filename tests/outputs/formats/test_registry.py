@@ -1,4 +1,4 @@
-"""What every format promises: provenance, checksums, sizes, and nothing left when writing fails."""
+"""Promises of every format: provenance, checksums, sizes, and nothing left when writing fails."""
 
 from __future__ import annotations
 
