@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from conftest import PROTEINS
 from dist_esm.__main__ import main
 from dist_esm.cli import compose_config, config_text
 from dist_esm.config import Dtype, Include, check, plain_values
-from dist_esm.planning.inputs import find_files
 
 REFUSED = {
     "input=x dtype=foo": r"dtype=foo.*expected one of \[auto, fp32, bf16, fp16\]",
@@ -31,7 +29,8 @@ REFUSED = {
     "input=x job=plan": r"job=plan is not there yet: use job=embed, job=selfcheck or job=verify",
     "input=x selfcheck.proteins=0": r"selfcheck.proteins=0 is too small: use 1 or more",
     "input=x selfcheck.min_cosine=2": r"selfcheck.min_cosine=2.0 is no cosine",
-    "input=x selfcheck.max_relative_error=-1": r"selfcheck.max_relative_error=-1.0 is no limit: use 0 or more",
+    "input=x selfcheck.max_relative_error=-1": r"selfcheck.max_relative_error=-1.0 is no limit: "
+    r"use 0 or more",
     "input=x selfcheck.protein=3": r"'selfcheck.protein' is no key: did you mean selfcheck.proteins\?",
     "inputs": r"'inputs' is not key=value",
 }
@@ -79,7 +78,8 @@ def test_yaml_and_schema_name_the_same_keys_and_defaults():
 
 def test_a_users_own_config_file_starts_from_ours(tmp_path):
     (tmp_path / "mine.yaml").write_text(
-        "defaults:\n  - config\n  - override model: esm2_t6_8M_UR50D\n  - _self_\ninput: proteins/\ntoks_per_batch: 512\n"
+        "defaults:\n  - config\n  - override model: esm2_t6_8M_UR50D\n  - _self_\n"
+        "input: proteins/\ntoks_per_batch: 512\n"
     )
     config = compose_config(["dtype=fp32"], str(tmp_path), "mine")
     assert (config.model.name, config.toks_per_batch, config.dtype, config.input) == (
@@ -114,13 +114,3 @@ def test_plain_values_are_what_was_given():
     config.input = "a${b.fa"
     assert plain_values(config)["input"] == "a${b.fa"
     assert OmegaConf.create(config_text(config)).input == "a${b.fa"
-
-
-def test_outputs_mirror_the_tree():
-    files = find_files([str(PROTEINS)])
-    assert [str(file.output) for file in files] == [
-        "large_ESM",
-        "medium_ESM",
-        "viruses/small_ESM",
-        "viruses/tiny_ESM",
-    ]

@@ -1,4 +1,4 @@
-"""Real gloo ranks: status, waiting without a time limit, and the start that all ranks agree on or none makes."""
+"""Real gloo ranks: status, waiting without a time limit, and a start that all ranks agree on."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from conftest import PROTEINS, command, environment, run_ranks
 from dist_esm.distributed import World
 from dist_esm.types import WorkerStatus
-
-HERE = Path(__file__).parent
+from helpers.command import HELPERS, environment, run_ranks
+from helpers.data import PROTEINS
 
 
 def test_a_world_of_one_needs_no_process_group(monkeypatch):
@@ -61,7 +59,7 @@ def test_ranks_see_each_other_and_wait_longer_than_the_timeout_of_a_collective(t
         "torch.distributed.run",
         "--standalone",
         "--nproc_per_node=2",
-        str(HERE / "helpers" / "ranks_status.py"),
+        str(HELPERS / "ranks_status.py"),
         str(tmp_path),
     ]
     result = subprocess.run(
@@ -76,47 +74,6 @@ def test_ranks_see_each_other_and_wait_longer_than_the_timeout_of_a_collective(t
         assert seen["end"] == {"0": "COMPLETED", "1": "FAILED"}
         assert seen["complete_at_end"] is True
         assert seen["gathered"] == [{"rank": 0}, {"rank": 1}]
-
-
-@pytest.mark.distributed
-def test_ranks_that_see_different_inputs_stop_and_say_who_saw_what(tmp_path, checkpoint_8m):
-    for rank, text in enumerate((">a\nMKT\n", ">a\nMKTAYI\n")):
-        (tmp_path / str(rank)).mkdir()
-        (tmp_path / str(rank) / "a.fasta").write_text(text)
-    overrides = [
-        "output_dir=" + str(tmp_path / "out"),
-        "model=esm2_t6_8M_UR50D",
-        f"model.weights={checkpoint_8m}",
-    ]
-    ranks = []
-    for rank in (0, 1):
-        variables = {
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29561",
-        }
-        line = command(None, "input=a.fasta", *overrides)
-        ranks.append(
-            subprocess.Popen(
-                line,
-                cwd=tmp_path / str(rank),
-                env=environment(**variables),
-                stderr=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
-    ends = [process.communicate(timeout=120) for process in ranks]
-    assert [process.returncode for process in ranks] == [1, 1]
-    said = ends[0][1]
-    assert "the ranks see different inputs: rank 0 sees" in said
-    assert "rank 1 sees" in said
-    assert "1 files, 7 bytes" in said
-    assert "1 files, 10 bytes" in said
-    assert not list((tmp_path / "out").rglob("*.pt"))
 
 
 @pytest.mark.distributed

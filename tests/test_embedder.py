@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import PROTEINS, environment, run_ranks
 from dist_esm import Embedder
-from test_embed import MODEL, sequences
+from helpers.command import MODEL, environment, run_ranks
+from helpers.data import PROTEINS
+from helpers.fasta import read_sequences
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_same_bits_as_the_command(checkpoint_8m, tmp_path, options):
     embedder = Embedder(
         "esm2_t6_8M_UR50D", weights=checkpoint_8m, device="cpu", toks_per_batch=300, **options
     )
-    letters = list(sequences(source).values())
+    letters = list(read_sequences(source).values())
     np.testing.assert_array_equal(embedder.embed(letters), content["mean_representations"][6])
     np.testing.assert_array_equal(embedder.embed(letters, include="bos"), content["bos_representations"][6])
     for mine, theirs in zip(

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import dist_esm
-from conftest import environment
 from dist_esm.version import __version__
+from helpers.command import environment
 
 ROOT = Path(dist_esm.__file__).parent.parent
 SAY = "from dist_esm.version import code_version; print(code_version())"

@@ -17,14 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dist_esm.config import Include, Letter, Long, ResidueConfig, Unknown
-from dist_esm.fasta import blocks as scan
+from dist_esm.fasta import blocks
 from dist_esm.fasta.segments import windows
-from dist_esm.planning import units as plan
+from dist_esm.planning import units
 from dist_esm.planning.assign import count_sequences
-from standin import Embedded, accounts_add_up, embed_directory, expected
-from test_intake import LETTERS, block_gzip
+from helpers.data import INTAKE
+from helpers.fasta import LETTERS, block_gzip
+from helpers.standin import Embedded, accounts_add_up, embed_directory, expected
 
-INTAKE = Path(__file__).parents[1] / "data" / "intake"
 LIMIT, OVERLAP = 40, 12
 BLANKS = " \t\n\r\x0b\x0c"
 
@@ -34,7 +34,7 @@ BLANKS = " \t\n\r\x0b\x0c"
 
 @dataclass(frozen=True)
 class Record:
-    """One record: the header after `>`, and its letters as the author meant them, before any line is broken."""
+    """One record: the header after `>`, and the letters that its author meant, before any line is broken."""
 
     header: str
     letters: str
@@ -61,7 +61,7 @@ def written(records: list[Record], layout: Layout) -> bytes:
         wrapped = [record.letters[i : i + layout.width] for i in range(0, len(record.letters), layout.width)]
         for line in wrapped:
             lines += rng.choices([[], [""], ["  "], ["; a remark > not a header"]], [12, 1, 1, 1])[0]
-            # A blank that a line break falls on is not in the line any more: only write blanks around what begins and ends with none.
+            # A line break takes the blank that it falls on: only lines without blanks at their ends get some.
             lines.append(
                 line
                 if line[0] in BLANKS or line[-1] in BLANKS
@@ -75,7 +75,10 @@ def written(records: list[Record], layout: Layout) -> bytes:
 
 
 def modelled(record: Record, number: int, policy: ResidueConfig, width: int) -> tuple[str, str, str]:
-    """What a record should come to, a letter at a time: its id, its residues, and why it is skipped or ''. ValueError: its file fails."""
+    """Work out a record a letter at a time: its id, its residues, and why it is skipped, or ''.
+
+    Raises ValueError where the file fails.
+    """
     name = record.header.split()[0] if record.header.split() else f"unnamed_{number}"
     pieces = [record.letters[i : i + width].strip() for i in range(0, len(record.letters), width)]
     letters = ["?" if letter.isspace() else letter for letter in "".join(pieces)]
@@ -144,7 +147,10 @@ SETTINGS = st.fixed_dictionaries(
 
 
 def well_formed(record: Record, layout: Layout) -> bool:
-    """No line of the record would read as a comment or hold a '>': those fail the file or vanish, by rule, and have tests of their own."""
+    """No line of the record reads as a comment.
+
+    Such lines vanish, by rule, and have tests of their own.
+    """
     return not any(
         record.letters[i : i + layout.width].strip().startswith(";")
         for i in range(0, len(record.letters), layout.width)
@@ -161,8 +167,8 @@ def well_formed(record: Record, layout: Layout) -> bool:
 def test_every_record_of_every_file_comes_out_as_its_author_meant_it(files, policy, overrides, block):
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(scan, "BLOCK", block),
-        patch.object(plan, "MIN_UNIT_BYTES", 40),
+        patch.object(blocks, "BLOCK", block),
+        patch.object(units, "MIN_UNIT_BYTES", 40),
     ):
         inputs = Path(folder) / "in"
         inputs.mkdir()
@@ -196,7 +202,7 @@ def test_every_record_of_every_file_comes_out_as_its_author_meant_it(files, poli
 def check_file(
     done: Embedded, stem: str, records: list[Record], layout: Layout, policy: ResidueConfig, overrides: dict
 ) -> tuple[Counter[str], Counter[str]]:
-    """Hold one file's output to the model; gives the outcomes and the reasons for skipping that its records should have."""
+    """Hold one file's output to the model; returns its records' outcomes and reasons for skipping."""
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     right = []
@@ -266,7 +272,8 @@ def naive(content: bytes) -> list[tuple[str, str]] | None:
             continue
         if not found or "\ufeff" in line:
             return None
-        is_open = False  # a '>' that closes a '<' is an unknown letter, any other the mark of a line end that is missing
+        # A '>' that closes a '<' is an unknown letter. Any other marks a line end that is missing.
+        is_open = False
         for letter in line:
             if letter == ">" and not is_open:
                 return None
@@ -280,12 +287,15 @@ def naive(content: bytes) -> list[tuple[str, str]] | None:
 
 
 def check_bytes(contents: list[bytes], block: int = 1 << 20, unit_share: float = 1.0) -> list[str | int]:
-    """Embed files of any bytes: each ends as the naive reader has it or as a failure; gives its message or its number of proteins."""
+    """Embed files of any bytes; returns the number of proteins of each, or the message with which it fails.
+
+    Each must end as the naive reader has it.
+    """
     ends: list[str | int] = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(scan, "BLOCK", block),
-        patch.object(plan, "MIN_UNIT_BYTES", 100),
+        patch.object(blocks, "BLOCK", block),
+        patch.object(units, "MIN_UNIT_BYTES", 100),
     ):
         inputs = Path(folder) / "in"
         inputs.mkdir()
@@ -395,7 +405,7 @@ def test_any_bytes_end_as_their_own_proteins_or_as_a_failure_that_says_where(see
     check_bytes([fuzzed(rng) for _ in range(60)], rng.choice([1, 3, 16, 1 << 20]), rng.choice([1.0, 0.001]))
 
 
-# Files that are kept: what each comes to, as (id, residues) of its proteins or the message with which it fails.
+# Files that are kept: the (id, residues) of each one's proteins, or the message with which it fails.
 
 EIGHT = [(f"r{i}", "MKVLAAGIVG" + "ACDEFGH"[:i]) for i in range(8)]
 KEPT: dict[str, list[tuple[str, str]] | str] = {

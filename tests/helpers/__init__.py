@@ -1,1 +1,1 @@
-"""What the tests share; no test module imports from another."""
+"""Helpers that several test modules share. No test module imports from another."""

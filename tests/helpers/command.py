@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+HELPERS = Path(__file__).parent
 MODEL = "model=esm2_t6_8M_UR50D"
 
 
@@ -46,17 +47,12 @@ def run_ranks(
 
 def run_meanwhile(place: str, shell: str, *overrides: object) -> subprocess.CompletedProcess[str]:
     """Run the command without torchrun, and the shell command when it comes to a function."""
-    line = [
-        sys.executable,
-        str(Path(__file__).parent / "meanwhile.py"),
-        place,
-        shell,
-        *map(str, overrides),
-    ]
+    line = [sys.executable, str(HELPERS / "meanwhile.py"), place, shell, *map(str, overrides)]
     return subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment(), check=False)
 
 
 def read_report(output_dir: Path) -> dict:
+    """The report.json of a run."""
     return json.loads((output_dir / "report.json").read_text())
 
 

@@ -1,4 +1,7 @@
-"""Run by test_run: the command, with so many bytes of address space left to the process once its model is loaded."""
+"""The command, with so many bytes of address space left to it once its model is loaded.
+
+Run by jobs/test_embed.py as `limited.py BYTES key=value ...`.
+"""
 
 import resource
 import sys

@@ -1,6 +1,7 @@
-"""The command, and a shell command that runs whenever a function of ours is called: meanwhile.py MODULE:FUNCTION COMMAND key=value ...
+"""The command, and a shell command that runs whenever a function of the package is called.
 
-Whatever the shell command does is real; what is arranged is the moment. The command line's own process is its ``$PPID``.
+Run by `run_meanwhile` as `meanwhile.py MODULE:FUNCTION COMMAND key=value ...`. The shell command is real:
+only its moment is arranged. The process of the command line is its ``$PPID``.
 """
 
 import importlib

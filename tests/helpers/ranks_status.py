@@ -1,4 +1,7 @@
-"""Run by torchrun in test_world: what ranks see of each other, and a slow rank that outlasts the process group's timeout."""
+"""A rank that notes the status of all ranks, with one that outlasts the process group's timeout.
+
+Run by torchrun in test_distributed.py.
+"""
 
 import json
 import sys

@@ -1,7 +1,7 @@
 """A stand-in for the device whose answer names its input, and a run around it without ranks.
 
-Each residue's row is small whole numbers made of its token, its place and all tokens of its segment, so sums are exact, and
-a vector that belongs to another protein, is shifted by a residue or comes from another window is a different vector.
+Each residue's row is small whole numbers made of its token, its place and all tokens of its segment. So sums
+are exact, and another protein, a neighbouring residue or another window has a different vector.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from esm.data import Alphabet
 
 from dist_esm.atomic import Output, written_file
-from dist_esm.config import Config, ModelConfig
+from dist_esm.config import Config, Include, ModelConfig
 from dist_esm.distributed import World
 from dist_esm.fasta.blocks import text_digest, whole_file
 from dist_esm.jobs.embed import join_cut_files
@@ -32,6 +32,7 @@ from dist_esm.stop import Stop
 from dist_esm.types import Pack, RankSummary, Segment, SegmentEmbedding, Tally
 
 WIDTH = 6
+ALL_KINDS = [Include.mean, Include.bos, Include.per_tok]
 FAIR_ESM = Alphabet.from_architecture("ESM-1b")
 
 
@@ -52,13 +53,16 @@ def bos_of(tokens: np.ndarray, layer: int) -> np.ndarray:
 
 
 def fair_esm_tokens(residues: str) -> np.ndarray:
-    """fair-esm's tokens of a sequence, with BOS and EOS, a letter at a time; a test holds them to `Alphabet.encode`."""
+    """fair-esm's tokens of a sequence, with BOS and EOS, a letter at a time.
+
+    A test holds them to `Alphabet.encode`.
+    """
     return np.array([FAIR_ESM.cls_idx, *map(FAIR_ESM.tok_to_idx.__getitem__, residues), FAIR_ESM.eos_idx])
 
 
 @dataclass
 class Expected:
-    """What the stand-in says of a protein, worked out from its letters alone."""
+    """The stand-in's answer for a protein, worked out from its letters alone."""
 
     mean: np.ndarray
     bos: np.ndarray
@@ -68,7 +72,10 @@ class Expected:
 def expected(
     residues: str, layer: int = 1, spans: Sequence[tuple[int, int, int, int]] | None = None
 ) -> Expected:
-    """The right answer for a protein; `spans` are its segments as (start, stop, first kept, one past the last kept)."""
+    """The right answer for a protein.
+
+    `spans` are its segments as (start, stop, first kept, one past the last kept).
+    """
     spans = spans or [(0, len(residues), 0, len(residues))]
     kept, sums = [], []
     for start, stop, first, last in spans:
@@ -83,7 +90,10 @@ def expected(
 
 
 class StandIn:
-    """The interface of `dist_esm.model.engine.Engine`. A segment whose tokens are in `poison` fails its forward."""
+    """The interface of `dist_esm.model.engine.Engine`.
+
+    A segment whose tokens are in `poison` fails its forward.
+    """
 
     def __init__(
         self, layers: Sequence[int], wants_rows: bool, toks_per_batch: int, poison: Sequence[str] = ()
@@ -106,7 +116,7 @@ class StandIn:
         return self.toks_per_batch
 
     def run(self, pack: Pack, num_rows: int | None = None) -> list[SegmentEmbedding]:
-        """SegmentEmbedding the segments of a pack, in their order."""
+        """Embed the segments of a pack, in their order."""
         if any(segment.tokens.tobytes() in self.poison for segment in pack.segments):
             raise RuntimeError("poisoned segment")
         assert pack.num_tokens <= self.toks_per_batch or len(pack.segments) == 1
@@ -128,7 +138,7 @@ class StandIn:
         return answers
 
     def recompute(self, segment: Segment) -> SegmentEmbedding:
-        """What `run` says: there is no wider dtype."""
+        """Return the answer of `run`: there is no wider dtype."""
         (answer,) = self.run(Pack((segment,)))
         return answer
 
@@ -166,10 +176,10 @@ class Embedded:
 
     def outputs(self) -> list[str]:
         """Paths of all outputs, without suffix."""
-        found = self.output_dir.rglob("*.pt")
+        paths = self.output_dir.rglob("*.pt")
         return sorted(
             str(path.relative_to(self.output_dir).with_suffix(""))
-            for path in found
+            for path in paths
             if ".dist_esm" not in path.parts
         )
 
@@ -190,7 +200,7 @@ class Embedded:
 
 
 def make_config(inputs: Any, output_dir: Path, **overrides: Any) -> Config:
-    """A configuration for the stand-in: one layer, one pack of few tokens, files that fail do not end the run."""
+    """A configuration for the stand-in: one layer, packs of few tokens, and no end for files that fail."""
     settings: dict[str, Any] = {
         "toks_per_batch": 200,
         "max_consecutive_failures": 1_000_000,
@@ -208,7 +218,7 @@ def embed_directory(
     after_plan: Callable[[], object] = lambda: None,
     **overrides: Any,
 ) -> Embedded:
-    """Embed `inputs` as `dist_esm.jobs.embed.run` does, as a world of one, with the stand-in in place of the model.
+    """Embed `inputs` as `dist_esm.jobs.embed.run` does: a world of one, with the stand-in for the model.
 
     `after_plan` is called when the plan is made and nothing has been read for it yet.
     """
@@ -248,7 +258,10 @@ def embed_directory(
 
 
 def journal_of(source: Path, output: Path) -> dict[str, Entry]:
-    """What a run that keeps a journal would have in it of an output just below `output_dir`, by the output's name."""
+    """The journal's entry of an output just below `output_dir`, by the output's name.
+
+    The stand-in's run keeps no journal.
+    """
     written = written_file(output.parent, Output(output))
     return {
         output.name: Entry(

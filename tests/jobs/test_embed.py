@@ -1,9 +1,7 @@
-"""The main job with real ranks: the same bits from any number of them, and what becomes of files and runs that fail."""
+"""The main job with real ranks: the same bits from any number of them, and failures of files and runs."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import re
 import shutil
 import subprocess
@@ -12,35 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from Bio import SeqIO
 from esm.data import Alphabet
 
-from conftest import (
-    A8M,
-    PROTEINS,
-    environment,
-    fair_esm_model,
-    random_state,
-    read_report,
-    relative_error,
-    run_ranks,
-)
-from dist_esm.fasta.blocks import raw_blocks, whole_file
+from helpers.checkpoints import A8M, fair_esm_model, random_state
+from helpers.command import HELPERS, MODEL, environment, read_report, run_ranks
+from helpers.compare import digests, relative_error
+from helpers.data import PROTEINS
+from helpers.fasta import read_sequences
 
-MODEL = "model=esm2_t6_8M_UR50D"
 OUTPUTS = ["large_ESM.pt", "medium_ESM.pt", "viruses/small_ESM.pt", "viruses/tiny_ESM.pt"]
-
-
-def digests(output_dir: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(output_dir)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(output_dir.rglob("*.pt"))
-    }
-
-
-def sequences(path: Path) -> dict[str, str]:
-    text = b"".join(raw_blocks(whole_file(path))).decode()
-    return {record.id: str(record.seq) for record in SeqIO.parse(io.StringIO(text), "fasta")}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +36,7 @@ def overrides(output_dir: Path, checkpoint: Path) -> list[str]:
 
 
 def test_every_number_is_fair_esms(alone):
-    """Against fair-esm's own fp32 model with the same parameters: ids, means, BOS and residues of every layer asked for."""
+    """Ids, means, BOS and residues of every layer asked for, held to fair-esm's own fp32 model."""
     output_dir, _ = alone
     oracle = fair_esm_model(A8M, random_state(A8M))
     convert = Alphabet.from_architecture("ESM-1b").get_batch_converter()
@@ -67,7 +45,7 @@ def test_every_number_is_fair_esms(alone):
         OUTPUTS, ("large.fasta", "medium.faa", "viruses/small.fa.gz", "viruses/tiny.fas"), strict=True
     ):
         content = torch.load(output_dir / output, weights_only=True)
-        expected = sequences(PROTEINS / source)
+        expected = read_sequences(PROTEINS / source)
         assert content["proteins"] == list(expected)
         assert content["lengths"] == [len(sequence) for sequence in expected.values()]
         for i, (name, sequence) in enumerate(expected.items()):
@@ -226,7 +204,7 @@ def test_an_abort_on_one_rank_stops_the_others_between_units(tmp_path, checkpoin
 
 
 def test_a_protein_that_does_not_fit_fails_its_file_alone(alone, tmp_path, checkpoint_8m):
-    """Real allocation failures: once the model is loaded the address space is limited, and one protein needs more than is left."""
+    """Real allocation failures: one protein needs more address space than is left to the process."""
     shutil.copytree(PROTEINS, tmp_path / "in")
     (tmp_path / "in" / "huge.fasta").write_text(">huge\n" + "MKTAYIAK" * 100_000 + "\n")
     settings = [
@@ -236,7 +214,7 @@ def test_a_protein_that_does_not_fit_fails_its_file_alone(alone, tmp_path, check
     ]
     line = [
         sys.executable,
-        str(Path(__file__).parents[1] / "helpers" / "limited.py"),
+        str(HELPERS / "limited.py"),
         str(512 << 20),
         *settings,
     ]

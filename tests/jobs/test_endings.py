@@ -156,7 +156,9 @@ def test_a_rank_that_is_stopped_is_named_after_the_time_that_was_set(inputs, tmp
 def test_while_a_run_is_under_way_its_report_says_so(inputs, tmp_path):
     """Also in place of an earlier report, and when rank 0 died without a word."""
     out = tmp_path / "out"
-    assert run_faulty(None, THREADS["main"] + "9999", "exit_code_0", 0, *settings(inputs, out)).returncode == 0
+    assert (
+        run_faulty(None, THREADS["main"] + "9999", "exit_code_0", 0, *settings(inputs, out)).returncode == 0
+    )
     assert read_report(out)["status"] == "complete"
     (inputs / "more.fasta").write_text(">more\nMKTAYIAKQR\n")
     done = run_faulty(None, "dist_esm.pipeline.worker:finish", "exit_code_3", 0, *settings(inputs, out))

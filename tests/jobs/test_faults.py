@@ -1,4 +1,4 @@
-"""Disks that are full, and inputs and outputs that go away while a run is under way: real faults under a real run."""
+"""Real faults under a real run: full disks, and inputs and outputs that go away meanwhile."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import PROTEINS, command, environment, read_report, run_meanwhile, run_ranks
-from standin import embed_directory, expected
-from test_embed import MODEL, sequences
+from helpers.command import MODEL, command, environment, read_report, run_meanwhile, run_ranks
+from helpers.data import PROTEINS
+from helpers.fasta import read_sequences
+from helpers.standin import embed_directory, expected
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_a_full_disk_fails_the_files_that_do_not_fit_and_resumes_when_there_is_r
 ):
     """One file whose residues are larger than the disk among three that fit."""
     (tmp_path / "in").mkdir()
-    protein = next(iter(sequences(PROTEINS / "large.fasta").values()))
+    protein = next(iter(read_sequences(PROTEINS / "large.fasta").values()))
     (tmp_path / "in" / "big.fasta").write_text("".join(f">{i}\n{protein}\n" for i in range(20)))
     for i in range(3):
         (tmp_path / "in" / f"small{i}.fasta").write_text(f">a\n{protein[i:]}\n")
@@ -98,8 +99,8 @@ def test_a_read_only_output_directory_is_refused_before_any_work(small_disk):
     )
     assert result.returncode == 1
     assert (
-        f"output_dir={small_disk / 'out'} cannot be written to (Read-only file system): name a directory that can"
-        in result.stderr
+        f"output_dir={small_disk / 'out'} cannot be written to (Read-only file system): "
+        "name a directory that can" in result.stderr
     )
 
 
@@ -119,7 +120,7 @@ def test_an_output_directory_that_is_removed_leaves_no_file_called_done_that_is_
     for i in range(30):
         text = "".join(
             f">{name}\n{sequence[i:]}{sequence}\n"
-            for name, sequence in sequences(PROTEINS / "medium.faa").items()
+            for name, sequence in read_sequences(PROTEINS / "medium.faa").items()
         )
         (tmp_path / "in" / f"{i:02}.fasta").write_text(text)
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Runs that are interrupted, at every stage: they end within seconds, keep what is done, report it, and say how to go on."""
+"""Runs that are interrupted end within seconds, keep and report what is done, and say how to go on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import dist_esm
-from conftest import PROTEINS, command, environment, read_report, run_meanwhile, run_ranks
-from test_embed import MODEL, digests
-from test_kill import processes_of
+from helpers.command import MODEL, command, environment, processes_of, read_report, run_meanwhile, run_ranks
+from helpers.compare import digests
+from helpers.data import PROTEINS
 
 SECONDS = 15
 """Within which an interrupted run must have ended, on a machine that may be busy."""
@@ -43,7 +43,8 @@ def interrupt(
 ) -> dict:
     """Start two ranks, send a signal when so many outputs are there, and give the report that the run leaves.
 
-    The signal goes to torchrun, as a terminal's does, to one rank alone, or to every process, as a scheduler's: then ranks get torchrun's, too.
+    The signal goes to torchrun, as a terminal's does, to one rank alone, or to every process, as a
+    scheduler's does. In the last case ranks get torchrun's signal, too.
     """
     process = subprocess.Popen(
         command(2, *settings),
@@ -244,7 +245,7 @@ def finished(tmp_path_factory, checkpoint_8m):
 
 @pytest.fixture
 def half_done(finished, tmp_path, checkpoint_8m):
-    """Settings and output directory of a copy of the finished run, with two more inputs, which are cut in pieces."""
+    """Settings and output directory of a copy of the finished run, with two more inputs that are cut."""
     folder = Path(shutil.copytree(finished, tmp_path / "copy"))
     for name in ("cut_1", "cut_2"):
         (folder / "in" / f"{name}.fasta").write_text(
@@ -264,8 +265,8 @@ def test_a_run_that_is_interrupted_while_it_plans_leaves_the_report_of_what_is_d
     result = run_meanwhile("dist_esm.jobs.embed:agree_on_plan", "kill -INT $PPID", *settings)
     assert (result.returncode, result.stdout) == (1, "")
     assert (
-        result.stderr
-        == "dist_esm: interrupted by SIGINT: what is done is kept, run the same command again to go on from there\n"
+        result.stderr == "dist_esm: interrupted by SIGINT: what is done is kept, "
+        "run the same command again to go on from there\n"
     )
     assert (out / "report.json").read_bytes() == before
     over = run_meanwhile("dist_esm.jobs.embed:agree_on_plan", "kill -INT $PPID", *settings, "resume=false")

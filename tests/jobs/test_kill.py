@@ -1,4 +1,4 @@
-"""Real runs killed at random moments, resumed with other numbers of ranks, and compared bit for bit with an undisturbed one."""
+"""Real runs, killed at random and resumed with other numbers of ranks: the bits of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import PROTEINS, command, environment, read_report, run_ranks
-from test_embed import MODEL, digests, sequences
+from helpers.command import MODEL, command, environment, processes_of, read_report, run_ranks
+from helpers.compare import digests
+from helpers.data import PROTEINS
+from helpers.fasta import read_sequences
 
 HOW = ("one rank", "all ranks", "torchrun", "SIGTERM", "SIGINT")
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, checkpoint_8m):
-    """Forty small files, and a large one that is cut and whose few distinct sequences come over and over; embedded undisturbed."""
+    """Forty small files and a large one, embedded undisturbed.
+
+    The large one is cut, and its few distinct sequences come over and over.
+    """
     folder = tmp_path_factory.mktemp("kill")
-    proteins = [sequence for path in sorted(PROTEINS.glob("*.fa*")) for sequence in sequences(path).values()]
+    proteins = [
+        sequence for path in sorted(PROTEINS.glob("*.fa*")) for sequence in read_sequences(path).values()
+    ]
     (folder / "in").mkdir()
     for i in range(40):
         (folder / "in" / f"{i:02}.fasta").write_text(
@@ -49,17 +56,6 @@ def job(tmp_path_factory, checkpoint_8m):
     return settings, folder / "undisturbed"
 
 
-def processes_of(output_dir: Path) -> list[int]:
-    """Ranks that work on an output directory, without torchrun itself."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            line = (path / "cmdline").read_bytes().split(b"\0")
-            if f"output_dir={output_dir}".encode() in line and b"torch.distributed.run" not in line:
-                found.append(int(path.name))
-    return found
-
-
 def kill(how: str, launcher: subprocess.Popen, output_dir: Path, chance: random.Random) -> None:
     ranks = processes_of(output_dir)
     with contextlib.suppress(ProcessLookupError):
@@ -77,7 +73,10 @@ def kill(how: str, launcher: subprocess.Popen, output_dir: Path, chance: random.
 
 
 def kill_and_resume(job, output_dir: Path, seed: int, num_kills: int) -> dict[str, int]:
-    """Start, kill and check so many times, then let the last launch finish. Returns how often each kind of kill hit a live run."""
+    """Start, kill and check so many times, then let the last launch finish.
+
+    Returns how often each kind of kill hit a live run.
+    """
     settings, undisturbed = job
     wanted = digests(undisturbed)
     chance = random.Random(seed)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import PROTEINS, read_report, run_ranks
-from dist_esm.outputs.journal import Entry, encode, read
-from dist_esm.types import Tally, WrittenFile
-from test_embed import MODEL, digests
-from test_intake import block_gzip
+from helpers.command import MODEL, read_report, run_ranks
+from helpers.compare import digests
+from helpers.data import PROTEINS
+from helpers.fasta import write_fasta
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,7 @@ def test_a_finished_file_stays_finished_however_it_would_be_cut_now(tmp_path, ch
     records = [f">r{i}\n{'MKTAYIAKQR' * 20}\n" for i in range(1500)]
     path = tmp_path / "in" / f"a.{suffix}"
     path.parent.mkdir()
-    write(path, records)
+    write_fasta(path, "".join(records))
     before, now = (f"unit_share={share}" for share in shares)
     assert run(tmp_path, checkpoint_8m, before).returncode == 0
     first = read_report(tmp_path / "out")
@@ -109,15 +108,10 @@ def test_a_finished_file_stays_finished_however_it_would_be_cut_now(tmp_path, ch
     assert resumed(tmp_path) == {"a_ESM.pt": True}
     assert again["records"] == first["records"]
     assert again["records"]["in"] == 1500
-    write(path, [*records, ">one_more\nMKT\n"])
+    write_fasta(path, "".join(records) + ">one_more\nMKT\n")
     assert run(tmp_path, checkpoint_8m, now).returncode == 0
     assert resumed(tmp_path) == {"a_ESM.pt": False}
     assert read_report(tmp_path / "out")["records"]["ok"] == 1501
-
-
-def write(path: Path, records: list[str]) -> None:
-    text = "".join(records).encode()
-    path.write_bytes(block_gzip(text) if path.suffix == ".gz" else text)
 
 
 def test_an_input_that_only_got_a_new_time_is_not_done_again(folder, checkpoint_8m):
@@ -167,18 +161,3 @@ def test_a_second_run_in_the_same_directory_is_refused(folder, checkpoint_8m):
         result = run(folder, checkpoint_8m)
     assert result.returncode == 1
     assert "is in use by another run" in result.stderr
-
-
-def test_every_torn_line_is_passed_over(tmp_path):
-    (tmp_path / ".dist_esm" / "journal").mkdir(parents=True)
-    entries = [
-        Entry(f"{i}_ESM", [(0, None)], ["d"], [WrittenFile("a", 1, "s")], Tally({"ok": i}), 0, 1.0)
-        for i in range(3)
-    ]
-    whole = b"".join(encode(entry) for entry in entries)
-    path = tmp_path / ".dist_esm" / "journal" / "1.00000.jsonl"
-    for size in range(len(whole)):
-        path.write_bytes(whole[:size])
-        assert read(tmp_path) == entries[: whole[: size + 1].count(b"\n")], size
-    path.write_bytes(whole.replace(b'"ok":1', b'"ok":7'))
-    assert read(tmp_path) == [entries[0], entries[2]]

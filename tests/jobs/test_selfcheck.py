@@ -1,4 +1,4 @@
-"""job=selfcheck: its figures against figures worked out apart, and every kind of fault that it is there to find."""
+"""job=selfcheck: its figures, held to figures worked out apart, and the faults that it should find."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from esm.data import Alphabet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import A8M, PROTEINS, fair_esm_model, random_state, run_ranks, write_checkpoint
 from dist_esm import Embedder
 from dist_esm.config import Config, Include, ModelConfig, SelfcheckConfig
 from dist_esm.distributed import World
@@ -36,7 +35,10 @@ from dist_esm.model.weights import load_model
 from dist_esm.planning.inputs import find_files
 from dist_esm.planning.units import cut_files, make_units
 from dist_esm.types import Count, Pack
-from test_embed import MODEL, sequences
+from helpers.checkpoints import A8M, fair_esm_model, random_state, write_checkpoint
+from helpers.command import MODEL, run_ranks
+from helpers.data import PROTEINS
+from helpers.fasta import read_sequences
 
 CPU = torch.device("cpu")
 SOURCES = ("large.fasta", "medium.faa", "viruses/small.fa.gz", "viruses/tiny.fas")
@@ -65,7 +67,7 @@ def test_the_figures_of_two_ranks_are_those_worked_out_apart(tmp_path, checkpoin
     letters = {
         name: (source, text[:100])
         for source in SOURCES
-        for name, text in sequences(PROTEINS / source).items()
+        for name, text in read_sequences(PROTEINS / source).items()
     }
     lengths = [one["embedded"] for one in found["sample"]]
     assert (len(lengths), lengths[0], lengths[-1]) == (4, min(len(text) for _, text in letters.values()), 100)
@@ -121,7 +123,7 @@ def test_the_figures_of_two_ranks_are_those_worked_out_apart(tmp_path, checkpoin
 
 
 def test_over_the_limits_is_exit_code_1_and_nothing_of_an_embedding_is_touched(tmp_path):
-    """Random weights, windows, a file that is no FASTA, and a directory in which something else has been written."""
+    """Random weights, windows, a file that is no FASTA, and a directory that holds something else."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.fasta").write_text(
         ">short\nmk\n>long\n" + "MKTAYIAKQRQISFVKSHFSRQ" * 4 + "\n>empty\n"
@@ -183,7 +185,10 @@ def test_an_input_without_a_protein_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """A configuration with a half-precision checkpoint, as the 3B and 15B ones are, its sample, and what fair-esm's model says of it."""
+    """A configuration with a half-precision checkpoint, its sample, and the answers of fair-esm's model.
+
+    The checkpoints of 3B and 15B are in half precision, too.
+    """
     state = {name: tensor.half() for name, tensor in random_state(A8M, seed=3).items()}
     path = write_checkpoint(tmp_path_factory.mktemp("parts") / "half.pt", A8M, state)
     model = ModelConfig("esm2_t6_8M_UR50D", A8M.num_layers, A8M.embed_dim, A8M.attention_heads, str(path))
@@ -299,7 +304,8 @@ def test_ranks_of_one_kind_must_agree_and_others_need_not(parts):
     rank = check(parts)
     other = replace(rank, rank=1, bits=("0", *rank.bits[1:]))
     assert problems([rank, other], names) == [
-        f"rank 1: other bits than rank 0 on the same kind of device ({rank.kind_of_device}) for 1 proteins: {names[0]}"
+        f"rank 1: other bits than rank 0 on the same kind of device ({rank.kind_of_device}) "
+        f"for 1 proteins: {names[0]}"
     ]
     assert "all 2 ranks: OTHER BITS" in table([rank, other])
     assert problems([rank, replace(other, kind_of_device="another")], names) == []
@@ -356,7 +362,8 @@ def test_what_does_not_fit_is_refused_with_a_remedy():
     assert 60e9 < needed < 62e9
     with pytest.raises(
         ValueError,
-        match=r"needs 61\.\d GB for each of 8 ranks with proteins of 1022 residues, .* has 256\.0 GB free: check with fewer ranks, a",
+        match=r"needs 61\.\d GB for each of 8 ranks with proteins of 1022 residues, "
+        r".* has 256\.0 GB free: check with fewer ranks, a",
     ):
         refuse_what_does_not_fit(needed, 256_000_000_000, 1022, world)
     refuse_what_does_not_fit(needed, 512_000_000_000, 1022, world)

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import PROTEINS, run_ranks
-from dist_esm.config import Include
+from dist_esm.config import Format, Include
 from dist_esm.jobs.verify import check_file
 from dist_esm.outputs import journal
-from standin import embed_directory, journal_of, make_config
-from test_embed import MODEL
-from test_intake import block_gzip
+from dist_esm.planning.inputs import find_files
+from helpers.command import MODEL, run_ranks
+from helpers.data import PROTEINS
+from helpers.fasta import write_fasta
+from helpers.outputs import EVERYTHING, embed_text
+from helpers.standin import embed_directory, journal_of, make_config
 
 
 def verify(inputs: Path, out: Path, num_ranks: int | None = None):
@@ -81,7 +83,7 @@ def test_an_input_that_was_changed_since_is_found_though_ids_and_lengths_are_the
 ):
     records = [f">r{i}\n{'MKTAYIAKQR' * 20}\n" for i in range(700)]
     path = tmp_path / f"a.{suffix}"
-    write(path, "".join(records))
+    write_fasta(path, "".join(records))
     out = tmp_path / "out"
     parts = 300 if unit_share == 1 else 100_000
     settings = [
@@ -94,14 +96,10 @@ def test_an_input_that_was_changed_since_is_found_though_ids_and_lengths_are_the
     assert run_ranks(None, f"input={path}", f"output_dir={out}", *settings).returncode == 0
     assert verify(path, out).stdout == "ok: 1 files, 700 proteins checked, 0 findings\n"
     records[650] = records[650].replace("MKTAY", "MKTAW", 1)
-    write(path, "".join(records))
+    write_fasta(path, "".join(records))
     wrong = verify(path, out)
     assert wrong.returncode == 2
     assert wrong.stdout.startswith(f"{path}: its text is not what was embedded: it was changed since")
-
-
-def write(path: Path, text: str) -> None:
-    path.write_bytes(block_gzip(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
@@ -131,7 +129,8 @@ CASES = {
     break_ids: "protein 1 is 2, 1 is expected",
     break_lengths: "protein 1 (1) has 4 embedded residues, 5 are expected",
     break_value: "a_ESM.pt: mean of layer 1 has values that are not finite",
-    break_shape: "a_ESM.pt: mean of layer 1 cannot be read: could not broadcast input array from shape (2,3) into shape (2,6)",
+    break_shape: "a_ESM.pt: mean of layer 1 cannot be read: "
+    "could not broadcast input array from shape (2,3) into shape (2,6)",
 }
 
 
@@ -155,3 +154,21 @@ def test_an_output_that_was_wrong_when_it_was_written_is_found(tmp_path, fault):
     torch.save(content, path)
     assert CASES[fault] in findings()
     assert journal.read(tmp_path / "out") == []  # the stand-in keeps no journal
+
+
+@pytest.mark.parametrize("kind", Format)
+def test_verify_finds_every_record_in_its_place(tmp_path, kind):
+    """Verify looks for ids, however an output makes names of them."""
+    path = embed_text(tmp_path, kind, **EVERYTHING)
+    config = make_config(str(tmp_path / "in"), tmp_path / "out", format=kind, **EVERYTHING)
+    assert (
+        list(
+            check_file(
+                find_files(config.input_list())[0],
+                [path.name],
+                journal_of(tmp_path / "in" / "a.fasta", path),
+                config,
+            )
+        )
+        == []
+    )

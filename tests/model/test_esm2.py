@@ -1,43 +1,26 @@
-"""Our forward against fair-esm's own, in fp32 with the same parameters, layer by layer; packed against alone."""
+"""The forward held to fair-esm's own, in fp32 with the same parameters, layer by layer, packed and alone."""
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from esm.data import Alphabet
 
-from conftest import (
-    A3B_SHAPED,
-    A8M,
-    A35M,
-    DATA,
-    fair_esm_model,
-    random_state,
-    relative_error,
-    run_ranks,
-    write_checkpoint,
-)
 from dist_esm.config import Attention, Config, Include, LinearKind, ModelConfig
-from dist_esm.fasta.tokens import tokenize
 from dist_esm.model import weights
 from dist_esm.model.engine import Engine, make_engine
 from dist_esm.model.esm2 import ESM2, Architecture
-from dist_esm.model.kernels.attention import Seqlens
 from dist_esm.model.kernels.choose import PLAIN, choose_kernels
 from dist_esm.model.weights import load_model
 from dist_esm.pipeline.retry import embed_pack
-from dist_esm.types import Pack, RankResult, Segment
+from dist_esm.types import Pack, RankResult
+from helpers.checkpoints import A3B_SHAPED, A8M, A35M, fair_esm_model, random_state, write_checkpoint
+from helpers.command import run_ranks
+from helpers.compare import relative_error
+from helpers.data import DATA
+from helpers.layers import CPU, SEQUENCES, fair_esm_layers, packed_layers, segment_of
 
-SEQUENCES = (
-    b"M",
-    b"MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVV",
-    b"ACDEFGHIKLMNPQRSTVWYXBUZO" * 4,
-    b"GAVLIPFMW" * 21,
-)
-CPU = torch.device("cpu")
 MODELS = [
     pytest.param((A8M, False), id="8M"),
     pytest.param((A8M, True), id="8M-hard"),
@@ -56,33 +39,10 @@ def pair(request, tmp_path_factory):
     return load_model(config, CPU, torch.float32, PLAIN), fair_esm_model(arch, state)
 
 
-@torch.inference_mode()
-def ours(model: ESM2, sequences) -> list[dict[int, torch.Tensor]]:
-    """Every layer of each protein, all in one pack."""
-    tokens = [tokenize(sequence) for sequence in sequences]
-    bounds = [0, *np.cumsum([len(one) for one in tokens]).tolist()]
-    positions = np.concatenate([np.arange(len(one)) for one in tokens])
-    layers = range(model.arch.num_layers + 1)
-    hidden = model(
-        torch.from_numpy(np.concatenate(tokens)).long(),
-        torch.from_numpy(positions),
-        Seqlens.of(bounds, CPU),
-        layers,
-    )
-    return [{layer: hidden[layer][start:stop] for layer in layers} for start, stop in pairwise(bounds)]
-
-
-@torch.inference_mode()
-def theirs(model, sequence: bytes) -> dict[int, torch.Tensor]:
-    _, _, tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter()([("id", sequence.decode())])
-    hidden = model(tokens, repr_layers=list(range(model.num_layers + 1)))["representations"]
-    return {layer: tensor[0] for layer, tensor in hidden.items()}
-
-
 def test_every_layer_of_a_pack_is_fair_esms(pair):
     model, oracle = pair
-    for sequence, mine in zip(SEQUENCES, ours(model, SEQUENCES), strict=True):
-        expected = theirs(oracle, sequence)
+    for sequence, mine in zip(SEQUENCES, packed_layers(model, SEQUENCES), strict=True):
+        expected = fair_esm_layers(oracle, sequence)
         assert mine.keys() == expected.keys()
         for layer, tensor in expected.items():
             assert relative_error(mine[layer], tensor) <= 1e-5, (layer, len(sequence))
@@ -90,23 +50,19 @@ def test_every_layer_of_a_pack_is_fair_esms(pair):
 
 def test_packed_equals_alone(pair):
     model, _ = pair
-    for sequence, packed in zip(SEQUENCES, ours(model, SEQUENCES), strict=True):
-        for layer, tensor in ours(model, [sequence])[0].items():
+    for sequence, packed in zip(SEQUENCES, packed_layers(model, SEQUENCES), strict=True):
+        for layer, tensor in packed_layers(model, [sequence])[0].items():
             assert relative_error(packed[layer], tensor) <= 1e-5, (layer, len(sequence))
-
-
-def segment(sequence: bytes, number: int) -> Segment:
-    return Segment(number, 0, tokenize(sequence), (0, len(sequence)))
 
 
 def test_mean_bos_and_rows_are_fair_esms(pair):
     model, oracle = pair
     layers = [0, 1, model.arch.num_layers]
     engine = Engine(model, layers, wants_rows=True, num_threads=2)
-    answers = engine.run(Pack(tuple(segment(sequence, i) for i, sequence in enumerate(SEQUENCES))))
+    answers = engine.run(Pack(tuple(segment_of(sequence, i) for i, sequence in enumerate(SEQUENCES))))
     engine.close()
     for sequence, answer in zip(SEQUENCES, answers, strict=True):
-        expected = theirs(oracle, sequence)
+        expected = fair_esm_layers(oracle, sequence)
         for layer in layers:
             rows = expected[layer][1 : len(sequence) + 1]
             assert relative_error(torch.from_numpy(answer.rows[layer]), rows) <= 1e-5
@@ -117,7 +73,7 @@ def test_mean_bos_and_rows_are_fair_esms(pair):
 def test_residues_come_in_the_dtype_to_save_and_sums_in_fp32(pair):
     model, _ = pair
     last = model.arch.num_layers
-    pack = Pack(tuple(segment(sequence, i) for i, sequence in enumerate(SEQUENCES)))
+    pack = Pack(tuple(segment_of(sequence, i) for i, sequence in enumerate(SEQUENCES)))
     wide, half = (
         Engine(model, [last], wants_rows=True, num_threads=1, rows_dtype=dtype)
         for dtype in (torch.float32, torch.float16)
@@ -132,14 +88,14 @@ def test_residues_come_in_the_dtype_to_save_and_sums_in_fp32(pair):
 
 def test_a_lower_layer_stops_the_forward_early_with_the_same_numbers(pair):
     model, _ = pair
-    full = ours(model, SEQUENCES[1:2])[0]
+    full = packed_layers(model, SEQUENCES[1:2])[0]
     seen = []
     hooks = [
         layer.fc1.register_forward_hook(lambda *_, n=n: seen.append(n))
         for n, layer in enumerate(model.layers, start=1)
     ]
     engine = Engine(model, [1], wants_rows=True, num_threads=1)
-    answer = engine.run(Pack((segment(SEQUENCES[1], 0),)))[0]
+    answer = engine.run(Pack((segment_of(SEQUENCES[1], 0),)))[0]
     engine.close()
     for hook in hooks:
         hook.remove()
@@ -148,9 +104,12 @@ def test_a_lower_layer_stops_the_forward_early_with_the_same_numbers(pair):
 
 
 def test_rows_without_a_protein_change_nothing(pair):
-    """On a GPU a pack is filled up to a fixed number of rows; the same forward on a CPU shows that they stay out of the answers."""
+    """A GPU fills a pack up to a fixed number of rows.
+
+    The same forward on a CPU shows that they stay out of the answers.
+    """
     model, _ = pair
-    segments = [segment(sequence, i) for i, sequence in enumerate(SEQUENCES)]
+    segments = [segment_of(sequence, i) for i, sequence in enumerate(SEQUENCES)]
     engine = Engine(model, [model.arch.num_layers], wants_rows=True, num_threads=1)
     filled = engine._on_cpu(segments, num_rows=640)
     alone = [engine.run(Pack((one,)))[0] for one in segments]
@@ -175,13 +134,13 @@ def test_on_a_gpu_the_bits_are_the_same_in_any_company_and_the_numbers_fair_esms
     weights.fill(model, state.__getitem__, device, dtype)
     oracle = fair_esm_model(A3B_SHAPED, state)
     engine = Engine(model.eval(), [2], wants_rows=True, toks_per_batch=1024)
-    segments = [segment(sequence, i) for i, sequence in enumerate(SEQUENCES)]
+    segments = [segment_of(sequence, i) for i, sequence in enumerate(SEQUENCES)]
     alone = [engine.run(Pack((one,)))[0] for one in segments]
     together = engine.run(Pack(tuple(reversed(segments))))[::-1]
     for sequence, one, other in zip(SEQUENCES, alone, together, strict=True):
         np.testing.assert_array_equal(one.rows[2], other.rows[2])
         np.testing.assert_array_equal(one.sums[2], other.sums[2])
-        expected = theirs(oracle, sequence)[2][1 : len(sequence) + 1]
+        expected = fair_esm_layers(oracle, sequence)[2][1 : len(sequence) + 1]
         if dtype is torch.float32:
             assert relative_error(torch.from_numpy(one.rows[2]), expected) <= 1e-5
         assert torch.cosine_similarity(torch.from_numpy(one.sums[2]), expected.sum(0), dim=0) >= 0.9999
@@ -197,7 +156,7 @@ def test_what_is_not_finite_in_half_precision_is_computed_again_in_fp32(tmp_path
         include=[Include.mean, Include.per_tok],
     )
     engine = make_engine(config, CPU, torch.float16, PLAIN, num_threads=2)
-    segments = tuple(segment(sequence, i) for i, sequence in enumerate(SEQUENCES))
+    segments = tuple(segment_of(sequence, i) for i, sequence in enumerate(SEQUENCES))
     assert not all(np.isfinite(answer.sums[6]).all() for answer in engine.run(Pack(segments)))
     result = RankResult()
     answers = embed_pack(engine, Pack(segments), result)
@@ -205,14 +164,14 @@ def test_what_is_not_finite_in_half_precision_is_computed_again_in_fp32(tmp_path
     assert result.num_recomputed > 0
     oracle = fair_esm_model(A8M, state)
     for sequence, answer in zip(SEQUENCES, answers, strict=True):
-        expected = theirs(oracle, sequence)[6][1 : len(sequence) + 1]
+        expected = fair_esm_layers(oracle, sequence)[6][1 : len(sequence) + 1]
         assert relative_error(torch.from_numpy(answer.rows[6]), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_same_bits_in_any_company(pair, num_threads):
     model, _ = pair
-    segments = [segment(sequence, i) for i, sequence in enumerate(SEQUENCES)]
+    segments = [segment_of(sequence, i) for i, sequence in enumerate(SEQUENCES)]
     engine = Engine(model, [model.arch.num_layers], wants_rows=True, num_threads=num_threads)
     alone = [engine.run(Pack((one,)))[0] for one in segments]
     together = engine.run(Pack(tuple(reversed(segments))))[::-1]
@@ -229,10 +188,10 @@ def test_bf16_stays_close_to_fair_esms_fp32():
         oracle = fair_esm_model(A8M, state)
         model = bf16_model(A8M, state)
         engine = Engine(model, [A8M.num_layers], wants_rows=False, num_threads=2)
-        answers = engine.run(Pack(tuple(segment(sequence, i) for i, sequence in enumerate(SEQUENCES))))
+        answers = engine.run(Pack(tuple(segment_of(sequence, i) for i, sequence in enumerate(SEQUENCES))))
         engine.close()
         for sequence, answer in zip(SEQUENCES, answers, strict=True):
-            expected = theirs(oracle, sequence)[A8M.num_layers][1 : len(sequence) + 1].mean(0)
+            expected = fair_esm_layers(oracle, sequence)[A8M.num_layers][1 : len(sequence) + 1].mean(0)
             cosine = torch.cosine_similarity(torch.from_numpy(answer.sums[A8M.num_layers]), expected, dim=0)
             assert cosine >= least, (hard, len(sequence))
 

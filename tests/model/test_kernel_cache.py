@@ -1,4 +1,4 @@
-"""Kernels that are kept: a small C function in the place of a GPU kernel; compiler, linker, library and processes are real."""
+"""Kernels that are kept: compiler, linker and processes are real, a C function stands for the GPU kernel."""
 
 from __future__ import annotations
 
@@ -14,27 +14,10 @@ import pytest
 import torch
 
 from dist_esm.model.kernels import kernel_cache as aot
+from helpers.c_kernel import FORM, SOURCE, Compiler, answer
 
-tvm_ffi = pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is not installed")
+pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is not installed")
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-
-SOURCE = """
-#include <tvm/ffi/c_api.h>
-
-static float *numbers(const TVMFFIAny *any) {
-    DLTensor *t = any->v_ptr;
-    if (any->type_index == kTVMFFITensor) t = (DLTensor *)((TVMFFIObject *)t + 1);
-    return (float *)((char *)t->data + t->byte_offset);
-}
-
-/* out[0] = a[0] * factor + offset */
-int __tvm_ffi_product(void *self, const TVMFFIAny *args, int32_t num_args, TVMFFIAny *result) {
-    numbers(&args[3])[0] = numbers(&args[0])[0] * args[1].v_int64 + (args[2].type_index == kTVMFFINone ? 0 : args[2].v_int64);
-    result->type_index = kTVMFFINone;
-    return 0;
-}
-"""
-FORM = ("a", 3, None, "out")
 
 
 @pytest.fixture(autouse=True)
@@ -42,38 +25,6 @@ def cache(tmp_path, monkeypatch):
     """An empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "dist_esm"
-
-
-class Compiler:
-    """Compiles the C function, and counts how often."""
-
-    def __init__(self, source: str = SOURCE) -> None:
-        self.calls = 0
-        self.source = source
-
-    def __call__(self) -> aot.Compiled:
-        self.calls += 1
-        return aot.Compiled(
-            aot.Kernel(self.in_process, FORM), self.export, [tvm_ffi.libinfo.find_libtvm_ffi()]
-        )
-
-    def in_process(self, a, factor, offset, out):
-        out[0] = a[0] * factor + (offset or 0)
-
-    def export(self, path):
-        include = tvm_ffi.libinfo.find_include_path()
-        subprocess.run(
-            ["cc", "-fPIC", "-x", "c", "-c", "-o", path, "-I", include, "-"],
-            input=self.source,
-            text=True,
-            check=True,
-        )
-
-
-def answer(kernel: aot.Kernel) -> float:
-    a, out = torch.tensor([7.0]), torch.zeros(1)
-    kernel({"a": a, "out": out})
-    return out.item()
 
 
 def test_a_kernel_is_compiled_once_and_loaded_from_then_on(cache):
@@ -94,22 +45,23 @@ def test_another_fingerprint_is_another_kernel():
 RANK = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-import test_kernel_cache
+from dist_esm.model.kernels import kernel_cache as aot
+from helpers.c_kernel import Compiler, answer
 
-class Slow(test_kernel_cache.Compiler):
+class Slow(Compiler):
     def __call__(self):
         time.sleep(1)
         return super().__call__()
 
 compiler = Slow()
-print(test_kernel_cache.answer(test_kernel_cache.aot.load("triple", "f1", compiler)), compiler.calls)
+print(answer(aot.load("triple", "f1", compiler)), compiler.calls)
 """
 
 
 def other_process() -> subprocess.Popen[str]:
     """A process that loads the kernel, and prints its answer and how often it had to compile."""
     return subprocess.Popen(
-        [sys.executable, "-c", RANK, str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", RANK, str(Path(__file__).parents[1])], stdout=subprocess.PIPE, text=True
     )
 
 

@@ -1,4 +1,4 @@
-"""The implementations of a block: their choice, the layout of their weights, and on a GPU their numbers and bits."""
+"""Implementations of a block: their choice, their layout of weights, and on a GPU their numbers and bits."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import A3B_SHAPED, A8M, A35M, fair_esm_model, random_state, relative_error
 from dist_esm.config import Attention, LinearKind
 from dist_esm.model import weights
 from dist_esm.model.engine import Engine
-from dist_esm.model.esm2 import ESM2, Architecture
+from dist_esm.model.esm2 import ESM2
 from dist_esm.model.kernels.attention import sdpa
 from dist_esm.model.kernels.choose import Kernels, choose_kernels
 from dist_esm.model.kernels.linear import TorchLinear, angles
 from dist_esm.types import Pack
-from test_esm2 import SEQUENCES, ours, segment, theirs
+from helpers.checkpoints import A3B_SHAPED, A8M, A35M, A650M_SHAPED, fair_esm_model, random_state
+from helpers.compare import relative_error
+from helpers.layers import SEQUENCES, fair_esm_layers, packed_layers, segment_of
 
 CPU = torch.device("cpu")
-A650M_SHAPED = Architecture(2, 1280, 20)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,8 @@ A650M_SHAPED = Architecture(2, 1280, 20)
         (
             "triton",
             "auto",
-            "attention=triton needs a CUDA GPU of compute capability 8.0 or newer, this is cpu: use attention=auto",
+            "attention=triton needs a CUDA GPU of compute capability 8.0 or newer, this is cpu: "
+            "use attention=auto",
         ),
         (
             "auto",
@@ -60,7 +61,10 @@ def test_auto_is_what_runs_anywhere_on_a_cpu():
 
 
 class Neighbours(TorchLinear):
-    """torch's operations over the layout that the products with a rotation inside want: what is rotated against each other lies side by side."""
+    """torch's operations over the layout that the products with a rotation inside want.
+
+    Numbers that are rotated against each other lie side by side.
+    """
 
     interleaves = True
 
@@ -83,13 +87,13 @@ def test_queries_and_keys_side_by_side_give_fair_esms_numbers(hard):
         model = ESM2(A8M, Kernels("sdpa", sdpa, Neighbours()))
     weights.fill(model, state.__getitem__, CPU, torch.float32)
     oracle = fair_esm_model(A8M, state)
-    for sequence, mine in zip(SEQUENCES, ours(model.eval(), SEQUENCES), strict=True):
-        for layer, tensor in theirs(oracle, sequence).items():
+    for sequence, mine in zip(SEQUENCES, packed_layers(model.eval(), SEQUENCES), strict=True):
+        for layer, tensor in fair_esm_layers(oracle, sequence).items():
             assert relative_error(mine[layer], tensor) <= 1e-5, (layer, len(sequence))
 
 
 def same(one, other) -> bool:
-    """Whether two answers have the same bits."""
+    """Return True if two answers have the same bits."""
     parts = ((getattr(one, kind), getattr(other, kind)) for kind in ("sums", "bos", "rows"))
     return all(np.array_equal(a[layer], b[layer]) for a, b in parts for layer in a)
 
@@ -115,7 +119,7 @@ def test_on_a_gpu_every_implementation_has_the_same_bits_in_any_company_and_fair
         weights.fill(model, state.__getitem__, device, dtype)
         engine = Engine(model.eval(), [1, last], wants_rows=True, toks_per_batch=1152)
         oracle = fair_esm_model(arch, state)
-        segments = [segment(sequence, i) for i, sequence in enumerate(SEQUENCES)]
+        segments = [segment_of(sequence, i) for i, sequence in enumerate(SEQUENCES)]
         alone = [engine.run(Pack((one,)))[0] for one in segments]
         together = engine.run(Pack(tuple(reversed(segments))))[::-1]
         assert kernels.linear.any_rows == (kernels.linear.name == "quack")
@@ -124,7 +128,7 @@ def test_on_a_gpu_every_implementation_has_the_same_bits_in_any_company_and_fair
         for sequence, one, other, third in zip(SEQUENCES, alone, together, all_rows, strict=True):
             assert same(one, other)
             assert same(one, third)
-            expected = theirs(oracle, sequence)[last][1 : len(sequence) + 1].sum(0)
+            expected = fair_esm_layers(oracle, sequence)[last][1 : len(sequence) + 1].sum(0)
             assert torch.cosine_similarity(torch.from_numpy(one.sums[last]), expected, dim=0) >= least, (
                 hard,
                 len(sequence),
@@ -135,14 +139,23 @@ LAUNCH = """
 import hashlib, logging, sys
 sys.path.insert(0, sys.argv[1])
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
-from test_kernels import *
+import torch
+from dist_esm.config import Attention, LinearKind
+from dist_esm.model import weights
+from dist_esm.model.engine import Engine
+from dist_esm.model.esm2 import ESM2
+from dist_esm.model.kernels.choose import choose_kernels
+from dist_esm.types import Pack
+from helpers.checkpoints import A650M_SHAPED, random_state
+from helpers.layers import SEQUENCES, segment_of
 
 device = torch.device("cuda", 0)
 kernels = choose_kernels(Attention.auto, LinearKind.quack, device, torch.bfloat16, A650M_SHAPED.head_dim)
 with torch.device("meta"):
     model = ESM2(A650M_SHAPED, kernels)
 weights.fill(model, random_state(A650M_SHAPED, seed=1).__getitem__, device, torch.bfloat16)
-(answer,) = Engine(model.eval(), [2], wants_rows=True, toks_per_batch=1152).run(Pack((segment(SEQUENCES[-1], 0),)))
+engine = Engine(model.eval(), [2], wants_rows=True, toks_per_batch=1152)
+(answer,) = engine.run(Pack((segment_of(SEQUENCES[-1], 0),)))
 print(hashlib.sha256(answer.rows[2].tobytes()).hexdigest(), "quack" in sys.modules)
 """
 
@@ -153,7 +166,7 @@ def test_on_a_gpu_a_second_launch_does_not_import_the_compiler_and_has_the_same_
     (tmp_path / "a file").touch()
 
     def launch(cache):
-        command = [sys.executable, "-W", "ignore", "-c", LAUNCH, str(Path(__file__).parent)]
+        command = [sys.executable, "-W", "ignore", "-c", LAUNCH, str(Path(__file__).parents[1])]
         done = subprocess.run(
             command,
             env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / cache)},

@@ -1,4 +1,7 @@
-"""The real weights, where they are in torch hub's cache, against numbers that others obtained with them (tests/data/reference)."""
+"""The real weights, held to numbers that others obtained with them (tests/data/reference).
+
+Skipped where the weights are not in torch hub's cache.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import DATA, PROTEINS, run_ranks
 from dist_esm import Embedder
 from dist_esm.fasta.tokens import tokenize
+from helpers.command import run_ranks
+from helpers.data import DATA, PROTEINS
 
 REFERENCE = DATA / "reference"
 GPU = {
@@ -22,7 +26,10 @@ GPU = {
 
 @pytest.mark.weights("esm2_t36_3B_UR50D")
 def test_the_3b_means_are_virnucpros(tmp_path):
-    """Through the command, as VirNucPro's users run it: cosine, since the precision of the stored vectors is not recorded."""
+    """Through the command, as VirNucPro's users run it.
+
+    By cosine, since the precision of the stored vectors is not recorded.
+    """
     files = f"input=[{REFERENCE / 'virnucpro_orfs.fa'},{REFERENCE / 'virnucpro_fixed500.fa'}]"
     result = run_ranks(None, files, f"output_dir={tmp_path}", "model=esm2_t36_3B_UR50D", timeout=1800, **GPU)
     assert result.returncode == 0, result.stderr

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import A8M, A35M, random_state, write_checkpoint
 from dist_esm.config import ModelConfig
 from dist_esm.model.kernels.choose import PLAIN
 from dist_esm.model.weights import KNOWN, fetch, load_model, locate
+from helpers.checkpoints import A8M, A35M, random_state, write_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -100,7 +100,8 @@ def test_offline_with_an_empty_cache_says_where_the_file_goes(monkeypatch, tmp_p
     monkeypatch.setattr("dist_esm.model.weights.URL", "http://127.0.0.1:9/{name}.pt")
     with pytest.raises(
         ValueError,
-        match=r"hub/checkpoints/esm2_t6_8M_UR50D\.pt is missing and http.*cannot be downloaded.*put the file there, or name it",
+        match=r"hub/checkpoints/esm2_t6_8M_UR50D\.pt is missing and http.*cannot be downloaded"
+        r".*put the file there, or name it",
     ):
         fetch(config(None))
     assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []

@@ -1,133 +1,14 @@
-"""What waits to be written, and how it comes to its name."""
+"""Rows that wait to be written, in memory and on disk."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import resource
 import time
-import zipfile
 from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import partial
-from itertools import accumulate
 
 import numpy as np
 import pytest
-import torch
 
-from dist_esm.atomic import SMALL_BYTES, SummedFile, atomically, together
-from dist_esm.outputs.embeddings import ChunkedTensor
-from dist_esm.outputs.pickling import RowsOf, torch_save
 from dist_esm.outputs.row_buffer import Memory, RowBuffer, are_finite
-
-
-def same(one, other) -> bool:
-    """Whether two contents are alike to the last bit, type and stride."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, torch.Tensor):
-        return (one.dtype, one.stride(), one.storage_offset()) == (
-            other.dtype,
-            other.stride(),
-            other.storage_offset(),
-        ) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
-@pytest.mark.parametrize(
-    "how", [{"weights_only": True}, {"weights_only": True, "mmap": True}, {"weights_only": False}]
-)
-def test_archives_hold_what_torch_would_have_put_there(tmp_path, how):
-    rows = torch.arange(6000, dtype=torch.float32).view(1000, 6)
-    content = {
-        "ids": ["a", "é" * 300, "\ud800"],
-        "data": list(rows.unbind(0)),
-        33: rows,
-        "parts": {33: list(rows.split([3, 7, *range(40), 210])), 34: []},
-        "half": rows.half()[:, 2:4],
-        "none": [rows[:0], torch.empty(0, 6)],
-        "others": [None, True, -5, 1 << 40, 2.5, ("a", 1), {}, [[]]],
-    }
-    torch.save(content, tmp_path / "theirs.pt")
-    with open(tmp_path / "ours.pt", "wb") as file:
-        torch_save(content, file)
-    theirs, ours = (torch.load(tmp_path / name, **how) for name in ("theirs.pt", "ours.pt"))
-    assert same(ours, theirs)
-    assert ours["data"][7].untyped_storage().data_ptr() == ours[33].untyped_storage().data_ptr()
-    records = [
-        {i.filename.partition("/")[2]: i.CRC for i in zipfile.ZipFile(tmp_path / name).infolist()}
-        for name in ("theirs.pt", "ours.pt")
-    ]
-    assert [name for name in records[0] if records[0][name] != records[1].get(name)] == [
-        "data.pkl",
-        ".data/serialization_id",
-    ]
-
-
-@pytest.mark.parametrize("span", [slice(0, 1000), slice(5, 17), slice(3, 4), slice(0, 0)])
-def test_the_rows_of_a_matrix_are_written_as_the_list_of_them_would_be(span):
-    matrix = torch.arange(6000, dtype=torch.float32).view(1000, 6)[span]
-    archives = []
-    for rows in (RowsOf(matrix), list(matrix.unbind(0))):
-        archives.append(io.BytesIO())
-        torch_save({"data": rows, "again": {1: matrix}, "more": list(matrix[1:].unbind(0))}, archives[-1])
-    assert same(*(torch.load(archive) for archive in map(io.BytesIO, map(io.BytesIO.getvalue, archives))))
-    if len(matrix):
-        assert archives[0].getvalue() == archives[1].getvalue()
-
-
-def test_rows_that_lie_in_several_tensors_are_as_one():
-    whole = torch.arange(60).view(20, 3)
-    for cuts in ([20], [0, 20], [7, 13], [1, 0, 4, 0, 0, 15, 0], [5] * 4):
-        rows = ChunkedTensor(torch.split(whole, cuts))
-        assert rows.shape == (20, 3)
-        for start in range(21):
-            for stop in range(start, 21):
-                assert torch.equal(rows[start:stop], whole[start:stop]), (cuts, start, stop)
-    assert ChunkedTensor([whole[:9], whole[9:]])[9:12].data_ptr() == whole[9:].data_ptr()
-    assert ChunkedTensor([whole[:0]])[0:0].shape == (0, 3)
-
-
-def test_a_checksum_is_that_of_what_was_written_small_and_large(tmp_path):
-    numbers = np.random.default_rng(0).bytes(3 * SMALL_BYTES + 5)
-    sizes = [3, SMALL_BYTES, 0, SMALL_BYTES + 1, 7, 2 * SMALL_BYTES - 6]
-    with SummedFile(tmp_path / "a") as file:
-        for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
-            file.write(numbers[start : start + size])
-    written = (tmp_path / "a").read_bytes()
-    assert written == numbers[: sum(sizes)]
-    assert file.sha256() == hashlib.sha256(written).hexdigest()
-
-
-def test_a_large_write_for_which_there_is_no_room_raises(tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * SMALL_BYTES + 100, before[1]))
-    try:
-        file = SummedFile(tmp_path / "a")
-        with pytest.raises(OSError, match="File too large"):
-            file.write(bytes(3 * SMALL_BYTES))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        file.close()
-
-
-@pytest.mark.parametrize(
-    "stranger",
-    [
-        np.float32(1),
-        {1},
-        torch.ones(1, requires_grad=True),
-        torch.nn.Parameter(torch.ones(1)),
-        (torch.ones(1),),
-    ],
-)
-def test_what_readers_would_refuse_is_refused_when_it_is_written(stranger):
-    with pytest.raises(TypeError, match="has no place in an output"):
-        torch_save({"content": stranger}, io.BytesIO())
 
 
 class Late(Executor):
@@ -172,28 +53,3 @@ def test_one_number_that_is_not_finite_is_found_among_many(dtype):
         assert not are_finite(rows)
         assert not are_finite(rows[:, 3])
         assert are_finite(rows[:, 4])
-
-
-def test_of_files_written_together_one_that_fails_takes_no_other_along(tmp_path):
-    def write(name: str, error: Exception | None):
-        with atomically(tmp_path / name / "file") as beside:
-            beside.write_text(name)
-        with atomically(tmp_path / name / "second") as beside:
-            beside.write_text(name)
-            if error is not None:
-                raise error
-        assert not (tmp_path / name / "file").exists()
-        return name
-
-    error = OSError("full")
-    assert together([partial(write, "a", None), partial(write, "b", error), partial(write, "c", None)]) == [
-        "a",
-        error,
-        "c",
-    ]
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
-        "a/file",
-        "a/second",
-        "c/file",
-        "c/second",
-    ]

@@ -142,7 +142,8 @@ def test_every_embedding_finds_its_place_in_any_order(units, dedupe, poison, dat
         count = Count(sequences=len(unit["records"]))
         is_parted = unit["is_parted"]
         assembly.begin(
-            key, Unit(key, 0, Slice(files[key].path), count, Count(), True, first_part=0 if is_parted else None)
+            key,
+            Unit(key, 0, Slice(files[key].path), count, Count(), True, first_part=0 if is_parted else None),
         )
         for record in unit["records"]:
             feed.announce(key, record)

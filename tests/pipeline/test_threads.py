@@ -29,7 +29,9 @@ def raise_it(error: BaseException):
     raise error
 
 
-@pytest.mark.parametrize("error", [ValueError("wrong"), MemoryError("no room"), SystemExit(0), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [ValueError("wrong"), MemoryError("no room"), SystemExit(0), KeyboardInterrupt()]
+)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_whatever_ends_a_thread_early_is_the_reason_of_the_stop(error):
     stop = Stop()

@@ -1,0 +1,108 @@
+"""format=h5 through h5py and ProtSpace."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import types
+from pathlib import Path
+from urllib.parse import unquote
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from dist_esm import load
+from dist_esm.config import Format, Include, SaveDtype
+from dist_esm.outputs.formats.registry import write_output
+from helpers.compare import assert_same
+from helpers.outputs import (
+    EVERYTHING,
+    IDS,
+    PROVENANCE,
+    SEQUENCES,
+    embed_text,
+    expected_bos,
+    expected_mean,
+    expected_rows,
+    table_of,
+)
+from helpers.standin import WIDTH
+
+
+def test_h5_is_flat_in_file_order_and_says_the_ids(tmp_path):
+    with h5py.File(embed_text(tmp_path, Format.h5), "r") as file:
+        assert file.attrs["model_name"] == ""  # the stand-in has no provenance
+        names = list(file)
+        assert all(isinstance(dataset, h5py.Dataset) for dataset in file.values())
+        assert (names[0], names[1], names[4:8]) == (
+            "sp|P12345|X_Y",
+            "a%2Fb",
+            ["twin", "twin~2", "TWIN", "twin%7E2"],
+        )
+        for i, (dataset, residues) in enumerate(zip(file.values(), SEQUENCES, strict=True)):
+            assert_same(dataset[()], expected_mean(residues))
+            assert (dataset.attrs["original_id"], dataset.attrs["index"], dataset.attrs["length"]) == (
+                IDS[i],
+                i,
+                len(residues),
+            )
+        assert [unquote(re.sub("~[0-9]+$", "", name)) for name in names] == IDS
+
+
+def test_h5_with_residues_has_them_as_datasets_and_vectors_as_attributes(tmp_path):
+    with h5py.File(embed_text(tmp_path, Format.h5, **EVERYTHING), "r") as file:
+        assert (file.attrs["kind"], file.attrs["layer"]) == ("per_tok", 1)
+        for dataset, residues in zip(file.values(), SEQUENCES, strict=True):
+            assert_same(dataset[()], expected_rows(residues))
+            assert_same(dataset.attrs["per_tok_layer_0"], expected_rows(residues, 0))
+            for layer in (0, 1):
+                assert_same(dataset.attrs[f"mean_layer_{layer}"], expected_mean(residues, layer))
+                assert_same(dataset.attrs[f"bos_layer_{layer}"], expected_bos(residues, layer))
+
+
+@pytest.fixture
+def protspace(monkeypatch):
+    """ProtSpace's own loader of HDF5.
+
+    The loader needs numpy and h5py alone, the package around it scikit-learn, UMAP and more. So its parents
+    stay unexecuted.
+    """
+    found = importlib.util.find_spec("protspace")
+    if found is None or found.submodule_search_locations is None:
+        pytest.skip("ProtSpace is not installed: pip install --no-deps protspace")
+    for name in ("protspace", "protspace.data", "protspace.data.loaders"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(Path(found.submodule_search_locations[0], *name.split(".")[1:]))]
+        monkeypatch.setitem(sys.modules, name, package)
+    return importlib.import_module("protspace.data.loaders.h5")
+
+
+@pytest.mark.parametrize("dtype", SaveDtype)
+def test_h5_through_protspace(tmp_path, protspace, dtype):
+    path, _ = write_output(
+        Format.h5,
+        table_of(SEQUENCES, PROVENANCE, ids=IDS, dtype=getattr(torch, dtype.name)),
+        tmp_path / "a_ESM",
+    )
+    found = protspace.load_h5([path])
+    assert found.name == PROVENANCE["model"]
+    assert [unquote(re.sub("~[0-9]+$", "", name)) for name in found.headers] == IDS
+    assert_same(found.data, np.arange(len(IDS) * WIDTH, dtype=np.float32).reshape(-1, WIDTH))
+    assert protspace.parse_identifier(found.headers[0]) == "P12345"
+
+
+def test_h5_with_residues_is_refused_by_protspace(tmp_path, protspace):
+    with pytest.raises(ValueError, match="looks like per-residue embeddings"):
+        protspace.load_h5([embed_text(tmp_path, Format.h5, include=[Include.mean, Include.per_tok])])
+
+
+def test_h5_takes_attributes_of_any_size(tmp_path):
+    """Residues of a further layer are an attribute, which HDF5 before 1.8 ended at 64 KiB."""
+    path = embed_text(
+        tmp_path, Format.h5, text=f">long\n{'MKTAYIAKQR' * 500}\n", truncation_seq_length=None, **EVERYTHING
+    )
+    assert_same(load(path).residues("long", 0), expected_rows("MKTAYIAKQR" * 500, 0))
+    assert path.stat().st_size > 2 * 5000 * WIDTH * 4 > 1 << 17

@@ -1,0 +1,125 @@
+"""format=parquet through the libraries that its users read it with."""
+
+from __future__ import annotations
+
+import duckdb
+import numpy as np
+import pandas
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dist_esm import load
+from dist_esm.config import Format, SaveDtype
+from dist_esm.outputs.formats import parquet as formats_parquet
+from dist_esm.outputs.formats.registry import write_output
+from helpers.compare import assert_same
+from helpers.outputs import (
+    EVERYTHING,
+    HEADERS,
+    IDS,
+    SEQUENCES,
+    embed_text,
+    expected_bos,
+    expected_mean,
+    expected_rows,
+    table_of,
+)
+from helpers.standin import WIDTH
+
+
+def test_parquet_through_arrow_polars_pandas_and_duckdb(tmp_path):
+    path = embed_text(tmp_path, Format.parquet, **EVERYTHING)
+    schema = pq.read_schema(path)
+    for name in ("mean_layer_0", "mean_layer_1", "bos_layer_0", "bos_layer_1"):
+        assert schema.field(name).type == pa.list_(pa.float32(), WIDTH)  # LanceDB searches no other
+        for got in (
+            np.stack(pq.read_table(path)[name].to_pylist()).astype(np.float32),
+            polars.read_parquet(path)[name].to_numpy(),
+            np.stack(pandas.read_parquet(path)[name].to_numpy()),
+            np.stack(duckdb.sql(f"select {name} from '{path}'").fetchnumpy()[name]).astype(np.float32),
+        ):
+            of, layer = (expected_mean if name.startswith("mean") else expected_bos), int(name[-1])
+            assert_same(got, np.stack([of(residues, layer) for residues in SEQUENCES]))
+    assert schema.field("per_tok_layer_1").type == pa.list_(pa.list_(pa.float32(), WIDTH))
+    frame = polars.read_parquet(path)
+    assert (frame["id"].to_list(), frame["index"].to_list()) == (IDS, list(range(len(IDS))))
+    assert frame.schema["mean_layer_1"] == polars.Array(polars.Float32, WIDTH)
+    for got, residues in zip(frame["per_tok_layer_1"], SEQUENCES, strict=True):
+        assert_same(got.to_numpy(), expected_rows(residues))
+    columns = "embedded, length, outcome, upper_cased, stops_removed, gaps_removed, replaced, source"
+    (soft,) = duckdb.sql(f"select {columns} from '{path}' where id = 'soft'").fetchall()
+    assert soft == (5, 5, "ok", 5, 1, 1, 0, "a.fasta")
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    codecs = {group.column(i).path_in_schema: group.column(i).compression for i in range(group.num_columns)}
+    assert {codec for name, codec in codecs.items() if "_layer_" in name} == {"UNCOMPRESSED"}
+    assert {codec for name, codec in codecs.items() if "_layer_" not in name} == {"ZSTD"}
+
+
+@pytest.mark.parametrize("dtype", SaveDtype)
+def test_parquet_through_hugging_face_datasets(tmp_path, dtype):
+    datasets = pytest.importorskip(
+        "datasets", reason="Hugging Face datasets is not installed: pip install datasets"
+    )
+    path = embed_text(tmp_path, Format.parquet, save_dtype=dtype, **EVERYTHING)
+    table = datasets.load_dataset(
+        "parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert (table["id"][:], table["header"][:]) == (IDS, HEADERS)
+    assert table.features["mean_layer_1"] == datasets.List(datasets.Value(dtype.name), length=WIDTH)
+    # Its NumPy and torch have float32 for every floating-point number, as its documentation says.
+    for i, (row, residues) in enumerate(zip(table.with_format("numpy"), SEQUENCES, strict=True)):
+        for layer in (0, 1):
+            assert_same(
+                row[f"mean_layer_{layer}"],
+                expected_mean(residues, layer).astype(dtype.name).astype(np.float32),
+            )
+            assert_same(
+                row[f"bos_layer_{layer}"], expected_bos(residues, layer).astype(dtype.name).astype(np.float32)
+            )
+            assert_same(
+                row[f"per_tok_layer_{layer}"],
+                expected_rows(residues, layer).astype(dtype.name).astype(np.float32),
+            )
+        assert_same(table.with_format("torch")[i]["mean_layer_1"], row["mean_layer_1"])
+
+
+def test_parquet_through_lance_which_searches_it(tmp_path):
+    lance = pytest.importorskip("lance", reason="Lance is not installed: pip install pylance")
+    table = pq.read_table(embed_text(tmp_path, Format.parquet, **EVERYTHING))
+    there = lance.write_dataset(table, tmp_path / "a.lance")
+    assert there.schema.field("mean_layer_1").type == pa.list_(pa.float32(), WIDTH)
+    assert there.to_table().equals(table)
+    for i in (0, 3, len(IDS) - 1):
+        found = there.to_table(nearest={"column": "mean_layer_1", "q": expected_mean(SEQUENCES[i]), "k": 1})
+        assert (found["id"].to_pylist(), found["_distance"].to_pylist()) == ([IDS[i]], [0])
+
+
+@pytest.mark.parametrize("dtype", SaveDtype)
+def test_parquet_through_lancedb_which_searches_it(tmp_path, dtype):
+    lancedb = pytest.importorskip("lancedb", reason="LanceDB is not installed: pip install lancedb")
+    path = embed_text(tmp_path, Format.parquet, save_dtype=dtype, **EVERYTHING)
+    table = lancedb.connect(tmp_path / "db").create_table("proteins", pq.read_table(path))
+    for i in (0, 3, len(IDS) - 1):
+        wanted = expected_mean(SEQUENCES[i]).astype(dtype.name)
+        (found,) = table.search(wanted, vector_column_name="mean_layer_1").limit(1).to_list()
+        assert (found["id"], found["header"], found["_distance"]) == (IDS[i], HEADERS[i], 0)
+        assert_same(np.array(found["mean_layer_1"], dtype.name), wanted)
+
+
+def test_parquet_row_groups_are_cut_by_bytes_and_hold_whole_proteins(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats_parquet, "GROUP_BYTES", 2000)
+    path = embed_text(tmp_path, Format.parquet, **EVERYTHING)
+    file = pq.ParquetFile(path)
+    assert 3 < file.num_row_groups < len(IDS)
+    back = load(path)
+    for i in (len(IDS) - 1, 0, 9, 10, 3):
+        assert_same(back[i], expected_mean(SEQUENCES[i]))
+        assert_same(back.residues(i), expected_rows(SEQUENCES[i]))
+    assert_same(back.vectors, np.stack([expected_mean(residues) for residues in SEQUENCES]))
+    monkeypatch.setattr(formats_parquet, "GROUP_ROWS", 2)
+    monkeypatch.setattr(formats_parquet, "GROUP_BYTES", 1 << 30)
+    write_output(Format.parquet, table_of(SEQUENCES[:5]), tmp_path / "b")
+    meta = pq.ParquetFile(tmp_path / "b.parquet").metadata
+    assert [meta.row_group(group).num_rows for group in range(meta.num_row_groups)] == [2, 2, 1]

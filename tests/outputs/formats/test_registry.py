@@ -1,0 +1,100 @@
+"""Promises of every format: provenance, checksums, sizes, and nothing left when writing fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import sys
+import time
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors import safe_open
+
+from dist_esm import load
+from dist_esm.atomic import fingerprint, written_file
+from dist_esm.config import Format, check
+from dist_esm.outputs.formats.registry import write_output
+from helpers.compare import assert_same
+from helpers.outputs import PROVENANCE, SEQUENCES, everything_below, table_of
+from helpers.standin import make_config
+
+
+@pytest.mark.parametrize("kind", Format)
+def test_every_output_says_where_its_numbers_come_from_and_is_the_same_bytes_each_time(tmp_path, kind):
+    found = []
+    for name in ("one", "two"):
+        path, _ = write_output(kind, table_of(SEQUENCES, PROVENANCE), tmp_path / name / "a_ESM")
+        assert load(path).provenance == PROVENANCE
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        found.append({file.name: file.read_bytes() for file in files})
+        time.sleep(1.1 if kind is Format.h5 and name == "one" else 0)
+    assert found[0] == found[1]
+    if kind is Format.h5:
+        with h5py.File(path, "r") as file:
+            assert (file.attrs["model_name"], json.loads(file.attrs["provenance"])) == (
+                "esm2_t33_650M_UR50D",
+                PROVENANCE,
+            )
+    elif kind is Format.parquet:
+        assert json.loads(pq.read_schema(path).metadata[b"provenance"]) == PROVENANCE
+    elif kind is Format.safetensors:
+        with safe_open(path, framework="numpy") as file:
+            assert json.loads(file.metadata()["provenance"]) == PROVENANCE
+    elif kind is Format.fair_esm:
+        assert json.loads((path / "provenance.json").read_text())["provenance"] == PROVENANCE
+    else:
+        assert torch.load(path, weights_only=True)["provenance"] == PROVENANCE
+
+
+@pytest.mark.parametrize("kind", Format)
+@pytest.mark.parametrize("num_proteins", [0, 3, 3000])
+def test_the_checksum_that_is_taken_while_writing_is_that_of_the_file(tmp_path, kind, num_proteins):
+    """Smaller and larger than what is buffered."""
+    output = write_output(kind, table_of(["MKT"] * num_proteins, width=160), tmp_path / "a_ESM")
+    assert (output.sha256 is None) == (kind in (Format.h5, Format.fair_esm))
+    written = written_file(tmp_path, output)
+    assert written == fingerprint(tmp_path, output.path.relative_to(tmp_path))
+    if output.path.is_file():
+        assert written.sha256 == hashlib.sha256(output.path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", [Format.pt, Format.parquet, Format.safetensors])
+def test_a_file_of_ten_thousand_proteins_is_no_larger_than_its_numbers(tmp_path, kind):
+    path, _ = write_output(kind, table_of(["M"] * 10_000, width=320), tmp_path / "a_ESM")
+    size = 10_000 * 320 * 4
+    assert size < path.stat().st_size < 1.12 * size  # pickled, a tensor of a list takes about 100 bytes
+    back = load(path)
+    assert_same(back["p7000"], np.arange(7000 * 320, 7001 * 320, dtype=np.float32))
+    assert_same(back.vectors, np.arange(10_000 * 320, dtype=np.float32).reshape(-1, 320))
+
+
+@pytest.mark.parametrize("kind", Format)
+def test_a_writer_that_fails_leaves_nothing_and_what_was_there_stays(tmp_path, kind):
+    path, _ = write_output(kind, table_of(SEQUENCES), tmp_path / "a_ESM")
+    before = everything_below(tmp_path)
+    cannot_be_saved = table_of(SEQUENCES[:3], {"model": lambda: 0})
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+        write_output(kind, cannot_be_saved, tmp_path / "a_ESM")
+    assert everything_below(tmp_path) == before
+    assert len(load(path)) == len(SEQUENCES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "package"),
+    [(Format.h5, "h5py"), (Format.parquet, "pyarrow"), (Format.safetensors, "safetensors")],
+)
+def test_a_format_whose_package_is_missing_is_refused_before_any_work(tmp_path, monkeypatch, kind, package):
+    path, _ = write_output(kind, table_of(SEQUENCES), tmp_path / "a")
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)  # as Python has a package that cannot be imported
+    with pytest.raises(
+        ValueError, match=rf"format={kind.name} needs {package}: pip install 'dist_esm\[formats\]'"
+    ):
+        check(make_config("in", tmp_path, format=kind))
+    with pytest.raises(ValueError, match=rf"reading .*a.{kind.name} needs {package}.*: pip install"):
+        len(load(path))

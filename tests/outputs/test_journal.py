@@ -1,0 +1,21 @@
+"""Lines of the journal."""
+
+from __future__ import annotations
+
+from dist_esm.outputs.journal import Entry, encode, read
+from dist_esm.types import Tally, WrittenFile
+
+
+def test_every_torn_line_is_passed_over(tmp_path):
+    (tmp_path / ".dist_esm" / "journal").mkdir(parents=True)
+    entries = [
+        Entry(f"{i}_ESM", [(0, None)], ["d"], [WrittenFile("a", 1, "s")], Tally({"ok": i}), 0, 1.0)
+        for i in range(3)
+    ]
+    whole = b"".join(encode(entry) for entry in entries)
+    path = tmp_path / ".dist_esm" / "journal" / "1.00000.jsonl"
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        assert read(tmp_path) == entries[: whole[: size + 1].count(b"\n")], size
+    path.write_bytes(whole.replace(b'"ok":1', b'"ok":7'))
+    assert read(tmp_path) == [entries[0], entries[2]]

@@ -1,0 +1,56 @@
+"""Outputs in numbered parts, numbers that cannot be saved, and disks without room."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from dist_esm.pipeline import writer_pool
+from dist_esm.planning import units
+from helpers.fasta import write_files
+from helpers.intake import MANY, MANY_TEXT, check_output, embed_beside_good
+from helpers.standin import ALL_KINDS, embed_directory
+
+
+@pytest.mark.parametrize("share", [1.0, 0.2])
+@pytest.mark.parametrize("most", [1, 7, 50, 131])
+def test_numbered_parts_end_to_end_are_the_file_in_one(tmp_path, monkeypatch, most, share):
+    monkeypatch.setattr(units, "MIN_UNIT_BYTES", 50)
+    done = embed_beside_good(
+        tmp_path, MANY_TEXT, max_proteins_per_output=most, unit_share=share, include=ALL_KINDS
+    )
+    parts = [output for output in done.outputs() if output.startswith("a_ESM")]
+    assert parts == [f"a_ESM.part{number + 1:05d}" for number in range(len(parts))]
+    assert done.report.files[0].outputs == [f"{part}.pt" for part in parts]
+    seen = []
+    for part in parts:
+        content = done.load(part)
+        assert len(content["proteins"]) <= most
+        check_output(content, MANY[len(seen) : len(seen) + len(content["proteins"])], has_all_kinds=True)
+        seen += content["proteins"]
+    assert seen == [name for name, _ in MANY]
+    assert sum(len(done.notes(part)) for part in parts) == done.report.records["skipped"] == 12
+
+
+def test_a_file_of_exactly_as_many_proteins_as_a_part_holds_is_in_one(tmp_path):
+    done = embed_beside_good(tmp_path, MANY_TEXT, max_proteins_per_output=132)
+    assert done.outputs() == ["a_ESM", "zz_good_ESM"]
+
+
+def test_a_disk_that_is_full_fails_the_file_with_the_reason_and_leaves_nothing_half_written(
+    tmp_path, monkeypatch
+):
+    write_output = writer_pool.write_output
+
+    def full(embeddings, include, stem):
+        if stem.name == "a_ESM":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_output(embeddings, include, stem)
+
+    monkeypatch.setattr(writer_pool, "write_output", full)
+    run = embed_directory(write_files(tmp_path / "in", a=">1\nMKTAY\n", b=">2\nMKTAYI\n"), tmp_path / "out")
+    assert run.failure("a.fasta") == "[Errno 28] No space left on device"
+    assert run.outputs() == ["b_ESM"]
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix == ".tmp"]

@@ -1,0 +1,50 @@
+"""Ranks that must see the same inputs."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from helpers.command import command, environment
+
+
+@pytest.mark.distributed
+def test_ranks_that_see_different_inputs_stop_and_say_who_saw_what(tmp_path, checkpoint_8m):
+    for rank, text in enumerate((">a\nMKT\n", ">a\nMKTAYI\n")):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "a.fasta").write_text(text)
+    overrides = [
+        "output_dir=" + str(tmp_path / "out"),
+        "model=esm2_t6_8M_UR50D",
+        f"model.weights={checkpoint_8m}",
+    ]
+    ranks = []
+    for rank in (0, 1):
+        variables = {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29561",
+        }
+        line = command(None, "input=a.fasta", *overrides)
+        ranks.append(
+            subprocess.Popen(
+                line,
+                cwd=tmp_path / str(rank),
+                env=environment(**variables),
+                stderr=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    ends = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1]
+    said = ends[0][1]
+    assert "the ranks see different inputs: rank 0 sees" in said
+    assert "rank 1 sees" in said
+    assert "1 files, 7 bytes" in said
+    assert "1 files, 10 bytes" in said
+    assert not list((tmp_path / "out").rglob("*.pt"))

@@ -1,0 +1,22 @@
+"""The cost of importing the package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from dist_esm.config import Format
+from dist_esm.outputs.formats.registry import write_output
+from helpers.outputs import SEQUENCES, table_of
+
+
+def test_importing_the_package_imports_neither_torch_nor_a_format_and_opening_reads_no_output(tmp_path):
+    write_output(Format.pt, table_of(SEQUENCES), tmp_path / "a")
+    (tmp_path / "report.json").write_text(json.dumps({"files": [{"outputs": ["gone.pt"]}]}))
+    code = (
+        "import sys, dist_esm; heavy = {'torch', 'h5py', 'pyarrow', 'safetensors'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
+        f"dist_esm.load({str(tmp_path)!r}); assert not heavy - {{'torch'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
