@@ -30,7 +30,7 @@ from dist_esm.config import (
 )
 from dist_esm.fasta.letters import make_protein
 from dist_esm.fasta.segments import apply_length_policy, make_segments, num_embedded
-from dist_esm.model.engine import make_engine
+from dist_esm.model.engine import build_engine
 from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels
 from dist_esm.model.pool import combine
 from dist_esm.model.weights import architecture, fetch
@@ -101,7 +101,7 @@ class Embedder:
             config.attention, config.linear, place, precision, architecture(config.model).head_dim
         )
         fetch(config.model)
-        self.engine = make_engine(config, place, precision, kernels)
+        self.engine = build_engine(config, place, precision, kernels)
 
     def embed(self, sequences: Iterable[str], include: str = "mean") -> Any:
         """Embed sequences, in their order.

@@ -1,6 +1,6 @@
-"""The one door to fair-esm: its alphabet, its tokens, and its own model, against which `job=selfcheck` measures ours.
+"""The one door to fair-esm: its alphabet, its tokens, and its own model, the yardstick of `job=selfcheck`.
 
-Nothing of fair-esm is on the way of the embeddings but the alphabet, which `alphabet` turns into a table.
+Embeddings need only the alphabet of it, which `dist_esm.fasta.tokens` turns into a table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _convert = ALPHABET.get_batch_converter()
 
 
 def fair_esm_tokens(residues: bytes) -> Tensor:
-    """A sequence as fair-esm's own batch converter has it.
+    """Return the tokens that fair-esm's own batch converter makes of a sequence.
 
     Returns
     -------
@@ -36,21 +36,24 @@ def fair_esm_model(
     tensors: Iterable[tuple[str, Tensor]],
     device: torch.device,
 ) -> nn.Module:
-    """fair-esm's own ESM-2 in fp32, without the heads for contacts and masked residues, which no embedding passes through.
+    """Build fair-esm's own ESM-2 in fp32, without the heads for contacts and masked residues.
+
+    No embedding passes through these heads.
 
     Parameters
     ----------
     num_layers, embed_dim, attention_heads
         The architecture.
     tensors
-        Every parameter and buffer under fair-esm's name; each is copied to the device once, or not at all if it is fp32 and there.
+        Every parameter and buffer under fair-esm's name. Each is copied to the device once, or not at all if
+        it is there in fp32 already.
     device
-        Where it is to run.
+        Where the model is to run.
 
     Raises
     ------
     torch.OutOfMemoryError
-        If it does not fit on the device.
+        If the model does not fit on the device.
     """
     with torch.device("meta"):
         model: nn.Module = ESM2(num_layers, embed_dim, attention_heads, ALPHABET, token_dropout=True)
@@ -60,6 +63,11 @@ def fair_esm_model(
 
 
 def fair_esm_hidden(model: nn.Module, tokens: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
-    """Hidden states of one sequence, tokens as `fair_esm_tokens` gives them; layer to fp32 Tensor, shape (residues + 2, D)."""
-    found = model(tokens, repr_layers=list(layers))["representations"]
-    return {layer: found[layer][0] for layer in layers}
+    """Return the hidden states of one sequence, given its tokens from `fair_esm_tokens`.
+
+    Returns
+    -------
+    dict of layer to fp32 Tensor, shape (residues + 2, D)
+    """
+    representations = model(tokens, repr_layers=list(layers))["representations"]
+    return {layer: representations[layer][0] for layer in layers}

@@ -48,7 +48,7 @@ from dist_esm.cli import compose_config
 from dist_esm.config import ModelConfig
 from dist_esm.fair_esm import ALPHABET
 from dist_esm.fasta.tokens import tokenize
-from dist_esm.model.engine import AHEAD, Engine, make_engine
+from dist_esm.model.engine import AHEAD, Engine, build_engine
 from dist_esm.model.esm2 import TOKEN_DROPOUT_FACTOR
 from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels
 from dist_esm.model.weights import architecture, fair_esm_tensors
@@ -311,7 +311,7 @@ def per_call(bench: Bench, work: Callable[[], object], least: float = 1.0) -> fl
 
 def kernel_loop(bench: Bench) -> None:
     """dist_esm without reading and writing."""
-    engine = make_engine(bench.config, bench.device, bench.dtype, bench.kernels)
+    engine = build_engine(bench.config, bench.device, bench.dtype, bench.kernels)
     engine.warm_up()
     checked = bench.checked()
     answers = engine.run(Pack(tuple(segments(checked))))

@@ -15,7 +15,7 @@ import torch
 from dist_esm.atomic import atomically
 from dist_esm.config import Config, Format, plain_values
 from dist_esm.distributed import World
-from dist_esm.model.engine import Engine, default_toks_per_batch, make_engine, num_cores
+from dist_esm.model.engine import Engine, build_engine, default_toks_per_batch, num_cores
 from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, choose_kernels
 from dist_esm.model.weights import RANDOM, architecture, fetch, weights_id
 from dist_esm.planning.inputs import find_files, refuse_nested
@@ -116,7 +116,7 @@ def make_output_dir(output_dir: Path) -> None:
 def load_engine(config: Config, setup: Setup, world: World) -> Engine:
     """The model on this rank's device, its kernels compiled."""
     began = time.monotonic()
-    engine = make_engine(
+    engine = build_engine(
         config, setup.device, setup.dtype, setup.kernels, max(1, num_cores() // world.local_world_size)
     )
     loaded = time.monotonic()

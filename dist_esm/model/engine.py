@@ -1,13 +1,15 @@
-"""One pack in, one answer for each of its segments out: the model on its device, pooled.
+"""The model on its device: a pack in, one embedding for each of its segments out.
 
-Same protein, same bits, by construction:
+The same protein gets the same bits by construction:
 
-- on a CPU each segment is a forward of its own, on one thread; several run side by side. Nothing that a number depends on
-  (shapes, threads, neighbours) differs between one protein's company and another's. It is also the fastest way measured.
-- on a GPU a pack always has `toks_per_batch` rows, so each matrix product runs with the same shape and kernel every time, unless
-  those at hand give a row the same bits among any number of others; attention and pooling see one protein at a time.
+- On a CPU each segment is a forward of its own, on one thread; several run side by side. So nothing that a
+  number depends on (shapes, threads, neighbours) changes with a protein's company. This is also the fastest
+  way measured.
+- On a GPU a pack always has `toks_per_batch` rows, so each matrix product runs with the same shape and kernel
+  every time. Packs may have fewer rows only with kernels whose bits do not depend on the number of rows
+  (`LinearOps.any_rows`). Attention and pooling see one protein at a time.
 
-Packs are submitted ahead of their answers, so that the device has its next one before it has finished this one.
+Packs are submitted before the results of earlier ones are read, so that the device always has its next pack.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 
 from dist_esm.config import Config, Include
+from dist_esm.fasta.tokens import PAD, tokenize
 from dist_esm.model.esm2 import ESM2
 from dist_esm.model.kernels.attention import Seqlens, tiles
 from dist_esm.model.kernels.choose import PLAIN, Kernels
@@ -30,31 +33,34 @@ from dist_esm.model.weights import load_model
 from dist_esm.types import Pack, Segment, SegmentEmbedding
 
 WAVE = 25344
-"""Rows of matrix products that are tiles of 128 and of 192 rows, a whole number for each of an H100's 132 multiprocessors, so that no
-product ends in a wave of tiles that leaves most of them idle."""
+"""Rows of a pack that make a whole number of tiles, of 128 or 192 rows, for each multiprocessor of an H100.
+So no matrix product ends in a wave of tiles that leaves most multiprocessors idle."""
 FEWEST_ROWS = 384
 PADDING = 128
-"""Rows of a stretch of padding: few enough that attention within it costs nothing beside the products of its rows."""
-PADDING_TOKEN = 1
+"""Rows of a stretch of padding: so few that attention within it costs little."""
 AHEAD = 2
-"""Packs that are submitted and not answered yet."""
+"""Packs that are submitted before the first of their results is read."""
 POLL_SECONDS = 0.2
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_toks_per_batch(device_type: str, embed_dim: int) -> int:
-    """Tokens of a pack. On a GPU the products of narrow models are short, so a pack has more of them to stay ahead of; measured in LOG.md."""
+    """Return the tokens of a pack for a device and a width of the model.
+
+    On a GPU the products of a narrow model are short, so its packs are larger: the host must stay ahead of
+    the device. Measured in LOG.md.
+    """
     if device_type == "cpu":
         return 8192
     return WAVE * (1 if embed_dim > 1280 else 2 if embed_dim > 640 else 4)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that a pack did not fit."""
+    """Tell whether an error says that a pack did not fit into memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
@@ -62,28 +68,29 @@ class Submitted(Protocol):
     """A pack on its way through the device."""
 
     def result(self) -> list[SegmentEmbedding]:
-        """Wait for the answers of its segments, in their order."""
+        """Wait for the embeddings of the pack's segments, and return them in their order."""
 
 
 class Engine:
-    """A model on its device.
+    """A model on its device. As a context manager it is closed at the end.
 
     Parameters
     ----------
     model
         On its device, in its dtype, in eval mode.
     layers
-        Layers to answer.
+        Layers to return.
     wants_rows
-        Whether per-residue representations are wanted.
+        True if per-residue representations are wanted.
     toks_per_batch
         Tokens of a pack; None: the default for the device.
     num_threads
-        Cores that are this rank's: on a CPU as many segments run side by side; None: the cores of this process.
+        Cores of this rank: on a CPU so many segments run side by side; None: the cores of this process.
     load_wider
-        Loads the same model in a wider dtype, for what is not finite in this one; called at most once.
+        Loads the same model in a wider dtype, for segments that are not finite in this one; called at most
+        once.
     rows_dtype
-        Of per-residue representations, which are rounded to it before they leave the device.
+        Dtype that per-residue representations are rounded to before they leave the device.
     """
 
     def __init__(
@@ -110,7 +117,7 @@ class Engine:
         self.startup: dict[str, float] = {}
         """Seconds that loading took, by step."""
         self.is_abandoned = False
-        """Whether `abandon` was called."""
+        """True once `abandon` was called."""
         self._load_wider = load_wider
         self._wider: Engine | None = None
         self._last: torch.cuda.Event | None = None
@@ -118,30 +125,32 @@ class Engine:
         if self.is_gpu:
             self._copies = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
         else:
+            # No thread starts here: the executor starts its threads when the first segments are submitted.
             self._threads = ThreadPoolExecutor(
                 self.num_threads, "forward", initializer=torch.set_num_threads, initargs=(1,)
             )
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *a):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def submit(self, pack: Pack, num_rows: int | None = None) -> Submitted:
-        """Begin with a pack.
+        """Start to embed a pack; do not wait for it.
 
         Parameters
         ----------
         pack
-            Its segments.
+            The segments to embed.
         num_rows
-            GPU only: rows of the matrix products, for packs that did not fit; None: those of `num_rows`.
+            GPU only: rows of the matrix products, for packs that did not fit; None: what `num_rows` says.
 
         Raises
         ------
         Exception
-            Whatever the forward raises, here or in the result; `is_out_of_memory` tells whether a smaller pack may do.
+            Any error of the forward, here or in the result. `is_out_of_memory` tells whether a smaller pack
+            may fit.
         """
         if self._threads is None:
             return self._on_gpu(pack.segments, self.num_rows(pack) if num_rows is None else num_rows)
@@ -150,26 +159,36 @@ class Engine:
         return Computing(self, [futures[i] for i in range(len(pack.segments))])
 
     def num_rows(self, pack: Pack) -> int:
-        """GPU only: rows of the matrix products of a pack. Always the same, or, where bits do not depend on it, halved while it fits."""
+        """Return the rows of the matrix products of a pack; for a GPU only.
+
+        The number is the same for all packs. With kernels whose bits do not depend on it, it is halved as
+        long as the pack fits.
+        """
         rows = self.toks_per_batch
         while self.model.kernels.linear.any_rows and rows >= 2 * FEWEST_ROWS and rows // 2 >= pack.num_tokens:
             rows //= 2
         return rows
 
     def run(self, pack: Pack, num_rows: int | None = None) -> list[SegmentEmbedding]:
-        """SegmentEmbedding the segments of a pack, in their order; see `submit`."""
+        """Embed the segments of a pack and return their embeddings in order, as `submit` does."""
         return self.submit(pack, num_rows).result()
 
     def warm_up(self) -> None:
         """Compile the kernels, or load them, before the first pack."""
         if self.is_gpu:
-            self.run(
-                Pack((Segment(0, 0, np.array([0, 20, 2], dtype=np.uint8), (0, 1)),)), self.toks_per_batch
-            )
+            self.run(Pack((Segment(0, 0, tokenize(b"M"), (0, 1)),)), self.toks_per_batch)
             self._last = None
 
     def recompute(self, segment: Segment) -> SegmentEmbedding:
-        """SegmentEmbedding one segment in the next wider dtype."""
+        """Embed one segment in the next wider dtype.
+
+        Raises
+        ------
+        CancelledError
+            If the engine was abandoned.
+        FloatingPointError
+            If there is no wider dtype.
+        """
         if self.is_abandoned:
             raise CancelledError
         if self._wider is None:
@@ -179,22 +198,25 @@ class Engine:
                 self._load_wider(), self.layers, self.wants_rows, num_threads=1, rows_dtype=self.rows_dtype
             )
         self._wider.wants_rows = self.wants_rows
-        (answer,) = self._wider.run(Pack((segment,)), num_rows=0)
-        return answer
+        (embedding,) = self._wider.run(Pack((segment,)), num_rows=0)
+        return embedding
 
     def free_memory(self) -> None:
-        """Give cached device memory back, after a pack did not fit."""
+        """Return cached device memory to the driver, after a pack did not fit."""
         if self.is_gpu:
             torch.cuda.empty_cache()
 
     def abandon(self) -> None:
-        """On a CPU: begin no further segment, and answer none, from now on. Waits for nothing, so that a signal may call it."""
+        """Begin no further segment on a CPU, and return none. A signal handler may call it."""
         self.is_abandoned = True
         if self._wider is not None:
             self._wider.abandon()
 
     def close(self) -> None:
-        """Start nothing more. What is running ends with its segment; one that was abandoned is not waited for."""
+        """Start nothing more, and wait for the segments that are running; may be called again.
+
+        An engine that was abandoned is not waited for.
+        """
         if self._threads is not None:
             self._threads.shutdown(wait=not self.is_abandoned, cancel_futures=True)
         if self._wider is not None:
@@ -206,7 +228,7 @@ class Engine:
 
     @torch.inference_mode()
     def _on_cpu(self, segments: Sequence[Segment], num_rows: int) -> list[SegmentEmbedding]:
-        """Embed segments in one forward over at least `num_rows` rows; rows without a protein cost time and nothing else."""
+        """Embed segments in one forward over at least `num_rows` rows; padding costs nothing but time."""
         if self.is_abandoned:
             raise CancelledError
         tokens, positions, bounds = lay_out(segments, num_rows)
@@ -220,7 +242,7 @@ class Engine:
 
     @torch.inference_mode()
     def _on_gpu(self, segments: Sequence[Segment], num_rows: int) -> Submitted:
-        """The same without waiting for anything: one copy to the device, the forward, and the answers' copies back."""
+        """Queue a pack on the GPU without waiting: a copy to it, the forward, and the copies back."""
         tokens, positions, bounds = lay_out(segments, num_rows)
         spans, tiles_C3 = kept_rows(bounds, [segment.keep for segment in segments]), tiles(bounds)
         starts, stops = zip(*spans, strict=True)
@@ -252,10 +274,18 @@ class Engine:
         return submitted
 
 
-def make_engine(
+def build_engine(
     config: Config, device: torch.device, dtype: torch.dtype, kernels: Kernels, num_threads: int | None = None
 ) -> Engine:
-    """The engine that a configuration asks for, with fp32 behind bf16 and fp16, and fp64 behind fp32."""
+    """Load the model that a configuration names and return its engine.
+
+    The wider dtype is fp32 for bf16 and fp16, and fp64 for fp32.
+
+    Raises
+    ------
+    ValueError
+        If the weights cannot be read, or are not those of the model that is named.
+    """
     wider = torch.float64 if dtype is torch.float32 else torch.float32
     return Engine(
         load_model(config.model, device, dtype, kernels),
@@ -269,7 +299,7 @@ def make_engine(
 
 
 def lay_out(segments: Sequence[Segment], num_rows: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Segments end to end, filled up to `num_rows` with stretches of padding.
+    """Lay segments end to end, and fill up to `num_rows` with stretches of padding.
 
     Returns
     -------
@@ -280,7 +310,7 @@ def lay_out(segments: Sequence[Segment], num_rows: int) -> tuple[np.ndarray, np.
     rest = max(0, num_rows - num_tokens)
     lengths += [min(PADDING, rest - first) for first in range(0, rest, PADDING)]
     bounds = np.concatenate(([0], np.cumsum(lengths)))
-    tokens = np.full(bounds[-1], PADDING_TOKEN, dtype=np.int64)
+    tokens = np.full(bounds[-1], PAD, dtype=np.int64)
     tokens[:num_tokens] = np.concatenate([segment.tokens for segment in segments])
     positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
     return tokens, positions, bounds.tolist()
@@ -294,12 +324,12 @@ class Computing:
     futures: Sequence[Future[list[SegmentEmbedding]]]
 
     def result(self) -> list[SegmentEmbedding]:
-        """See `Submitted`.
+        """Wait for the threads, and return the embeddings in the order of the segments.
 
         Raises
         ------
         CancelledError
-            If the engine was abandoned; a large model takes minutes for a segment.
+            If the engine was abandoned: a large model takes minutes for a segment, and nobody waits for that.
         """
         while wait(self.futures, timeout=POLL_SECONDS).not_done:
             if self.engine.is_abandoned:
@@ -318,8 +348,8 @@ class OnDevice:
     """The end of the pack before it."""
 
     def result(self) -> list[SegmentEmbedding]:
-        """See `Submitted`."""
-        answers = self.pooled.answers()
+        """Wait for the copies to the host, and count the time for which the device was idle before it."""
+        embeddings = self.pooled.segment_embeddings()
         if self.before is not None:
             self.engine.idle_seconds += max(0.0, self.before.elapsed_time(self.began) / 1000)
-        return answers
+        return embeddings

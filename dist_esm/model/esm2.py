@@ -1,12 +1,13 @@
 """ESM-2's forward over packed proteins: fair-esm's parameters, our own arithmetic.
 
-A pack is whole proteins laid end to end, so there is no padding to multiply. What fair-esm's module computes and this one
-does not: the LM head, the contact head, and the layers after the last one wanted. What is kept exactly: the token-dropout
-factor (1 - 0.15 * 0.8 on the embeddings, since no token is masked), rotary positions that start at 0 in each protein with
-the checkpoint's own ``inv_freq``, erf GELU, pre-norm blocks, and the final LayerNorm on the last layer alone.
+A pack is whole proteins laid end to end, so there is no padding to multiply. This module leaves out what
+embeddings do not need: the LM head, the contact head, and the layers after the last one wanted. It keeps
+exactly: the token-dropout factor (1 - 0.15 * 0.8 on the embeddings, since no token is masked), rotary
+positions that start at 0 in each protein with the checkpoint's own ``inv_freq``, erf GELU, pre-norm blocks,
+and the final LayerNorm on the last layer alone.
 
-Precision: matrix products run in ``dtype``; LayerNorm, the rotation and the additions to the residual stream run in fp32. How the stream is
-kept between them is told in `linear`.
+Precision: matrix products run in ``dtype``; LayerNorm, the rotation and the additions to the residual stream
+run in fp32. How the stream is stored between them stands in `kernels.linear`.
 
 Shape suffixes: T tokens of a pack, N heads, H head width, D model width.
 
@@ -23,16 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_esm.fasta.tokens import NUM_TOKENS
 from dist_esm.model.kernels.attention import Seqlens
 from dist_esm.model.kernels.choose import PLAIN, Kernels
 
 TOKEN_DROPOUT_FACTOR = 1 - 0.15 * 0.8
-NUM_TOKENS = 33
+"""fair-esm scales the embeddings by this where no token is masked: in training 12% are <mask>."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers that tell one ESM-2 from another."""
+    """The numbers that set ESM-2 models apart."""
 
     num_layers: int
     embed_dim: int
@@ -40,7 +42,7 @@ class Architecture:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Width of an attention head."""
         return self.embed_dim // self.attention_heads
 
     def __str__(self) -> str:
@@ -48,28 +50,28 @@ class Architecture:
 
 
 class Linear(nn.Linear):
-    """A linear layer whose parameters are left as they are created: `weights` puts the checkpoint's in their place."""
+    """A linear layer that draws no parameters: `weights` puts the checkpoint's in their place."""
 
     def reset_parameters(self) -> None:
         """Draw nothing: on the meta device even that costs seconds of imports."""
 
 
 class LayerNorm(nn.LayerNorm):
-    """The same for LayerNorm."""
+    """A LayerNorm that draws no parameters."""
 
     def reset_parameters(self) -> None:
         """Draw nothing."""
 
 
 class Embedding(nn.Embedding):
-    """The same for the token embedding."""
+    """A token embedding that draws no parameters."""
 
     def reset_parameters(self) -> None:
         """Draw nothing."""
 
 
 class Layer(nn.Module):
-    """The parameters of one pre-norm transformer block, with query, key and value in one matrix."""
+    """The parameters of a pre-norm transformer block, with query, key and value in a single matrix."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ class ESM2(nn.Module):
     arch
         Layers, width and heads.
     kernels
-        What it is computed with.
+        Implementations to compute it with.
     """
 
     def __init__(self, arch: Architecture, kernels: Kernels = PLAIN) -> None:
@@ -102,13 +104,13 @@ class ESM2(nn.Module):
         self.final_norm = LayerNorm(arch.embed_dim)
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", torch.empty(arch.head_dim // 2))
-        self.entry: Tensor
-        """The embeddings as the residual stream is kept; shape (NUM_TOKENS, D)."""
-        self.register_buffer("entry", torch.empty(NUM_TOKENS, arch.embed_dim))
+        self.stream_table: Tensor
+        """The token embeddings in the form of the residual stream; shape (NUM_TOKENS, D)."""
+        self.register_buffer("stream_table", torch.empty(NUM_TOKENS, arch.embed_dim))
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.inv_freq.device
 
     @property
@@ -119,22 +121,23 @@ class ESM2(nn.Module):
     def forward(
         self, tokens_T: Tensor, positions_T: Tensor, seqlens: Seqlens, repr_layers: Collection[int]
     ) -> dict[int, Tensor]:
-        """Hidden states of a pack.
+        """Compute the hidden states of a pack.
 
         Parameters
         ----------
         tokens_T : int64 Tensor, shape (T,)
-            fair-esm's token of each position, BOS and EOS included. Rows past the last protein may hold anything.
+            fair-esm's tokens, BOS and EOS included. Rows past the last protein may hold anything.
         positions_T : int64 Tensor, shape (T,)
             Offset of each token in its own protein.
         seqlens
             Where the proteins begin and end.
         repr_layers
-            Layers to return: 0 is the embedding, the highest layer of the model carries the final LayerNorm.
+            Layers to return: 0 is the embedding, and the model's last layer carries the final LayerNorm.
 
         Returns
         -------
-        dict of int to Tensor, shape (T, D), of the residual stream's dtype: fp32, or wider if matrix products are
+        dict of int to Tensor, shape (T, D), of the residual stream's dtype: fp32, or wider if matrix products
+        are
         """
         ops, attend, heads, dtype = (
             self.kernels.linear,
@@ -142,21 +145,21 @@ class ESM2(nn.Module):
             self.arch.attention_heads,
             self.dtype,
         )
-        x_TD = F.embedding(tokens_T, self.entry)
+        x_TD = F.embedding(tokens_T, self.stream_table)
         rotary = ops.rotary(positions_T, self.inv_freq)
         last = max(repr_layers)
         layers = cast(list[Layer], list(self.layers))
         hidden = {0: F.embedding(tokens_T, self.embed_tokens.weight)} if 0 in repr_layers else {}
         h_TD = ops.norm(x_TD, layers[0].attention_norm, dtype)
-        for number, layer in enumerate(layers[:last], start=1):
+        for depth, layer in enumerate(layers[:last], start=1):
             a_TNH = attend(*ops.qkv(h_TD, layer.qkv, rotary, heads), seqlens)
             x_TD, h_TD = ops.residual(x_TD, a_TNH.flatten(1), layer.out, layer.ffn_norm)
-            following = layers[number].attention_norm if number < last else None
+            following = layers[depth].attention_norm if depth < last else None
             x_TD, h_TD = ops.residual(x_TD, ops.gelu(h_TD, layer.fc1), layer.fc2, following)
-            if number in repr_layers:
-                hidden[number] = (
+            if depth in repr_layers:
+                hidden[depth] = (
                     ops.norm(x_TD, self.final_norm, self.embed_tokens.weight.dtype)
-                    if number == self.arch.num_layers
-                    else ops.leave(x_TD)
+                    if depth == self.arch.num_layers
+                    else ops.from_stream(x_TD)
                 )
         return hidden

@@ -1,24 +1,19 @@
-"""Hidden states of a pack to one answer for each of its segments.
+"""Reduce the hidden states of a pack to one embedding for each of its segments.
 
-Sums are over the kept residues, never BOS or EOS, in fp32, one segment at a time: what a protein's sum is does not depend on
-where it lies in the pack. The division comes in `combine`, when all windows of a protein are in.
+Sums run over the kept residues, never over BOS or EOS, in fp32, one segment at a time. So a protein's sum
+does not depend on its place in the pack. `combine` divides once all windows of a protein are there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.config import Include
-from dist_esm.types import SegmentEmbedding
-
-ProteinEmbedding = dict[tuple[Include, int], NDArray[Any]]
-"""A protein's finished representations by kind and layer: mean and bos (D,), per_tok (L, D)."""
+from dist_esm.types import ProteinEmbedding, SegmentEmbedding
 
 
 def pool(
@@ -36,13 +31,13 @@ def pool(
     bounds
         Token offsets of the B segments, and of what comes after them.
     keeps
-        For each segment the first and one past the last residue to answer.
+        For each segment the first residue to return and the one past the last.
     rows_dtype
-        Of the residues' own representations; None: they are not wanted.
+        Dtype of the per-residue representations; None: they are not wanted.
 
     Returns
     -------
-    list of B answers, on the host
+    list of B embeddings, on the host
     """
     sums, bos, rows = {}, {}, {}
     spans = kept_rows(bounds, keeps)
@@ -63,29 +58,38 @@ def pool(
 
 
 def kept_rows(bounds: Sequence[int], keeps: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """First and one past the last row of the kept residues of each segment; `bounds` and `keeps` as of `pool`."""
+    """Return the first row of the kept residues of each segment and the one past the last.
+
+    Parameters
+    ----------
+    bounds, keeps
+        As for `pool`.
+    """
     return [
         (start + 1 + first, start + 1 + stop) for start, (first, stop) in zip(bounds, keeps, strict=False)
     ]
 
 
 class GpuPool:
-    """The same on a GPU, without waiting: reduced there in fp32; only what is wanted is copied, beside the next pack, into pinned memory.
+    """The embeddings of a pack on their way off the GPU; nothing waits until `segment_embeddings` is called.
+
+    Hidden states are reduced on the GPU in fp32. Only the wanted representations are copied, into pinned
+    memory, while the next pack runs.
 
     Parameters
     ----------
     hidden, rows_dtype
-        As of `pool`.
+        As for `pool`.
     bos_B : int32 Tensor, shape (B,)
         Row of each segment's BOS, on the device.
     starts_B, stops_B : int32 Tensor, shape (B,)
-        First and one past the last row of the kept residues of each segment, on the device.
+        First row of the kept residues of each segment and the one past the last, on the device.
     spans
-        The same on the host.
+        The same rows on the host.
     segment_sum
-        Sums rows from `starts_B` up to `stops_B`.
+        Sums the rows from `starts_B` up to `stops_B`.
     copies
-        The stream of the copies to the host.
+        The stream for the copies to the host.
     """
 
     def __init__(
@@ -112,13 +116,13 @@ class GpuPool:
         copies.wait_event(self.ended)
         with torch.cuda.stream(copies):
             self.sums, self.bos, self.rows = (
-                {layer: to_host(x, copies) for layer, x in found.items()} for found in (sums, bos, rows)
+                {layer: to_host(x, copies) for layer, x in tensors.items()} for tensors in (sums, bos, rows)
             )
             self.copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self.copied.record()
 
-    def answers(self) -> list[SegmentEmbedding]:
-        """Wait for the copies; the arrays are views of them."""
+    def segment_embeddings(self) -> list[SegmentEmbedding]:
+        """Wait for the copies, and return each segment's embedding; its arrays are views of them."""
         self.copied.synchronize()
         sums, bos, rows = (
             {layer: x.numpy() for layer, x in tensors.items()} for tensors in (self.sums, self.bos, self.rows)
@@ -134,28 +138,38 @@ class GpuPool:
 
 
 def to_host(x: Tensor, stream: torch.cuda.Stream) -> Tensor:
-    """A copy into pinned memory that is there once the stream has come so far."""
+    """Start a copy into pinned memory; it is complete once the stream has passed this point."""
     x.record_stream(stream)
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def combine(
-    answers: Sequence[SegmentEmbedding], num_embedded: int, wanted: Sequence[tuple[Include, int]]
+    segments: Sequence[SegmentEmbedding], num_embedded: int, wanted: Sequence[tuple[Include, int]]
 ) -> ProteinEmbedding:
-    """The segments of a protein as one: sums added in order and divided once, rows end to end, BOS of the first."""
-    vectors: ProteinEmbedding = {}
-    for kind, layer in wanted:
-        if kind is Include.mean:
-            total = answers[0].sums[layer]
-            for answer in answers[1:]:
-                total = total + answer.sums[layer]
-            vectors[kind, layer] = total / np.float32(num_embedded)
-        elif kind is Include.bos:
-            vectors[kind, layer] = answers[0].bos[layer]
+    """Combine the segments of a protein: add sums in order and divide once, join rows, take the first BOS.
+
+    Parameters
+    ----------
+    segments
+        All segments of the protein, in order.
+    num_embedded
+        Residues that the sums cover.
+    wanted
+        Representations and layers to return.
+    """
+    protein: ProteinEmbedding = {}
+    for include, layer in wanted:
+        if include is Include.mean:
+            total = segments[0].sums[layer]
+            for segment in segments[1:]:
+                total = total + segment.sums[layer]
+            protein[include, layer] = total / np.float32(num_embedded)
+        elif include is Include.bos:
+            protein[include, layer] = segments[0].bos[layer]
         else:
-            vectors[kind, layer] = (
-                answers[0].rows[layer]
-                if len(answers) == 1
-                else np.concatenate([answer.rows[layer] for answer in answers])
+            protein[include, layer] = (
+                segments[0].rows[layer]
+                if len(segments) == 1
+                else np.concatenate([segment.rows[layer] for segment in segments])
             )
-    return vectors
+    return protein

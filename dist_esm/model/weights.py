@@ -1,9 +1,11 @@
-"""fair-esm's checkpoints to an `ESM2` on a device: located or fetched, checked, and copied straight to device and dtype.
+"""fair-esm's checkpoints to an `ESM2` on a device: located or fetched, checked, copied to device and dtype.
 
-The file is memory-mapped and each tensor is copied once, so a rank holds neither a random initialisation nor an fp32 copy of the
-model. The contact-regression file that fair-esm asks for is not needed: contacts are not computed here.
+The file is memory-mapped and each tensor is copied once, so a rank holds neither a random initialisation nor
+an fp32 copy of the model. The contact-regression file that fair-esm asks for is not needed: contacts are not
+computed here.
 
-``weights=random`` draws seeded weights on the device itself: the same on every device of a kind, meant for tests and benchmarks.
+``weights=random`` draws seeded weights on the device itself, for tests and benchmarks. They are the same on
+every device of a kind.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_esm.config import ModelConfig
-from dist_esm.model.esm2 import ESM2, NUM_TOKENS, TOKEN_DROPOUT_FACTOR, Architecture, Layer
+from dist_esm.fasta.tokens import NUM_TOKENS
+from dist_esm.model.esm2 import ESM2, TOKEN_DROPOUT_FACTOR, Architecture, Layer
 from dist_esm.model.kernels.choose import Kernels
 
 URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
@@ -39,12 +42,15 @@ _PREFIX = re.compile(r"^encoder\.(sentence_encoder\.)?")
 
 
 def architecture(config: ModelConfig) -> Architecture:
-    """The architecture that a configuration names."""
+    """Return the architecture that a configuration names."""
     return Architecture(config.num_layers, config.embed_dim, config.attention_heads)
 
 
 def locate(config: ModelConfig) -> Path | None:
-    """Where the checkpoint is or will be: the path given, or fair-esm's own place in torch hub's cache; None for random weights."""
+    """Return where the checkpoint is or will be; None for random weights.
+
+    That is the path given, or fair-esm's own place in torch hub's cache.
+    """
     if config.weights == RANDOM:
         return None
     if config.weights is not None:
@@ -53,7 +59,7 @@ def locate(config: ModelConfig) -> Path | None:
 
 
 def fetch(config: ModelConfig) -> None:
-    """Make sure that the checkpoint is there, downloading it into torch hub's cache if the configuration asks for that.
+    """Make sure that the checkpoint is there, downloading it into torch hub's cache if need be.
 
     Raises
     ------
@@ -65,7 +71,8 @@ def fetch(config: ModelConfig) -> None:
         return
     if config.weights is not None:
         raise ValueError(
-            f"model.weights={config.weights} is not a file: name a fair-esm checkpoint, or use null (download) or random"
+            f"model.weights={config.weights} is not a file: "
+            "name a fair-esm checkpoint, or use null (download) or random"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     url = URL.format(name=config.name)
@@ -78,7 +85,10 @@ def fetch(config: ModelConfig) -> None:
 
 
 def weights_id(config: ModelConfig) -> str:
-    """A fingerprint of the weights: of the checksums that the checkpoint's archive holds of each tensor, so no tensor is read."""
+    """Return a fingerprint of the weights.
+
+    It is taken from the checksums that the checkpoint's archive holds of each tensor, so no tensor is read.
+    """
     path = locate(config)
     if path is None:
         return f"random-{config.seed}"
@@ -96,7 +106,7 @@ def weights_id(config: ModelConfig) -> str:
 
 
 def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, kernels: Kernels) -> ESM2:
-    """An ESM-2 in eval mode: matrix products in `dtype`, norms and embeddings in fp32 or wider.
+    """Return an ESM-2 in eval mode: matrix products in `dtype`, norms and embeddings in fp32 or wider.
 
     Raises
     ------
@@ -105,12 +115,15 @@ def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, ke
     """
     with torch.device("meta"):
         model = ESM2(architecture(config), kernels)
-    fill(model, tensor_source(config, device), device, dtype)
+    fill_parameters(model, tensor_source(config, device), device, dtype)
     return model.eval().requires_grad_(False)
 
 
 def tensor_source(config: ModelConfig, device: torch.device) -> Callable[[str], Tensor]:
-    """What gives each tensor by fair-esm's name: the checkpoint's, in any order, or random ones, drawn in the order in which they are asked for.
+    """Return a function that gives each tensor by fair-esm's name.
+
+    A checkpoint's tensors may be asked for in any order. Random ones are drawn in the order in which they are
+    asked for.
 
     Raises
     ------
@@ -127,7 +140,7 @@ def tensor_source(config: ModelConfig, device: torch.device) -> Callable[[str], 
 
 
 def fair_esm_tensors(config: ModelConfig, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """fair-esm's names and tensors, one at a time: the same numbers as `load_model` with the same device, random ones too.
+    """Yield fair-esm's names and tensors: the numbers of `load_model` on the same device, random ones too.
 
     Raises
     ------
@@ -143,14 +156,14 @@ def fair_esm_tensors(config: ModelConfig, device: torch.device) -> Iterator[tupl
 
     with torch.device("meta"):
         model = ESM2(architecture(config))
-    fill(model, ask, torch.device("meta"), torch.float32)
+    fill_parameters(model, ask, torch.device("meta"), torch.float32)
     tensor = tensor_source(config, device)
     for name in dict.fromkeys((*asked, *shapes)):
         yield name, tensor(name)
 
 
 def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """fair-esm's names of the tensors that the forward needs, and their shapes."""
+    """Return fair-esm's names of the tensors that the forward needs, with their shapes."""
     width = arch.embed_dim
     norm = {"weight": (width,), "bias": (width,)}
     layer: dict[str, tuple[int, ...]] = {}
@@ -163,13 +176,13 @@ def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     layer["self_attn.rot_emb.inv_freq"] = (arch.head_dim // 2,)
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (NUM_TOKENS, width)}
     shapes |= {
-        f"layers.{number}.{name}": shape for number in range(arch.num_layers) for name, shape in layer.items()
+        f"layers.{index}.{name}": shape for index in range(arch.num_layers) for name, shape in layer.items()
     }
     return shapes | {f"emb_layer_norm_after.{part}": shape for part, shape in norm.items()}
 
 
 def read_checkpoint(path: Path, arch: Architecture, name: str) -> Mapping[str, Tensor]:
-    """fair-esm's tensors of an ESM-2 checkpoint, memory-mapped, under their names without the encoder prefixes.
+    """Return fair-esm's tensors of a checkpoint, memory-mapped, by their names without the encoder prefixes.
 
     Raises
     ------
@@ -181,7 +194,8 @@ def read_checkpoint(path: Path, arch: Architecture, name: str) -> Mapping[str, T
     is_zip = zipfile.is_zipfile(path)
     if starts_as_zip and not is_zip:
         raise ValueError(
-            f"{path} is truncated: {path.stat().st_size} bytes without the end of the archive; remove it and fetch it again"
+            f"{path} is truncated: {path.stat().st_size} bytes without the end of the archive; "
+            "remove it and fetch it again"
         )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -208,31 +222,32 @@ def read_checkpoint(path: Path, arch: Architecture, name: str) -> Mapping[str, T
     settings = content.get("cfg", {}).get("model") if isinstance(content.get("cfg"), dict) else None
     if not getattr(settings, "token_dropout", True):
         raise ValueError(
-            f"{path} was trained without token dropout: no ESM-2 is, and its embeddings would be scaled wrongly"
+            f"{path} was trained without token dropout: no ESM-2 is, and its embeddings would be "
+            "scaled wrongly"
         )
     return state
 
 
 def _check_architecture(path: Path, state: Mapping[str, Tensor], arch: Architecture, name: str) -> None:
     embedding = state.get("embed_tokens.weight")
-    numbers = [int(key.split(".")[1]) for key in state if re.match(r"layers\.\d+\.", key)]
+    layers = [int(key.split(".")[1]) for key in state if re.match(r"layers\.\d+\.", key)]
     frequencies = state.get("layers.0.self_attn.rot_emb.inv_freq")
-    if embedding is None or embedding.ndim != 2 or not numbers or frequencies is None:
+    if embedding is None or embedding.ndim != 2 or not layers or frequencies is None:
         raise ValueError(
             f"{path} is no ESM-2 checkpoint: it lacks embed_tokens, layers or rotary frequencies"
         )
     width = embedding.shape[1]
-    found = Architecture(max(numbers) + 1, width, width // (2 * len(frequencies)))
-    if found != arch:
-        known = KNOWN.get(found)
+    actual = Architecture(max(layers) + 1, width, width // (2 * len(frequencies)))
+    if actual != arch:
+        known = KNOWN.get(actual)
         remedy = f"use model={known}" if known else "name the checkpoint of that model"
         raise ValueError(
-            f"{path} holds {known or 'another model'} ({found}), but model={name} has {arch}: {remedy}"
+            f"{path} holds {known or 'another model'} ({actual}), but model={name} has {arch}: {remedy}"
         )
 
 
 def random_tensor(name: str, shape: tuple[int, ...], num_layers: int, generator: torch.Generator) -> Tensor:
-    """One seeded tensor under fair-esm's name, scaled so that activations stay of order one through any number of layers."""
+    """Draw a seeded tensor for fair-esm's name, scaled so that activations stay near 1 at any depth."""
     device = generator.device
     if name.endswith("inv_freq"):
         return 1.0 / (10000 ** (torch.arange(shape[0], device=device).float() / shape[0]))
@@ -245,8 +260,10 @@ def random_tensor(name: str, shape: tuple[int, ...], num_layers: int, generator:
     return torch.randn(shape, generator=generator, device=device) * scale
 
 
-def fill(model: ESM2, tensor: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """Create the model's parameters on the device from fair-esm's tensors, in the order that its kernels want.
+def fill_parameters(
+    model: ESM2, tensor: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Create the model's parameters on the device from fair-esm's tensors, in the order its kernels want.
 
     The softmax scale becomes part of the query's projection.
     """
@@ -267,7 +284,7 @@ def fill(model: ESM2, tensor: Callable[[str], Tensor], device: torch.device, dty
         setattr(module, part, nn.Parameter(target, requires_grad=False))
 
     def turned(name: str) -> Tensor:
-        """Rows of queries or keys; those that are rotated against each other side by side if that is wanted."""
+        """Return the rows of queries or keys; pairs that rotate lie side by side if kernels want that."""
         rows = get(name).to(wide)
         return (
             rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).flatten(0, 2)
@@ -276,10 +293,10 @@ def fill(model: ESM2, tensor: Callable[[str], Tensor], device: torch.device, dty
         )
 
     put(model.embed_tokens, "weight", wide, get("embed_tokens.weight").to(wide) * TOKEN_DROPOUT_FACTOR)
-    model.entry = ops.enter(model.embed_tokens.weight)
-    for number, layer in enumerate(model.layers):
+    model.stream_table = ops.to_stream(model.embed_tokens.weight)
+    for index, layer in enumerate(model.layers):
         assert isinstance(layer, Layer)
-        prefix = f"layers.{number}"
+        prefix = f"layers.{index}"
         for part, to in (("weight", dtype), ("bias", ops.bias_dtype or dtype)):
             queries, keys = (
                 turned(f"{prefix}.self_attn.q_proj.{part}") * scale,

@@ -9,7 +9,7 @@ from esm.data import Alphabet
 
 from dist_esm.config import Attention, Config, Include, LinearKind, ModelConfig
 from dist_esm.model import weights
-from dist_esm.model.engine import Engine, make_engine
+from dist_esm.model.engine import Engine, build_engine
 from dist_esm.model.esm2 import ESM2, Architecture
 from dist_esm.model.kernels.choose import PLAIN, choose_kernels
 from dist_esm.model.weights import load_model
@@ -131,7 +131,7 @@ def test_on_a_gpu_the_bits_are_the_same_in_any_company_and_the_numbers_fair_esms
         model = ESM2(
             A3B_SHAPED, choose_kernels(Attention.auto, LinearKind.auto, device, dtype, A3B_SHAPED.head_dim)
         )
-    weights.fill(model, state.__getitem__, device, dtype)
+    weights.fill_parameters(model, state.__getitem__, device, dtype)
     oracle = fair_esm_model(A3B_SHAPED, state)
     engine = Engine(model.eval(), [2], wants_rows=True, toks_per_batch=1024)
     segments = [segment_of(sequence, i) for i, sequence in enumerate(SEQUENCES)]
@@ -155,7 +155,7 @@ def test_what_is_not_finite_in_half_precision_is_computed_again_in_fp32(tmp_path
         model=ModelConfig("large", A8M.num_layers, A8M.embed_dim, A8M.attention_heads, str(path)),
         include=[Include.mean, Include.per_tok],
     )
-    engine = make_engine(config, CPU, torch.float16, PLAIN, num_threads=2)
+    engine = build_engine(config, CPU, torch.float16, PLAIN, num_threads=2)
     segments = tuple(segment_of(sequence, i) for i, sequence in enumerate(SEQUENCES))
     assert not all(np.isfinite(answer.sums[6]).all() for answer in engine.run(Pack(segments)))
     result = RankResult()
@@ -199,7 +199,7 @@ def test_bf16_stays_close_to_fair_esms_fp32():
 def bf16_model(arch: Architecture, state) -> ESM2:
     with torch.device("meta"):
         model = ESM2(arch, PLAIN)
-    weights.fill(model, state.__getitem__, CPU, torch.bfloat16)
+    weights.fill_parameters(model, state.__getitem__, CPU, torch.bfloat16)
     return model.eval()
 
 

@@ -29,16 +29,16 @@ def cache(tmp_path, monkeypatch):
 
 def test_a_kernel_is_compiled_once_and_loaded_from_then_on(cache):
     first, second = Compiler(), Compiler()
-    assert answer(aot.load("triple", "f1", first)) == 21.0
-    assert answer(aot.load("triple", "f1", second)) == 21.0
+    assert answer(aot.load_or_compile("triple", "f1", first)) == 21.0
+    assert answer(aot.load_or_compile("triple", "f1", second)) == 21.0
     assert (first.calls, second.calls) == (1, 0)
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".lock", ".so"]
 
 
 def test_another_fingerprint_is_another_kernel():
     first, second = Compiler(), Compiler()
-    aot.load("triple", aot.fingerprint("1.0", "H100"), first)
-    aot.load("triple", aot.fingerprint("1.1", "H100"), second)
+    aot.load_or_compile("triple", aot.short_hash("1.0", "H100"), first)
+    aot.load_or_compile("triple", aot.short_hash("1.1", "H100"), second)
     assert (first.calls, second.calls) == (1, 1)
 
 
@@ -54,7 +54,7 @@ class Slow(Compiler):
         return super().__call__()
 
 compiler = Slow()
-print(answer(aot.load("triple", "f1", compiler)), compiler.calls)
+print(answer(aot.load_or_compile("triple", "f1", compiler)), compiler.calls)
 """
 
 
@@ -75,10 +75,10 @@ def test_what_was_damaged_is_compiled_anew(cache, damage):
     else:
         path.write_bytes(b"not what it was")
     again = Compiler()
-    assert answer(aot.load("triple", "f1", again)) == 21.0
+    assert answer(aot.load_or_compile("triple", "f1", again)) == 21.0
     assert again.calls == 1
     assert json.loads(form.read_text()) == list(FORM)
-    assert answer(aot.load("triple", "f1", again)) == 21.0
+    assert answer(aot.load_or_compile("triple", "f1", again)) == 21.0
     assert again.calls == 1
 
 
@@ -96,7 +96,7 @@ def test_a_kernel_that_cannot_be_kept_serves_this_process_and_a_warning_says_so(
     else:
         source += "void missing(void); void other(void) { missing(); }"
     with caplog.at_level(logging.WARNING, "dist_esm"):
-        assert answer(aot.load("triple", "f1", Compiler(source))) == 21.0
+        assert answer(aot.load_or_compile("triple", "f1", Compiler(source))) == 21.0
     (record,) = caplog.records
     assert "cannot be kept, every launch compiles it anew" in record.getMessage()
     assert obstacle in record.getMessage()
@@ -107,6 +107,14 @@ def test_of_ranks_that_want_the_same_kernel_at_once_one_compiles_it():
     ranks = [other_process() for _ in range(3)]
     answers = [rank.communicate(timeout=120)[0].split() for rank in ranks]
     assert sorted(answers) == [["21.0", "0"], ["21.0", "0"], ["21.0", "1"]]
+
+
+def test_where_no_lock_can_be_had_the_kernel_is_kept_all_the_same(cache):
+    (cache / "triple-f1.lock").mkdir(parents=True)
+    first, second = Compiler(), Compiler()
+    assert answer(aot.load_or_compile("triple", "f1", first)) == 21.0
+    assert answer(aot.load_or_compile("triple", "f1", second)) == 21.0
+    assert (first.calls, second.calls) == (1, 0)
 
 
 class Int32:
@@ -123,7 +131,7 @@ def test_the_form_of_a_call_is_its_numbers_and_the_names_of_its_tensors():
     assert form == ("a", "out", "out", (None, 132, 8), None)
     assert aot.to_form(json.loads(json.dumps(form))) == form
     others = {"a": torch.ones(1), "out": torch.ones(1)}
-    filled = aot.fill(form, others)
+    filled = aot.arguments_of(form, others)
     assert filled[0] is others["a"]
     assert filled[1] is filled[2] is others["out"]
     assert filled[3:] == ((None, 132, 8), None)

@@ -85,7 +85,7 @@ def test_queries_and_keys_side_by_side_give_fair_esms_numbers(hard):
     state = random_state(A8M, seed=1, hard=hard)
     with torch.device("meta"):
         model = ESM2(A8M, Kernels("sdpa", sdpa, Neighbours()))
-    weights.fill(model, state.__getitem__, CPU, torch.float32)
+    weights.fill_parameters(model, state.__getitem__, CPU, torch.float32)
     oracle = fair_esm_model(A8M, state)
     for sequence, mine in zip(SEQUENCES, packed_layers(model.eval(), SEQUENCES), strict=True):
         for layer, tensor in fair_esm_layers(oracle, sequence).items():
@@ -116,7 +116,7 @@ def test_on_a_gpu_every_implementation_has_the_same_bits_in_any_company_and_fair
         state = random_state(arch, seed=1, hard=hard)
         with torch.device("meta"):
             model = ESM2(arch, kernels)
-        weights.fill(model, state.__getitem__, device, dtype)
+        weights.fill_parameters(model, state.__getitem__, device, dtype)
         engine = Engine(model.eval(), [1, last], wants_rows=True, toks_per_batch=1152)
         oracle = fair_esm_model(arch, state)
         segments = [segment_of(sequence, i) for i, sequence in enumerate(SEQUENCES)]
@@ -153,7 +153,7 @@ device = torch.device("cuda", 0)
 kernels = choose_kernels(Attention.auto, LinearKind.quack, device, torch.bfloat16, A650M_SHAPED.head_dim)
 with torch.device("meta"):
     model = ESM2(A650M_SHAPED, kernels)
-weights.fill(model, random_state(A650M_SHAPED, seed=1).__getitem__, device, torch.bfloat16)
+weights.fill_parameters(model, random_state(A650M_SHAPED, seed=1).__getitem__, device, torch.bfloat16)
 engine = Engine(model.eval(), [2], wants_rows=True, toks_per_batch=1152)
 (answer,) = engine.run(Pack((segment_of(SEQUENCES[-1], 0),)))
 print(hashlib.sha256(answer.rows[2].tobytes()).hexdigest(), "quack" in sys.modules)

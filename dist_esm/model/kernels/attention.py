@@ -1,11 +1,13 @@
-"""The named implementations of attention. All take a pack, whole proteins laid end to end, and attend within each protein.
+"""The named implementations of attention. All take a pack and attend within each of its proteins.
 
-The softmax scale is part of the query's projection (`weights` folds it in), so scores are plain dot products here.
+The softmax scale is part of the query's projection (`weights` folds it in), so scores are plain dot products
+here.
 
 ``triton``
-    One launch of our own kernel (`triton_kernels.attend`) over tiles of `TILE` queries of one protein and head: CUDA, bf16 or fp16.
+    Our own kernel (`triton_ops.attend`), a single launch over tiles of `TILE` queries: CUDA, bf16 or fp16.
 ``sdpa``
-    `torch.nn.functional.scaled_dot_product_attention`, one call for each protein: any device, any dtype, more launches.
+    `torch.nn.functional.scaled_dot_product_attention`, a call for each protein: any device and dtype, more
+    launches.
 
 Shape suffixes: T tokens of a pack, N heads, H head width, C tiles.
 """
@@ -23,7 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TILE = 64
-"""Queries of a tile, and keys that are taken at once: few, since proteins are short and what reaches past their end is wasted."""
+"""Queries of a tile, and keys that are taken at once. Few, since proteins are short: the part of a tile that
+reaches past a protein's end is wasted."""
 
 
 @dataclass(frozen=True)
@@ -33,28 +36,28 @@ class Seqlens:
     bounds: Sequence[int]
     """Token offsets on the host, one more than there are proteins and stretches."""
     tiles: Tensor
-    """int32, shape (C, 3), on the device: for each tile its first row, and the first row of its protein and the one past its last."""
+    """int32, shape (C, 3), on the device: each tile's first row, its protein's first row and last row + 1."""
 
     @classmethod
     def of(cls, bounds: Sequence[int], device: torch.device) -> Seqlens:
-        """From token offsets on the host."""
+        """Make them from token offsets on the host."""
         return cls(bounds, torch.from_numpy(tiles(bounds)).to(device))
 
 
 def tiles(bounds: Sequence[int]) -> NDArray[np.int32]:
-    """The tiles of a pack, see `Seqlens`."""
+    """Return the tiles of a pack as `Seqlens.tiles` holds them, on the host."""
     starts, stops = np.asarray(bounds[:-1]), np.asarray(bounds[1:])
     counts = -(-(stops - starts) // TILE)
-    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    index_in_protein = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     starts, stops = np.repeat(starts, counts), np.repeat(stops, counts)
-    return np.stack((starts + number * TILE, starts, stops), 1).astype(np.int32)
+    return np.stack((starts + index_in_protein * TILE, starts, stops), 1).astype(np.int32)
 
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Seqlens], Tensor]
 
 
 def sdpa(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, seqlens: Seqlens) -> Tensor:
-    """Attend within each protein by torch's own choice of kernel, one call for each."""
+    """Attend within each protein by torch's own choice of kernel, a call for each."""
     out_TNH = torch.empty_like(q_TNH)
     for start, stop in pairwise(seqlens.bounds):
         q, k, v = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TNH, v_TNH))
@@ -63,16 +66,16 @@ def sdpa(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, seqlens: Seqlens) -> Tenso
 
 
 def load_triton() -> AttentionFunction:
-    """Our own kernel.
+    """Import our own kernel and return it.
 
     Raises
     ------
     ImportError
         If triton is not installed.
     """
-    from dist_esm.model.kernels import triton_ops as triton_kernels
+    from dist_esm.model.kernels import triton_ops
 
     def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, seqlens: Seqlens) -> Tensor:
-        return triton_kernels.attend(q_TNH, k_TNH, v_TNH, seqlens.tiles, TILE)
+        return triton_ops.attend(q_TNH, k_TNH, v_TNH, seqlens.tiles, TILE)
 
     return attend

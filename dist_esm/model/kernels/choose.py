@@ -1,7 +1,7 @@
-"""What the device at hand can run, and the choice of what a forward is computed with.
+"""The choice of device, dtype and kernels: the only module that asks what a device can do.
 
-This is the only module that asks what a device can do. An implementation that is named runs, or raises; `auto` is a choice, made
-once here and logged by the caller. The implementations themselves: `attention` and `linear`.
+An implementation that is named runs, or raises. `auto` is a choice, made once here and logged by the caller.
+The implementations themselves are in `attention` and `linear`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from dist_esm.model.kernels.linear import LinearOps, TorchLinear
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a forward is computed with."""
+    """The implementations that a forward is computed with."""
 
     attention: str
-    """Name of the implementation."""
+    """Name of the implementation of attention."""
     attend: AttentionFunction
     linear: LinearOps
+    """The rest of a block."""
 
     def __str__(self) -> str:
         return f"attention={self.attention} linear={self.linear.name}"
@@ -41,23 +42,41 @@ LEAST_HEAD = 64
 def choose_kernels(
     attention: Attention, linear: LinearKind, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> Kernels:
-    """The implementations to use on a device; `auto` is the fastest that it can run.
+    """Choose the implementations for a device; `auto` is the fastest that the device can run.
 
     Raises
     ------
     ValueError
-        If one that is wanted by name cannot run on this device with this dtype and model, or lacks its package.
+        If an implementation that is named cannot run on this device with this dtype and model, or lacks its
+        package.
     """
     no_triton, no_quack = unmet_by_triton(device, dtype), unmet_by_quack(device, dtype, head_dim)
-    attention_name = choose("attention", attention.name, {"triton": no_triton, "sdpa": None})
-    linear_name = choose("linear", linear.name, {"quack": no_quack, "triton": no_triton, "torch": None})
+    attention_name = choose_by_name("attention", attention.name, {"triton": no_triton, "sdpa": None})
+    linear_name = choose_by_name(
+        "linear", linear.name, {"quack": no_quack, "triton": no_triton, "torch": None}
+    )
     return Kernels(
         attention_name, load_triton() if attention_name == "triton" else sdpa, load_linear(linear_name)
     )
 
 
-def choose(key: str, wanted: str, unmet: dict[str, str | None]) -> str:
-    """The implementation that is wanted, or for `auto` the first that can run; `unmet` says of each what it lacks, fastest first."""
+def choose_by_name(key: str, wanted: str, unmet: dict[str, str | None]) -> str:
+    """Return the name that is wanted, or for `auto` the first that can run.
+
+    Parameters
+    ----------
+    key
+        Key of the command line, for the message.
+    wanted
+        A name, or `auto`.
+    unmet
+        For each name, fastest first, what it lacks on this device; None: nothing.
+
+    Raises
+    ------
+    ValueError
+        If the implementation that is named lacks something.
+    """
     if wanted == "auto":
         return next(name for name, reason in unmet.items() if reason is None)
     if unmet[wanted] is not None:
@@ -66,16 +85,16 @@ def choose(key: str, wanted: str, unmet: dict[str, str | None]) -> str:
 
 
 def unmet_by_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What Triton's kernels need and do not find, in words; None if they can run."""
+    """Name what Triton's kernels lack here; None if they can run."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < AMPERE:
-        return f"a CUDA GPU of compute capability 8.0 or newer, this is {in_words(device)}"
+        return f"a CUDA GPU of compute capability 8.0 or newer, this is {capability_in_words(device)}"
     return unmet_dtype(dtype) or (None if is_installed("triton") else "the package triton")
 
 
 def unmet_by_quack(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """The same of the CuTe products."""
+    """Name what the CuTe products lack here; None if they can run."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
-        return f"a Hopper GPU (compute capability 9.0), this is {in_words(device)}"
+        return f"a Hopper GPU (compute capability 9.0), this is {capability_in_words(device)}"
     if head_dim < LEAST_HEAD:
         return f"attention heads of {LEAST_HEAD} or wider, this model's have {head_dim}"
     is_there = is_installed("quack") and is_installed("cutlass")
@@ -88,12 +107,12 @@ def unmet_by_quack(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported."""
+    """Tell whether a package can be imported."""
     return find_spec(package) is not None
 
 
 def unmet_dtype(dtype: torch.dtype) -> str | None:
-    """What either lacks if products are in a dtype."""
+    """Name what Triton's kernels and the CuTe products lack with a dtype; None if they can compute in it."""
     return (
         None
         if dtype in (torch.bfloat16, torch.float16)
@@ -101,8 +120,8 @@ def unmet_dtype(dtype: torch.dtype) -> str | None:
     )
 
 
-def in_words(device: torch.device) -> str:
-    """A device and what it can do."""
+def capability_in_words(device: torch.device) -> str:
+    """Return the type of a device, and a GPU's compute capability."""
     return (
         "cuda with {}.{}".format(*torch.cuda.get_device_capability(device))
         if device.type == "cuda"
@@ -111,7 +130,7 @@ def in_words(device: torch.device) -> str:
 
 
 def load_linear(name: str) -> LinearOps:
-    """An implementation of the rest of a block by its name; each is imported only where it is used."""
+    """Import an implementation of the rest of a block by its name, and return it."""
     if name == "quack":
         from dist_esm.model.kernels.linear_quack import QuackLinear
 
@@ -124,7 +143,7 @@ def load_linear(name: str) -> LinearOps:
 
 
 def choose_device(wanted: DeviceKind, local_rank: int, local_world_size: int, host: str) -> torch.device:
-    """This rank's device. The first place where CUDA is touched.
+    """Choose this rank's device. Nothing touches CUDA before this call.
 
     Raises
     ------
@@ -137,7 +156,8 @@ def choose_device(wanted: DeviceKind, local_rank: int, local_world_size: int, ho
     if num_gpus == 0:
         if wanted is DeviceKind.cuda:
             raise ValueError(
-                f"device=cuda: no CUDA GPU is visible on {host}: use device=cpu, or check CUDA_VISIBLE_DEVICES and the driver"
+                f"device=cuda: no CUDA GPU is visible on {host}: "
+                "use device=cpu, or check CUDA_VISIBLE_DEVICES and the driver"
             )
         return torch.device("cpu")
     if local_world_size > num_gpus:
@@ -151,7 +171,7 @@ def choose_device(wanted: DeviceKind, local_rank: int, local_world_size: int, ho
 
 
 def choose_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
-    """The dtype of parameters and matrix products: `auto` is bf16 where the GPU has it in hardware, else fp32."""
+    """Choose the dtype of parameters and matrix products; `auto` is bf16 where the GPU has it, else fp32."""
     if wanted is not Dtype.auto:
         return {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}[wanted]
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):

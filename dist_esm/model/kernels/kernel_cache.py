@@ -1,23 +1,26 @@
-"""Kernels of a slow compiler, kept on disk: the first launch compiles them, every later one loads them in milliseconds and never imports the compiler.
+"""Kernels of a slow compiler, kept on disk.
 
-A kernel is kept as a shared library, linked by the machine's C compiler (which Triton needs too) from the object that CuTe exports, and beside
-it the form of its call. apache-tvm-ffi, which is small, loads and calls it.
+The first launch compiles a kernel. Every later one loads it in milliseconds and never imports the compiler.
+
+A kernel is kept as a shared library, with the form of its call in a file beside it. The machine's C compiler
+(which Triton needs too) links the library from the object that CuTe exports. apache-tvm-ffi, which is small,
+loads and calls it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from filelock import FileLock
 from torch import Tensor
 
 from dist_esm.atomic import atomically
@@ -27,6 +30,8 @@ log = logging.getLogger("dist_esm")
 
 SYMBOL = "product"
 """Name of the function in each library."""
+LOCK_SECONDS = 600
+"""Longest wait for another process that compiles the same kernel; after it the work is done twice."""
 
 Form: TypeAlias = "int | str | tuple[Form, ...] | None"
 """Arguments of a call: numbers as they are, tensors by their names."""
@@ -41,40 +46,43 @@ class Kernel:
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> None:
         """Launch it on the current stream."""
-        self.function(*fill(self.form, tensors))
+        self.function(*arguments_of(self.form, tensors))
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiler has made, in this process alone so far."""
+    """A kernel as the compiler made it, which only this process has so far."""
 
     kernel: Kernel
     export: Callable[[Path], None]
-    """Writes an object file, its function as `SYMBOL`."""
+    """Writes an object file that holds the function under the name `SYMBOL`."""
     libraries: Sequence[str]
     """Paths of the shared libraries that the object calls."""
 
 
-def load(name: str, fingerprint: str, compiler: Callable[[], Compiled]) -> Kernel:
-    """A kernel from the cache; if it is not there, or cannot be loaded, compiled and kept.
+def load_or_compile(name: str, fingerprint: str, compiler: Callable[[], Compiled]) -> Kernel:
+    """Load a kernel from the cache; if it is not there, or cannot be loaded, compile and keep it.
 
-    Ranks that want the same one at the same time wait for the first to compile it. Where it cannot be kept, a warning says so, and it
-    serves this process alone.
+    Ranks that want the same kernel at the same time wait for the first to compile it. If it cannot be kept, a
+    warning says so, and the kernel serves this process alone.
 
     Parameters
     ----------
     name
-        What it computes, on what.
+        What the kernel computes, and on which dtypes.
     fingerprint
-        All else that the library depends on; see `fingerprint`.
+        Hash of all else that the library depends on, from `short_hash`.
     compiler
-        Makes it, if it must be made.
+        Compiles the kernel; called only if it must be compiled.
     """
     path = cache_dir() / f"{name}-{fingerprint}.so"
     kernel = as_value(open_library, path)
     if isinstance(kernel, Kernel):
         return kernel
-    with one_at_a_time(path.with_suffix(".lock")):
+    with ExitStack() as held:
+        # Without a lock (a read-only home, a file system that has none) processes do the same work side by
+        # side. Each puts whole files in place by a rename, so the cache stays correct.
+        as_value(hold_lock, held, path.with_suffix(".lock"))
         kernel = as_value(open_library, path)
         if isinstance(kernel, Kernel):
             return kernel
@@ -87,8 +95,22 @@ def load(name: str, fingerprint: str, compiler: Callable[[], Compiled]) -> Kerne
     return kept
 
 
+def hold_lock(held: ExitStack, path: Path) -> None:
+    """Take a lock between processes, which `held` releases.
+
+    Raises
+    ------
+    OSError
+        If the lock file cannot be created or written, or another process holds it for `LOCK_SECONDS`.
+    NotImplementedError
+        If the file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held.enter_context(FileLock(path, timeout=LOCK_SECONDS))
+
+
 def open_library(path: Path) -> Kernel:
-    """A kernel that was kept.
+    """Load a kernel that was kept.
 
     Raises
     ------
@@ -104,7 +126,7 @@ def open_library(path: Path) -> Kernel:
 
 
 def keep(compiled: Compiled, path: Path) -> Kernel:
-    """Put a kernel into the cache, and load it from there."""
+    """Write a kernel into the cache, and return it as loaded from there."""
     with atomically(path.with_suffix(".json")) as form, atomically(path) as library:
         form.write_text(json.dumps(compiled.kernel.form), encoding="utf-8")
         exported = library.with_suffix(".o")
@@ -117,14 +139,14 @@ def keep(compiled: Compiled, path: Path) -> Kernel:
 
 
 def link(exported: Path, library: Path, libraries: Sequence[str]) -> None:
-    """Make a shared library of an object file.
+    """Link an object file to a shared library.
 
     Raises
     ------
     OSError
-        If there is no C compiler (``CC``, else ``cc``), or it refuses.
+        If there is no C compiler (``CC``, else ``cc``), or it fails.
     """
-    folders = ":".join(dict.fromkeys(os.path.dirname(one) for one in libraries))
+    folders = ":".join(dict.fromkeys(os.path.dirname(library) for library in libraries))
     command = [
         os.environ.get("CC", "cc"),
         "-shared",
@@ -139,69 +161,46 @@ def link(exported: Path, library: Path, libraries: Sequence[str]) -> None:
         raise OSError(f"{command[0]} cannot link it: {done.stderr.strip()[-500:]}")
 
 
-@contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; where the file system has none, processes do the same work side by side, which harms nothing."""
-    file = as_value(open_for_lock, path)
-    try:
-        yield
-    finally:
-        if not isinstance(file, Exception):
-            os.close(file)
-
-
-def open_for_lock(path: Path) -> int:
-    """A descriptor that holds a lock on a file until it is closed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def cache_dir() -> Path:
-    """Where kernels are kept: ``$XDG_CACHE_HOME/dist_esm``, else ``~/.cache/dist_esm``."""
+    """Return the folder of the cache: ``$XDG_CACHE_HOME/dist_esm``, else ``~/.cache/dist_esm``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_esm"
 
 
-def fingerprint(*parts: object) -> str:
-    """A short hash of what a kernel depends on."""
+def short_hash(*parts: object) -> str:
+    """Return a short hash of all that a kernel depends on."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def form_of(arguments: tuple[Any, ...], tensors: Mapping[str, Tensor]) -> Form:
-    """The form of a call from its arguments.
+    """Return the form of a call, given its arguments.
 
     Raises
     ------
     TypeError
-        If one of them is neither a number nor one of the tensors.
+        If an argument is neither a number nor in `tensors`.
     """
     names = {id(tensor): name for name, tensor in tensors.items()}
 
-    def one(argument: Any) -> Form:
+    def form_of_argument(argument: Any) -> Form:
         if isinstance(argument, tuple):
-            return tuple(one(part) for part in argument)
+            return tuple(form_of_argument(part) for part in argument)
         if argument is None or id(argument) in names:
             return names.get(id(argument))
-        value = getattr(argument, "value", argument)  # of the compiler's own integers
+        value = getattr(argument, "value", argument)  # the compiler's own integers hold theirs in `value`
         if type(value) is not int:
             raise TypeError(f"{type(argument)} cannot be part of a call that is kept")
         return value
 
-    return one(arguments)
+    return form_of_argument(arguments)
 
 
 def to_form(parsed: Any) -> Form:
-    """A form as it was before it was JSON."""
+    """Return a form from parsed JSON, which has lists for its tuples."""
     return tuple(to_form(part) for part in parsed) if isinstance(parsed, list) else parsed
 
 
-def fill(form: Form, tensors: Mapping[str, Tensor]) -> Any:
-    """The arguments of a call from its form."""
+def arguments_of(form: Form, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the arguments of a call, given its form."""
     if isinstance(form, tuple):
-        return tuple([fill(part, tensors) for part in form])
+        return tuple([arguments_of(part, tensors) for part in form])
     return tensors[form] if isinstance(form, str) else form

@@ -1,15 +1,16 @@
-"""Everything of a block but attention, as one interface with three implementations: matrix products and what is fused to them.
+"""All of a block but attention: matrix products and the steps between them, in three implementations.
 
 ``torch``
     torch's own operations, this module: any device, any dtype.
 ``triton`` (`linear_triton`)
-    cuBLAS for the products, one Triton pass for what lies between them: CUDA, bf16 or fp16.
+    cuBLAS for the products, a Triton pass for each step between them: CUDA, bf16 or fp16.
 ``quack`` (`linear_quack`)
     CuTe products of the package quack-kernels with GELU, rotation and residual inside: Hopper, bf16 or fp16.
 
-LayerNorm, GELU, rotation and every sum run in fp32 in all of them; a product's inputs are rounded to its dtype. Between blocks the
-residual stream is kept in fp32 by ``torch``; by the other two in fp16, scaled so that it reaches 4 million: 8 times finer than bf16,
-and half of fp32's traffic. A stream that goes beyond is not finite, and the engine computes that protein again in fp32.
+LayerNorm, GELU, rotation and every sum run in fp32 in all of them; a product's inputs are rounded to its
+dtype. Between blocks ``torch`` keeps the residual stream in fp32. The other two keep it in fp16, scaled so
+that it reaches 4 million: 8 times finer than bf16, and half the traffic of fp32. A stream that goes beyond is
+not finite, and the engine computes that protein again in fp32.
 
 Shape suffixes: T tokens of a pack, N heads, H head width, D model width, B proteins.
 """
@@ -24,52 +25,59 @@ from torch import Tensor, nn
 
 
 class LinearOps(Protocol):
-    """One way to compute a block."""
+    """A way to compute a block."""
 
     name: str
     interleaves: bool
-    """Queries and keys hold the two numbers that are rotated against each other side by side, not half a head apart."""
+    """True if the two numbers that rotate against each other lie side by side in queries and keys; False if
+    they lie half a head apart."""
     any_rows: bool
-    """A row's bits do not depend on the number of rows: a pack that is not full may have fewer."""
+    """True if a row's bits do not depend on the number of rows: then a pack may have fewer."""
     bias_dtype: torch.dtype | None
-    """Of the products' biases; None: that of their weights."""
+    """Dtype of the products' biases; None: that of their weights."""
 
     def rotary(self, positions_T: Tensor, inv_freq: Tensor) -> Any:
-        """What `qkv` needs to turn queries and keys: computed once for a pack, shared by all layers."""
+        """Return what `qkv` needs to rotate queries and keys; computed once for a pack."""
 
-    def enter(self, x_TD: Tensor) -> Tensor:
-        """The residual stream as this implementation keeps it, from fp32."""
+    def to_stream(self, x_TD: Tensor) -> Tensor:
+        """Return fp32 values in the form in which this implementation keeps the residual stream."""
 
-    def leave(self, x_TD: Tensor) -> Tensor:
-        """The residual stream in fp32 or wider, on its own memory."""
+    def from_stream(self, x_TD: Tensor) -> Tensor:
+        """Return the residual stream in fp32 or wider; later changes to the stream do not reach it."""
 
     def norm(self, x_TD: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
-        """LayerNorm of the residual stream, in fp32, rounded to `dtype`."""
+        """Return the LayerNorm of the residual stream, computed in fp32, rounded to `dtype`."""
 
     def qkv(
         self, h_TD: Tensor, linear: nn.Linear, rotary: Any, num_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, rotated, and values; each of shape (T, N, H)."""
+        """Return queries and keys, both rotated, and values; each of shape (T, N, H)."""
 
     def gelu(self, h_TD: Tensor, linear: nn.Linear) -> Tensor:
-        """Exact GELU of a product."""
+        """Return the exact GELU of a product."""
 
     def residual(
         self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream with a product added, which may overwrite `x_TD`, and its LayerNorm in the product's dtype; without one, twice the stream."""
+        """Add a product to the residual stream; return the stream, and its LayerNorm in the product's dtype.
+
+        `x_TD` may be overwritten. Without `norm` the stream is returned twice.
+        """
 
     def segment_sum(self, x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
-        """Sums of rows `starts_B[i]` up to `stops_B[i]`, shape (B, D); each depends on its own rows alone."""
+        """Sum rows `starts_B[i]` up to `stops_B[i]`; shape (B, D). A sum depends on its own rows alone."""
 
 
 def angles(positions_T: Tensor, inv_freq: Tensor) -> Tensor:
-    """Rotation of each token, in radians, in the dtype of `inv_freq`, shape (T, H / 2). Source: Su et al. 2021, arXiv:2104.09864."""
+    """Return the rotation of each token in radians, in the dtype of `inv_freq`; shape (T, H / 2).
+
+    Source: Su et al. 2021, arXiv:2104.09864.
+    """
     return torch.outer(positions_T.to(inv_freq.dtype), inv_freq)
 
 
 class TorchLinear:
-    """torch's own operations."""
+    """A block computed with torch's own operations."""
 
     name = "torch"
     interleaves = False
@@ -77,50 +85,50 @@ class TorchLinear:
     bias_dtype: torch.dtype | None = None
 
     def rotary(self, positions_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, shape (T, 1, H)."""
+        """Return cosine and sine of each rotation; shape (T, 1, H)."""
         angles_T1H = angles(positions_T, inv_freq).repeat(1, 2).unsqueeze(1)
         return angles_T1H.cos(), angles_T1H.sin()
 
-    def enter(self, x_TD: Tensor) -> Tensor:
-        """See `LinearOps`."""
+    def to_stream(self, x_TD: Tensor) -> Tensor:
+        """Return the values as they are: the stream is kept in their dtype."""
         return x_TD
 
-    def leave(self, x_TD: Tensor) -> Tensor:
-        """See `LinearOps`."""
+    def from_stream(self, x_TD: Tensor) -> Tensor:
+        """Return the stream itself: `residual` makes a new one and never changes it."""
         return x_TD
 
     def norm(self, x_TD: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
-        """See `LinearOps`."""
+        """Apply torch's LayerNorm in the stream's dtype, then round."""
         h_TD: Tensor = norm(x_TD)
         return h_TD.to(dtype)
 
     def qkv(
         self, h_TD: Tensor, linear: nn.Linear, rotary: tuple[Tensor, Tensor], num_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `LinearOps`."""
+        """Multiply by one matrix for all three, then rotate queries and keys."""
         q_TNH, k_TNH, v_TNH = linear(h_TD).view(len(h_TD), 3, num_heads, -1).unbind(1)
         return rotate(q_TNH, *rotary), rotate(k_TNH, *rotary), v_TNH
 
     def gelu(self, h_TD: Tensor, linear: nn.Linear) -> Tensor:
-        """See `LinearOps`."""
+        """Apply torch's erf GELU to the rounded product."""
         return F.gelu(linear(h_TD))
 
     def residual(
         self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None
     ) -> tuple[Tensor, Tensor]:
-        """See `LinearOps`."""
+        """Add the rounded product in the stream's dtype, into new memory."""
         x_TD = x_TD + linear(h_TD)
         return x_TD, x_TD if norm is None else self.norm(x_TD, norm, linear.weight.dtype)
 
     def segment_sum(self, x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
-        """See `LinearOps`."""
+        """Sum the rows of each segment by a call of its own."""
         return torch.stack(
             [x_TD[start:stop].sum(0) for start, stop in zip(starts_B.tolist(), stops_B.tolist(), strict=True)]
         )
 
 
 def rotate(x_TNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
-    """Apply rotary position embeddings in fp32 or wider: the first half of each head is turned against the second."""
+    """Apply rotary position embeddings in fp32 or wider: a head's first half rotates against its second."""
     first, second = x_TNH.to(cos_T1H.dtype).chunk(2, dim=-1)
     return (
         torch.cat((first, second), -1)

@@ -1,9 +1,11 @@
-"""The ``quack`` implementation of a block: CuTe matrix products with what follows them inside, from the package quack-kernels.
+"""The ``quack`` implementation of a block: CuTe matrix products that include the step after them.
 
-A product is accumulated in fp32 registers; bias, GELU, rotation or residual are applied there (`quack_epilogues`), in fp32, before the one rounding on
-the way out. Products are not split along their inner dimension, so a row's bits depend neither on its place nor on the number of rows.
+A product is accumulated in fp32 registers. Bias, GELU, rotation or residual are applied there in fp32
+(`quack_epilogues`), so values are rounded once, on the way out. Products are not split along their inner
+dimension, so a row's bits depend neither on its place nor on the number of rows.
 
-Compiled kernels are kept (`aot`): the package is imported only to compile one that is not there.
+Compiled kernels are kept on disk (`kernel_cache`): the package quack-kernels is imported only to compile a
+kernel that is not there.
 """
 
 from __future__ import annotations
@@ -17,13 +19,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dist_esm.model.kernels import kernel_cache as aot
+from dist_esm.model.kernels import kernel_cache
 from dist_esm.model.kernels.linear import angles
 from dist_esm.model.kernels.linear_triton import TritonPasses
 
 
 class Tile(NamedTuple):
-    """How a product is cut: rows and columns of a tile, of a cluster of tiles, and whether two tiles take turns on a multiprocessor."""
+    """How a product is cut: rows and columns of a tile and of a cluster of tiles.
+
+    With `pingpong` two tiles take turns on a multiprocessor.
+    """
 
     tile_M: int  # noqa: N815 - quack's names
     tile_N: int  # noqa: N815
@@ -41,7 +46,7 @@ TILES = {
 
 
 class QuackLinear(TritonPasses):
-    """CuTe products."""
+    """A block computed with CuTe products; the remaining steps are Triton's."""
 
     name = "quack"
     interleaves = True
@@ -49,7 +54,7 @@ class QuackLinear(TritonPasses):
     bias_dtype: torch.dtype | None = torch.float32
 
     def rotary(self, positions_T: Tensor, inv_freq: Tensor) -> Tensor:
-        """Cosine and sine of each pair side by side, then as many ones and zeros; shape (T, 2 H)."""
+        """Return cosine and sine of each pair side by side, then as many ones and zeros; shape (T, 2 H)."""
         angles_TH = angles(positions_T, inv_freq)
         angles_TH = torch.cat((angles_TH, torch.zeros_like(angles_TH)), 1)
         return torch.stack((angles_TH.cos(), angles_TH.sin()), -1).flatten(1)
@@ -57,7 +62,7 @@ class QuackLinear(TritonPasses):
     def qkv(
         self, h_TD: Tensor, linear: nn.Linear, rotary: Tensor, num_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `LinearOps`."""
+        """Multiply by one matrix for all three; queries and keys are rotated inside the product."""
         num_rows, width = h_TD.shape
         qkv_TC = h_TD.new_empty(num_rows, 3 * width)
         launch(
@@ -67,7 +72,7 @@ class QuackLinear(TritonPasses):
         return q_TNH, k_TNH, v_TNH
 
     def gelu(self, h_TD: Tensor, linear: nn.Linear) -> Tensor:
-        """See `LinearOps`."""
+        """Apply GELU inside the product."""
         out_TF = h_TD.new_empty(len(h_TD), len(linear.weight))
         launch("gelu", a=h_TD, weight=linear.weight, bias=linear.bias.unsqueeze(0), out=out_TF)
         return out_TF
@@ -75,40 +80,46 @@ class QuackLinear(TritonPasses):
     def residual(
         self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None
     ) -> tuple[Tensor, Tensor]:
-        """See `LinearOps`."""
+        """Add the product to the stream in place, inside the product."""
         launch("residual", a=h_TD, weight=linear.weight, bias=linear.bias.unsqueeze(0), out=x_TD)
         return x_TD, x_TD if norm is None else self.norm(x_TD, norm, h_TD.dtype)
 
 
-_kernels: dict[tuple[object, ...], aot.Kernel] = {}
+_kernels: dict[tuple[object, ...], kernel_cache.Kernel] = {}
 
 
-def launch(kind: str, **tensors: Tensor) -> None:
-    """out = epilogue(a @ weight.T, the other tensors)."""
-    shape = tensors["weight"].shape if kind == "rotation" else ()
-    key = (kind, tensors["a"].dtype, tensors["out"].dtype, shape, tensors["a"].device)
+def launch(epilogue: str, **tensors: Tensor) -> None:
+    """Compute out = epilogue(a @ weight.T, the other tensors)."""
+    shape = tensors["weight"].shape if epilogue == "rotation" else ()
+    key = (epilogue, tensors["a"].dtype, tensors["out"].dtype, shape, tensors["a"].device)
     kernel = _kernels.get(key)
     if kernel is None:
-        kernel = _kernels[key] = load(kind, tensors)
+        kernel = _kernels[key] = load_product(epilogue, tensors)
     kernel(tensors)
 
 
-def load(kind: str, tensors: dict[str, Tensor]) -> aot.Kernel:
-    """The kernel of a kind for tensors of these dtypes; a rotation's is for one width of the model and of its heads."""
+def load_product(epilogue: str, tensors: dict[str, Tensor]) -> kernel_cache.Kernel:
+    """Return the kernel of a product with its epilogue for tensors of these dtypes.
+
+    A kernel that rotates serves a single width of the model and of its heads; the others serve any.
+    """
     dtypes = [str(tensors[name].dtype).removeprefix("torch.") for name in ("a", "out")]
-    widths = [str(tensors["a"].shape[1]), str(tensors["turn"].shape[1] // 2)] if kind == "rotation" else []
+    widths = (
+        [str(tensors["a"].shape[1]), str(tensors["turn"].shape[1] // 2)] if epilogue == "rotation" else []
+    )
 
-    def compiler() -> aot.Compiled:
-        from dist_esm.model.kernels.quack_epilogues import compiled
+    def compiler() -> kernel_cache.Compiled:
+        from dist_esm.model.kernels.quack_epilogues import compile_product
 
-        return compiled(kind, tensors, TILES[kind])
+        return compile_product(epilogue, tensors, TILES[epilogue])
 
-    return aot.load("-".join(["quack", kind, *dtypes, *widths]), fingerprint(tensors["a"].device), compiler)
+    name = "-".join(["quack", epilogue, *dtypes, *widths])
+    return kernel_cache.load_or_compile(name, build_fingerprint(tensors["a"].device), compiler)
 
 
 @cache
-def fingerprint(device: torch.device) -> str:
-    """What compiled kernels depend on but for what they compute: the code here, the packages and where they are, the GPU."""
+def build_fingerprint(device: torch.device) -> str:
+    """Return a hash of all that compiled kernels depend on: this code, the packages, the GPU."""
     about = torch.cuda.get_device_properties(device)
     packages = [version(name) for name in ("quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")]
     runtime = find_spec("tvm_ffi")
@@ -117,6 +128,6 @@ def fingerprint(device: torch.device) -> str:
         for name in ("linear_quack.py", "quack_epilogues.py", "kernel_cache.py")
     ]
     where = runtime.origin if runtime is not None else None
-    return aot.fingerprint(
+    return kernel_cache.short_hash(
         sources, packages, where, about.name, about.major, about.minor, about.multi_processor_count
     )

@@ -1,4 +1,4 @@
-"""The ``triton`` implementation of a block: cuBLAS products, and one pass over memory for each step between them."""
+"""The ``triton`` implementation of a block: cuBLAS products, and a Triton pass for each step between them."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_esm.model.kernels import triton_ops as triton_kernels
+from dist_esm.model.kernels import triton_ops
 from dist_esm.model.kernels.linear import angles
 
 
 class TritonPasses:
-    """What lies between the products, one pass over memory each."""
+    """The steps between the products, a pass over memory each."""
 
-    def enter(self, x_TD: Tensor) -> Tensor:
-        """See `LinearOps`."""
-        return triton_kernels.enter(x_TD)
+    def to_stream(self, x_TD: Tensor) -> Tensor:
+        """Return the values in scaled fp16."""
+        return triton_ops.to_stream(x_TD)
 
-    def leave(self, x_TD: Tensor) -> Tensor:
-        """See `LinearOps`."""
-        return triton_kernels.leave(x_TD)
+    def from_stream(self, x_TD: Tensor) -> Tensor:
+        """Return a copy of the stream in fp32."""
+        return triton_ops.from_stream(x_TD)
 
     def norm(self, x_TD: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
-        """See `LinearOps`."""
-        return triton_kernels.norm(x_TD, norm.weight, norm.bias, norm.eps, dtype)
+        """Apply LayerNorm in one pass."""
+        return triton_ops.norm(x_TD, norm.weight, norm.bias, norm.eps, dtype)
 
     def segment_sum(self, x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
-        """See `LinearOps`."""
-        return triton_kernels.segment_sum(x_TD, starts_B, stops_B)
+        """Sum the rows of all segments in one launch."""
+        return triton_ops.segment_sum(x_TD, starts_B, stops_B)
 
 
 class TritonLinear(TritonPasses):
-    """cuBLAS and Triton."""
+    """A block computed with cuBLAS and Triton."""
 
     name = "triton"
     interleaves = False
@@ -39,28 +39,28 @@ class TritonLinear(TritonPasses):
     bias_dtype: torch.dtype | None = None
 
     def rotary(self, positions_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, shape (T, H / 2)."""
+        """Return cosine and sine of each rotation; shape (T, H / 2)."""
         angles_TH = angles(positions_T, inv_freq)
         return angles_TH.cos(), angles_TH.sin()
 
     def qkv(
         self, h_TD: Tensor, linear: nn.Linear, rotary: tuple[Tensor, Tensor], num_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `LinearOps`."""
+        """Multiply by one matrix for all three, then rotate queries and keys in place."""
         qkv_TC = linear(h_TD)
-        triton_kernels.rotate_(qkv_TC, *rotary, 2 * num_heads)
+        triton_ops.rotate_(qkv_TC, *rotary, 2 * num_heads)
         q_TNH, k_TNH, v_TNH = qkv_TC.view(len(h_TD), 3, num_heads, -1).unbind(1)
         return q_TNH, k_TNH, v_TNH
 
     def gelu(self, h_TD: Tensor, linear: nn.Linear) -> Tensor:
-        """See `LinearOps`."""
-        return triton_kernels.gelu_(linear(h_TD))
+        """Apply GELU to the rounded product in place."""
+        return triton_ops.gelu_(linear(h_TD))
 
     def residual(
         self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None
     ) -> tuple[Tensor, Tensor]:
-        """See `LinearOps`."""
+        """Add the rounded product to the stream in place, in the pass that applies LayerNorm."""
         added_TD = F.linear(h_TD, linear.weight, linear.bias)
         if norm is None:
-            return x_TD.add_(added_TD, alpha=triton_kernels.SCALE), x_TD
-        return x_TD, triton_kernels.norm(x_TD, norm.weight, norm.bias, norm.eps, added_TD.dtype, added_TD)
+            return x_TD.add_(added_TD, alpha=triton_ops.SCALE), x_TD
+        return x_TD, triton_ops.norm(x_TD, norm.weight, norm.bias, norm.eps, added_TD.dtype, added_TD)

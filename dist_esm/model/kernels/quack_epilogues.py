@@ -1,10 +1,10 @@
-"""What `linear_quack` applies to a product while it is still in fp32 registers: bias, and GELU, rotation or residual.
+"""The epilogues of `linear_quack`: bias, and GELU, rotation or residual, applied in fp32 registers.
 
-These functions are traced by CuTe's compiler. Importing them takes seconds, and is only done to compile.
+CuTe's compiler traces these functions. Importing this module takes seconds, and is only done to compile.
 """
 
 # mypy: ignore-errors
-# What a traced function holds are not the types that Python sees.
+# The values of a traced function have not the types that Python sees.
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from quack.epilogue.rotary import RotaryCosSinTMALoad
 from quack.gemm_runtime.host import run_gemm_epi_plan
 from torch import Tensor
 
-from dist_esm.model.kernels import kernel_cache as aot
+from dist_esm.model.kernels import kernel_cache
 from dist_esm.model.kernels.triton_ops import SCALE
 
 quack.cache.CACHE_ENABLED = False  # what its cache answers cannot be exported
 
 
 def gelu(x):
-    """GELU(x) = x (1 + erf(x / sqrt 2)) / 2; erf to 1.5e-7. Source: Abramowitz and Stegun 1964, 7.1.26."""
+    """Return x (1 + erf(x / sqrt 2)) / 2, erf to 1.5e-7. Source: Abramowitz and Stegun 1964, 7.1.26."""
     z = x * 0.7071067811865476
     z = cute.arch.fmax(z, -z)
     t = cute.arch.rcp_approx(1.0 + 0.3275911 * z)
@@ -41,25 +41,27 @@ def gelu(x):
 
 @gemm_epilogue(ops={"bias": RowVecLoad("bias")})
 def with_gelu(acc, bias):
-    """GELU of a product."""
+    """Apply GELU to a product."""
     return {"D": gelu(acc + bias)}
 
 
 @gemm_epilogue(ops={"bias": RowVecLoad("bias")})
 def with_residual(acc, c, bias):
-    """A product added to the residual stream as it is kept."""
+    """Add a product to the residual stream, which is kept scaled."""
     return {"D": (acc + bias) * SCALE + c}
 
 
 class TurnLoad(RotaryCosSinTMALoad):
-    """The table of rotations, loaded beside a product's tiles: its left half for queries and keys, its right one, no turn, for values.
+    """Loads the table of rotations together with a product's tiles.
+
+    The left half of the table rotates queries and keys; the right half is for values and rotates nothing.
 
     Parameters
     ----------
     name
-        Of the operand: fp32, shape (T, 2 H), cosine and sine of each pair side by side.
+        Name of the operand: fp32, shape (T, 2 H), cosine and sine of each pair side by side.
     num_turned
-        Columns of the product that hold queries and keys; the tiles' width divides it.
+        Columns of the product that hold queries and keys; the width of a tile divides it.
     """
 
     def __init__(self, name, num_turned):
@@ -67,11 +69,11 @@ class TurnLoad(RotaryCosSinTMALoad):
         self.num_turned = num_turned
 
     def config_key(self):
-        """What the kernel is compiled for."""
+        """Return what the compiled kernel depends on."""
         return (*super().config_key(), self.num_turned)
 
     def load_g2s_copy_fn(self, gemm, params, smem_tensor, tile_coord_mnkl, varlen_manager, epi_pipeline):
-        """What brings the table's part for a tile to shared memory, a subtile at a time."""
+        """Return the function that copies a tile's part of the table to shared memory by subtiles."""
         table = varlen_manager.offset_batch_epi(getattr(params, self.name), tile_coord_mnkl[3])
         head_dim = const_expr(table.shape[1] // 2)
         tile_rows, tile_columns = gemm.cta_tile_shape_mnk[0], gemm.cta_tile_shape_mnk[1]
@@ -96,7 +98,7 @@ class TurnLoad(RotaryCosSinTMALoad):
 
 @cache
 def with_rotation(width):
-    """A product whose neighbouring columns are rotated against each other, for queries, keys and values of a width."""
+    """Return an epilogue that rotates neighbouring columns against each other, for one width of the model."""
 
     @gemm_epilogue(ops={"turn": TurnLoad("turn", 2 * width), "bias": RowVecLoad("bias")}, mode="acc_pair")
     def turned(acc, turn, bias):
@@ -107,27 +109,28 @@ def with_rotation(width):
     return turned
 
 
-def compiled(kind: str, tensors: dict[str, Tensor], tile: Any) -> aot.Compiled:
-    """Compile a product: kernel, and how to keep it.
+def compile_product(epilogue: str, tensors: dict[str, Tensor], tile: Any) -> kernel_cache.Compiled:
+    """Compile a product; return its kernel and the means to keep it.
 
     Parameters
     ----------
-    kind
+    epilogue
         "rotation", "gelu" or "residual".
     tensors
-        a (T, K), weight (C, K), bias (1, C), out (T, C), and turn (T, 2 H) for a rotation. Their dtypes count, and of a rotation the widths.
+        a (T, K), weight (C, K), bias (1, C), out (T, C), and turn (T, 2 H) for a rotation. The kernel depends
+        on their dtypes, and for a rotation on the widths.
     tile
         How the product is cut.
     """
     a, weight, out = (tensors[name] for name in ("a", "weight", "out"))
     operands = {name: tensor for name, tensor in tensors.items() if name not in ("a", "weight", "out")}
-    epilogue = {
+    traced = {
         "rotation": lambda: with_rotation(a.shape[1]),
         "gelu": lambda: with_gelu,
         "residual": lambda: with_residual,
-    }[kind]()
-    addend = out if kind == "residual" else None
-    plan = epilogue.gemm(a, weight, out, addend, epi_args=operands, **tile._asdict(), _launch=False)
+    }[epilogue]()
+    addend = out if epilogue == "residual" else None
+    plan = traced.gemm(a, weight, out, addend, epi_args=operands, **tile._asdict(), _launch=False)
     calls = []
     run_gemm_epi_plan(
         plan._replace(compiled_fn=lambda *arguments: calls.append(arguments)),
@@ -139,10 +142,10 @@ def compiled(kind: str, tensors: dict[str, Tensor], tile: Any) -> aot.Compiled:
     )
 
     def export(path):
-        plan.compiled_fn.export_to_c(object_file_path=str(path), function_name=aot.SYMBOL)
+        plan.compiled_fn.export_to_c(object_file_path=str(path), function_name=kernel_cache.SYMBOL)
 
-    return aot.Compiled(
-        aot.Kernel(plan.compiled_fn, aot.form_of(calls[0], tensors)),
+    return kernel_cache.Compiled(
+        kernel_cache.Kernel(plan.compiled_fn, kernel_cache.form_of(calls[0], tensors)),
         export,
         find_runtime_libraries(enable_tvm_ffi=True),
     )

@@ -1,11 +1,11 @@
 """Attention, and the element-wise passes between matrix products, one Triton kernel each.
 
-A row, a head or a protein is reduced by one program in an order that depends on its own length alone, so its bits depend neither on
-its neighbours nor on where it lies in the pack.
+One program reduces a row, a head or a protein, in an order that depends on its own length alone. So its bits
+depend neither on its neighbours nor on its place in the pack.
 """
 
 # mypy: ignore-errors
-# Triton's kernels are traced, not run: what they hold are not the types that Python sees.
+# Triton traces its kernels and does not run them: their values have not the types that Python sees.
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ import triton.language as tl
 from torch import Tensor
 
 SCALE = 2.0**-6
-"""The residual stream is kept in fp16 times this: it reaches 4 million, with 11 significant bits. A power of two rounds nothing."""
+"""The residual stream is kept in fp16 times this: it reaches 4 million, with 11 significant bits.
+A power of two rounds nothing."""
 UNSCALE = tl.constexpr(1 / SCALE)
 RESCALE = tl.constexpr(SCALE)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def enter(x_TD: Tensor) -> Tensor:
-    """The residual stream as it is kept, from fp32."""
+def to_stream(x_TD: Tensor) -> Tensor:
+    """Return fp32 values as the residual stream is kept: scaled, in fp16."""
     return (x_TD * SCALE).half()
 
 
-def leave(x_TD: Tensor) -> Tensor:
-    """The residual stream in fp32."""
+def from_stream(x_TD: Tensor) -> Tensor:
+    """Return the residual stream in fp32."""
     return x_TD.float() / SCALE
 
 
@@ -58,9 +59,9 @@ def norm(
     dtype: torch.dtype,
     added_TD: Tensor | None = None,
 ) -> Tensor:
-    """LayerNorm of the residual stream as it is kept, in fp32, rounded once to `dtype`; shape (T, D).
+    """Return the LayerNorm of the residual stream, computed in fp32, rounded once to `dtype`; shape (T, D).
 
-    With `added_TD`, the stream has it added first, in place.
+    With `added_TD`, that is first added to the stream, in place.
     """
     num_rows, width = x_TD.shape
     out_TD = torch.empty_like(x_TD, dtype=dtype)
@@ -98,16 +99,16 @@ def _rotate(qkv, cos, sin, stride, num_heads, HALF: tl.constexpr, BLOCK: tl.cons
 
 
 def rotate_(qkv_TC: Tensor, cos_TH: Tensor, sin_TH: Tensor, num_heads: int) -> None:
-    """Rotary embedding of the first `num_heads` heads of each row, in place, computed in fp32.
+    """Apply rotary embedding to the first `num_heads` heads of each row, in place, computed in fp32.
 
     Parameters
     ----------
     qkv_TC : Tensor, shape (T, C)
-        Rows of heads laid end to end; queries and keys are the first ones.
+        Rows of heads laid end to end; queries and keys come first.
     cos_TH, sin_TH : fp32 Tensor, shape (T, H / 2)
-        Of each token's position.
+        Cosine and sine for each token's position.
     num_heads
-        Heads to turn.
+        Heads to rotate.
     """
     num_rows, half = cos_TH.shape
     heads = 16
@@ -128,7 +129,7 @@ def _gelu(x, size, BLOCK: tl.constexpr):
 
 
 def gelu_(x: Tensor) -> Tensor:
-    """Exact (erf) GELU in place, computed in fp32; `x` is contiguous."""
+    """Apply the exact (erf) GELU in place, computed in fp32; `x` is contiguous."""
     block = 4096
     _gelu[(triton.cdiv(x.numel(), block),)](x, x.numel(), BLOCK=block, num_warps=8)
     return x
@@ -151,7 +152,10 @@ def _segment_sum(x, starts, stops, out, width, ROWS: tl.constexpr, COLUMNS: tl.c
 
 
 def segment_sum(x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
-    """Sum of rows `starts_B[i]` up to `stops_B[i]` in fp32, shape (B, D); the order of additions depends on the segment's length alone."""
+    """Sum the rows `starts_B[i]` up to `stops_B[i]` in fp32; shape (B, D).
+
+    The order of additions depends on the segment's length alone.
+    """
     out_BD = x_TD.new_empty(len(starts_B), x_TD.shape[1], dtype=torch.float32)
     columns = 128
     grid = (len(starts_B), triton.cdiv(x_TD.shape[1], columns))
@@ -224,17 +228,19 @@ def _attend_to(queries, keys, values, left, most, total, sums, MASKS: tl.constex
 
 
 def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, tiles_C3: Tensor, tile: int) -> Tensor:
-    """Attention within each protein, shape (T, N, H): scores and their softmax in fp32, its weights rounded to the dtype of the values.
+    """Attend within each protein; shape (T, N, H).
 
-    A query's softmax goes through the keys of its protein in order, `tile` at a time, rescaled whenever a larger score comes.
-    Source: Dao 2023, arXiv:2307.08691, algorithm 1.
+    Scores and their softmax are computed in fp32; the softmax is rounded to the dtype of the values. A query
+    goes through the keys of its protein in order, `tile` at a time; its sums are rescaled whenever a larger
+    score comes. Source: Dao 2023, arXiv:2307.08691, algorithm 1.
 
     Parameters
     ----------
     q_TNH, k_TNH, v_TNH
-        bf16 or fp16; rows of heads laid end to end, whose own distance may be larger. Queries are scaled already.
+        bf16 or fp16. The heads of a row lie end to end; the rows may lie further apart. Queries are scaled
+        already.
     tiles_C3
-        See `Seqlens`; every row belongs to one tile.
+        Tiles as in `Seqlens`; every row belongs to exactly one.
     tile
         Rows of a tile.
     """
