@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
-"""This tool and its peers on the same proteins, in one run, with seeded random weights: tokens a second, and the share of what the device can do.
+"""This tool and its peers on the same proteins, in one run, with seeded random weights.
 
     scripts/bench.py --fasta proteins.fasta --models esm2_t33_650M_UR50D --json results.json
 
-A token is a residue that is embedded (at most 1,022 of a protein), or its BOS or EOS; padding does not count. Rows:
+The table has tokens a second, and the share of what the device can do. A token is a residue that is
+embedded (at most 1,022 of a protein), or its BOS or EOS; padding does not count. Rows:
 
-matrix rate          the model's own matrix products alone, over random numbers, for as long as everything else runs
-kernel loop          dist_esm, packs made beforehand: forward and pooling
-end to end           the real command, from FASTA on disk to outputs on disk; `seconds` of the rank in its report, so without start and load
-fair-esm             its extract loop as shipped, batches of 4,096 tokens, sorted by length (fp32, and the same with bf16 weights)
-transformers         EsmModel, SDPA, batches of similar length
-esm-efficient        packed, FlashAttention-2, where it is installed (without flash-attn, whose kernels torch has a copy of, it is given torch's)
+matrix rate     the model's own matrix products alone, over random numbers: the limit for everything else
+kernel loop     dist_esm, packs made beforehand: forward and pooling
+end to end      the real command, from FASTA on disk to outputs on disk, without start and load
+start           from launch to the first pack, with a checkpoint on disk
+fair-esm        its extract loop as shipped, batches of 4,096 tokens, sorted by length (in fp32 and in bf16)
+transformers    EsmModel, SDPA, batches of similar length
+esm-efficient   packed, with flash-attn's FlashAttention-2, or with torch's copy of it
 
-Peers embed a sample of the proteins of at most --peer-tokens tokens. All numbers are medians of --repeats runs. Every contestant's means
-of a few proteins are compared with fair-esm's own fp32 model; the worst cosine is in the table. The last line is JSON.
+Peers embed a sample of the proteins of at most --peer-tokens tokens. All figures are medians of --repeats
+runs. Every contestant's means of a few proteins are compared with fair-esm's own fp32 model; the worst
+cosine is in the table. The exit code is 1 if a part failed. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -21,43 +24,40 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.machinery import ModuleSpec
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from esm.data import FastaBatchedDataset
-from esm.model.esm2 import ESM2 as FairESM  # noqa: N811
-from torch import Tensor, nn
 
+from benchmarks.fasta import write_fasta
+from benchmarks.harness import Table, begin, end, make_parser, parse_options, timed
+from benchmarks.peers import PEERS, Means, fair_esm
+from benchmarks.proteins import Protein, as_records, load_proteins, make_packs, make_segments, num_tokens
+from dist_esm.attempt import as_value
 from dist_esm.cli import compose_config
-from dist_esm.config import ModelConfig
-from dist_esm.fair_esm import ALPHABET
-from dist_esm.fasta.tokens import tokenize
-from dist_esm.model.engine import AHEAD, Engine, build_engine
-from dist_esm.model.esm2 import TOKEN_DROPOUT_FACTOR
+from dist_esm.model.engine import AHEAD, Engine, Submitted, make_engine
 from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels
 from dist_esm.model.weights import architecture, fair_esm_tensors
-from dist_esm.pipeline.packer import Packer
-from dist_esm.types import Pack, Segment
+from dist_esm.types import Pack
 
-RESIDUES = 1022
-CHECKED = 4
+NUM_CHECKED = 4
 """Proteins whose means are compared."""
+NUM_STARTED = 50
+"""Proteins of the runs that time the start."""
+FAILED = "failed: "
+"""Begins the note of a part that failed."""
+HEADINGS = ("model", "what", "dtype", "tokens/s", "of limit", "worst cosine", "note")
 
 
 @dataclass
@@ -73,29 +73,300 @@ class Row:
     runs: list[float] = field(default_factory=list)
     note: str = ""
 
+    def cells(self) -> tuple[str, ...]:
+        """Return the row as the table shows it."""
+        return (
+            self.model,
+            self.name,
+            self.dtype,
+            f"{self.tokens_per_second:,.0f}" if self.tokens_per_second else "",
+            f"{self.share_of_limit:.1%}" if self.share_of_limit else "",
+            f"{self.worst_cosine:.7f}" if self.worst_cosine else "",
+            self.note,
+        )
 
-@dataclass(frozen=True)
-class Protein:
-    """An id and its residues, truncated."""
 
-    id: str
-    residues: str
+class Bench:
+    """One model, and what its measurements share."""
+
+    def __init__(
+        self, options: argparse.Namespace, name: str, proteins: list[Protein], add: Callable[[Row], None]
+    ) -> None:
+        self.options, self.name, self.proteins = options, name, proteins
+        settings = ["input=.", f"model={name}", "model.weights=random", "dedupe=false"]
+        self.config = compose_config([*settings, *self.device_settings])
+        self.model = self.config.model
+        self.device = choose_device(self.config.device, 0, 1, "this machine")
+        self.dtype = choose_dtype(self.config.dtype, self.device)
+        head_dim = architecture(self.model).head_dim
+        self.kernels = choose_kernels(
+            self.config.attention, self.config.linear, self.device, self.dtype, head_dim
+        )
+        self.limit: float | None = None
+        """Tokens a second of the matrix products alone, once they are measured."""
+        self._add = add
 
     @property
-    def tokens(self) -> int:
-        """With BOS and EOS."""
-        return len(self.residues) + 2
+    def device_settings(self) -> tuple[str, ...]:
+        """Return the overrides that choose the device."""
+        return f"device={self.options.device}", f"dtype={self.options.dtype}"
+
+    def add(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        rates: Sequence[float] = (),
+        means: Means | None = None,
+        note: str = "",
+        devices: int = 1,
+    ) -> None:
+        """Add a row: the tokens a second of its runs on so many devices, and how right its means are."""
+        middle = statistics.median(rates) if rates else None
+        self._add(
+            Row(
+                self.name,
+                name,
+                str(dtype).removeprefix("torch."),
+                middle,
+                middle / self.limit / devices if middle and self.limit else None,
+                self.worst_cosine(means) if means else None,
+                [round(rate, 1) for rate in rates],
+                note,
+            )
+        )
+
+    def worst_cosine(self, means: Means) -> float:
+        """Return the worst cosine of a contestant's means with those of fair-esm's own model in fp32."""
+
+        def double(mean: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(mean).double()
+
+        return min(
+            float(F.cosine_similarity(double(means[id_]), double(right), 0))
+            for id_, right in self.reference.items()
+        )
+
+    @cached_property
+    def reference(self) -> Means:
+        """The means of fair-esm's own model in fp32."""
+        return fair_esm(self.model, self.device, torch.float32)(self.checked())
+
+    def checked(self) -> list[Protein]:
+        """Return the first few proteins of the sample."""
+        return self.sample(self.options.peer_tokens)[:NUM_CHECKED]
+
+    def sample(self, max_tokens: int) -> list[Protein]:
+        """Draw proteins of all lengths alike with a fixed seed, at most `max_tokens` tokens."""
+        drawn: list[Protein] = []
+        total = 0
+        for index in np.random.default_rng(0).permutation(len(self.proteins)):
+            total += self.proteins[index].num_tokens
+            if total > max_tokens:
+                break
+            drawn.append(self.proteins[index])
+        return drawn
+
+    def sync(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def measure(self, part: str) -> None:
+        """Measure one part, and give the memory back that it took."""
+        error = as_value(PARTS[part], self)
+        if isinstance(error, ImportError) and part in PEERS:
+            self._add(Row(self.name, part, "", note=f"not run: {error}"))
+        elif isinstance(error, Exception):
+            message = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._add(Row(self.name, part, "", note=f"{FAILED}{message}"))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
-Run = Callable[[Sequence[Protein]], dict[str, np.ndarray]]
-"""Embeds proteins: id to mean, shape (D,)."""
+def matrix_rate(bench: Bench) -> None:
+    """Time the model's matrix products alone, a second each, and copies: the limit for everything else."""
+    width, is_gpu = bench.model.embed_dim, bench.device.type == "cuda"
+    num_rows = 25344 if is_gpu else 1024
+    seconds = flops = 0.0
+    for out_features, in_features in (
+        (3 * width, width),
+        (width, width),
+        (4 * width, width),
+        (width, 4 * width),
+    ):
+        x = torch.randn(num_rows, in_features, device=bench.device).to(bench.dtype)
+        weight = torch.randn(out_features, in_features, device=bench.device).to(bench.dtype)
+        seconds += per_call(bench, partial(F.linear, x, weight))
+        flops += 2.0 * num_rows * out_features * in_features
+    source = torch.randn((1 << 28) if is_gpu else (1 << 24), device=bench.device)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / per_call(bench, partial(target.copy_, source))
+    note = f"{flops / seconds / 1e12:.3g} TFLOP/s at this model's shapes, copies {copied / 1e9:.3g} GB/s"
+    bench.limit = num_rows / (seconds * bench.model.num_layers)
+    bench.add("matrix rate", bench.dtype, [bench.limit], note=note)
 
 
-def main() -> None:
-    """Run what was asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def per_call(bench: Bench, work: Callable[[], object], least: float = 1.0) -> float:
+    """Return the seconds of a call, over at least a second of calls."""
+    work()
+    bench.sync()
+    num_calls, began = 0, time.perf_counter()
+    while time.perf_counter() - began < least:
+        for _ in range(8):
+            work()
+        bench.sync()
+        num_calls += 8
+    return (time.perf_counter() - began) / num_calls
+
+
+def kernel_loop(bench: Bench) -> None:
+    """Time dist_esm without reading and writing."""
+    engine = make_engine(bench.config, bench.device, bench.dtype, bench.kernels)
+    engine.warm_up()
+    checked = bench.checked()
+    embeddings = engine.run(Pack(tuple(make_segments(checked))))
+    means = {
+        protein.id: embedding.sums[bench.model.num_layers] / len(protein.residues)
+        for protein, embedding in zip(checked, embeddings, strict=True)
+    }
+    packs = make_packs(bench.sample(bench.options.loop_tokens), engine.toks_per_batch)
+    timing = timed(
+        partial(run_packs, engine, packs),
+        bench.options.repeats,
+        warm_up=partial(run_packs, engine, packs[:AHEAD]),
     )
+    engine.close()
+    tokens = [pack.num_tokens for pack in packs]
+    note = f"{bench.kernels}, packs of {engine.toks_per_batch}"
+    if len(packs) > 1:  # the last pack holds what is left
+        note += f" filled to {statistics.mean(tokens[:-1]) / engine.toks_per_batch:.2%}"
+    rates = [sum(tokens) / seconds for seconds in timing.runs_s]
+    bench.add("kernel loop", bench.dtype, rates, means, note)
+
+
+def run_packs(engine: Engine, packs: Sequence[Pack]) -> None:
+    """Run packs as the real run does, a few ahead."""
+    ahead: deque[Submitted] = deque()
+    for pack in packs:
+        ahead.append(engine.submit(pack))
+        if len(ahead) > AHEAD:
+            ahead.popleft().result()
+    for submitted in ahead:
+        submitted.result()
+
+
+def end_to_end(bench: Bench) -> None:
+    """Time the real command for each number of files and each number of ranks."""
+    with tempfile.TemporaryDirectory() as name:
+        for num_files in bench.options.files:
+            inputs = Path(name) / f"in{num_files}"
+            inputs.mkdir()
+            for index in range(num_files):
+                if share := bench.proteins[index::num_files]:
+                    write_fasta(inputs / f"{index:04d}.fasta", as_records(share))
+            for num_ranks in bench.options.ranks:
+                rates, note = [], ""
+                for repeat in range(bench.options.repeats):
+                    output_dir = Path(name) / f"out{num_files}.{num_ranks}.{repeat}"
+                    rate, note = time_command(bench, inputs, output_dir, num_ranks)
+                    rates.append(rate)
+                files = f"{num_files} file{'s' if num_files > 1 else ''}"
+                ranks = f" on {num_ranks} ranks" if num_ranks > 1 else ""
+                bench.add(f"end to end, {files}{ranks}", bench.dtype, rates, note=note, devices=num_ranks)
+
+
+def time_command(bench: Bench, inputs: Path, output_dir: Path, num_ranks: int) -> tuple[float, str]:
+    """Return the tokens a second of one command, and in words where the rest of the time went."""
+    launched = time.time()
+    report = launch(bench, num_ranks, inputs, output_dir, "model.weights=random", "dedupe=false")
+    took = time.time() - launched
+    ranks = [rank for rank in report["ranks"] if rank["tokens"]]  # one file that is not cut is one rank's
+    rate = sum(rank["tokens"] for rank in ranks) / report["embedding_seconds"]
+    idle = max(
+        rank.get("device_idle", rank["waited_for_input"] + rank["waited_for_output"]) / rank["seconds"]
+        for rank in ranks
+    )
+    first = max(rank["first_pack_at"] for rank in ranks) - launched
+    return rate, f"idle {idle:.1%}; launch to first pack {first:.1f} s; whole command {took:.1f} s"
+
+
+def launch(bench: Bench, num_ranks: int, inputs: Path, output_dir: Path, *settings: str) -> dict[str, Any]:
+    """Run the real command, and return its report.
+
+    Raises
+    ------
+    RuntimeError
+        If it fails; with the command's own message, which torchrun's lines come after.
+    """
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", "-m"]
+    paths = f"input={inputs}", f"output_dir={output_dir}", f"model={bench.name}"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            *(torchrun if num_ranks > 1 else ()),
+            "dist_esm",
+            *paths,
+            *bench.device_settings,
+            *settings,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RuntimeError(next((line for line in lines if line.startswith("dist_esm: error:")), lines[-1]))
+    return dict(json.loads((output_dir / "report.json").read_text(encoding="utf-8")))
+
+
+def start(bench: Bench) -> None:
+    """Time the way from launch to the first pack, with an fp32 checkpoint in fair-esm's format on disk."""
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        checkpoint, inputs = folder / f"{bench.name}.pt", folder / "few.fasta"
+        tensors = {
+            f"encoder.sentence_encoder.{name}": tensor.cpu()
+            for name, tensor in fair_esm_tensors(bench.model, bench.device)
+        }
+        settings = argparse.Namespace(arch="esm2", token_dropout=True)
+        torch.save({"args": settings, "cfg": {"model": settings}, "model": tensors}, checkpoint)
+        size = checkpoint.stat().st_size / 1e9
+        del tensors
+        write_fasta(inputs, as_records(bench.proteins[:NUM_STARTED]))
+        for attempt in ("first", "again"):  # the first compiles, and brings every page to memory
+            launched = time.time()
+            weights = f"model.weights={checkpoint}"
+            (rank,) = launch(bench, 1, inputs, folder / attempt, weights)["ranks"]
+            note = (
+                f"launch to first pack {rank['first_pack_at'] - launched:.1f} s: checkpoint of {size:.1f} GB "
+                f"{rank['load_seconds']:.1f} s, kernels {rank['kernels_seconds']:.1f} s"
+            )
+            bench.add(f"start, {attempt}", bench.dtype, note=note)
+
+
+def peers(name: str, bench: Bench) -> None:
+    """Time a peer over its sample."""
+    sample = bench.sample(bench.options.peer_tokens)
+    for peer in PEERS[name](bench.model, bench.device, bench.dtype):
+        timing = timed(partial(peer.embed, sample), bench.options.repeats, sync=bench.sync)
+        rates = [num_tokens(sample) / seconds for seconds in timing.runs_s]
+        bench.add(peer.name, peer.dtype, rates, timing.answer, peer.note or f"{len(sample)} proteins")
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "matrix": matrix_rate,
+    "loop": kernel_loop,
+    "end": end_to_end,
+    "start": start,
+    **{name: partial(peers, name) for name in PEERS},
+}
+
+
+def main() -> int:
+    """Measure what is asked for; return 1 if a part failed, else 0."""
+    parser = make_parser(__doc__, repeats=3)
     parser.add_argument("--fasta", type=Path, required=True)
     parser.add_argument(
         "--proteins", type=int, default=10_000, help="repeats the file under other ids if it has fewer"
@@ -103,7 +374,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["esm2_t36_3B_UR50D", "esm2_t33_650M_UR50D"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-tokens", type=int, default=100_000)
     parser.add_argument("--loop-tokens", type=int, default=1_000_000)
     parser.add_argument(
@@ -121,644 +391,25 @@ def main() -> None:
         help="end to end: ranks, by torchrun if there are several",
     )
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    proteins = read(options.fasta, options.proteins)
-    rows: list[Row] = []
+    options = parse_options(parser)
+    results = begin()
+    proteins = load_proteins(options.fasta, options.proteins)
+    table, rows = Table("", HEADINGS), []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        table.add(*row.cells())
+
     for name in options.models:
+        bench = Bench(options, name, proteins, add)
         for part in options.only:
-            began, num_rows = time.monotonic(), len(rows)
-            bench = Bench(options, name, proteins, rows)
-            try:
-                PARTS[part](bench)
-            except Exception as error:
-                rows.append(
-                    Row(
-                        name,
-                        part,
-                        "",
-                        note=f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                    )
-                )
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            for row in rows[num_rows:]:
-                rate = f"{row.tokens_per_second:,.0f} tokens/s " if row.tokens_per_second else ""
-                print(f"{name} {row.name}: {rate}{row.note}", file=sys.stderr, flush=True)
-            print(f"{name} {part}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    result = {
-        "command": " ".join(sys.argv),
-        "environment": environment(),
-        "tokens": sum(p.tokens for p in proteins),
-        "rows": [asdict(row) for row in rows],
-    }
-    print(table(rows, result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
-
-
-class Bench:
-    """One model, and what its parts share."""
-
-    def __init__(
-        self, options: argparse.Namespace, name: str, proteins: list[Protein], rows: list[Row]
-    ) -> None:
-        self.options, self.name, self.proteins, self.rows = options, name, proteins, rows
-        self.config = compose_config(
-            [
-                "input=.",
-                f"model={name}",
-                "model.weights=random",
-                f"device={options.device}",
-                f"dtype={options.dtype}",
-                "dedupe=false",
-            ]
-        )
-        self.device = choose_device(self.config.device, 0, 1, "this machine")
-        self.dtype = choose_dtype(self.config.dtype, self.device)
-        self.layer = self.config.model.num_layers
-        self.kernels = choose_kernels(
-            self.config.attention,
-            self.config.linear,
-            self.device,
-            self.dtype,
-            architecture(self.config.model).head_dim,
-        )
-
-    def add(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        rates: Sequence[float],
-        means: dict[str, np.ndarray] | None = None,
-        note: str = "",
-        devices: int = 1,
-    ) -> None:
-        """A row from the rates of its runs on so many devices."""
-        middle = statistics.median(rates)
-        limit = next(
-            (
-                row.tokens_per_second
-                for row in self.rows
-                if row.model == self.name and row.name == "matrix rate"
-            ),
-            None,
-        )
-        cosine = self.worst_cosine(means) if means else None
-        runs = [round(rate, 1) for rate in rates]
-        self.rows.append(
-            Row(
-                self.name,
-                name,
-                str(dtype).removeprefix("torch."),
-                middle,
-                middle / limit / devices if limit else None,
-                cosine,
-                runs,
-                note,
-            )
-        )
-
-    def worst_cosine(self, means: dict[str, np.ndarray]) -> float:
-        """Of a contestant's means with those of fair-esm's own model in fp32."""
-        reference = REFERENCE.get(self.name)
-        if reference is None:
-            model = fair_esm(self, torch.float32)
-            reference = REFERENCE[self.name] = fair_esm_run(self, model)(self.checked())
-        return min(
-            float(
-                F.cosine_similarity(
-                    torch.from_numpy(means[id_]).double(), torch.from_numpy(reference[id_]).double(), 0
-                )
-            )
-            for id_ in reference
-        )
-
-    def checked(self) -> list[Protein]:
-        """The first few proteins of the sample."""
-        return self.sample(self.options.peer_tokens)[:CHECKED]
-
-    def sample(self, num_tokens: int) -> list[Protein]:
-        """Proteins of all lengths alike, drawn with a fixed seed."""
-        order = np.random.default_rng(0).permutation(len(self.proteins))
-        chosen, total = [], 0
-        for index in order:
-            if total + self.proteins[index].tokens > num_tokens:
-                break
-            chosen.append(self.proteins[index])
-            total += self.proteins[index].tokens
-        return chosen
-
-    def sync(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def timed(self, run: Run, dtype: torch.dtype, name: str, note: str = "") -> None:
-        """Warm up, time a peer over its sample, and add its row."""
-        sample = self.sample(self.options.peer_tokens)
-        means = run(sample)
-        rates = []
-        for _ in range(self.options.repeats):
-            self.sync()
             began = time.monotonic()
-            run(sample)
-            self.sync()
-            rates.append(sum(p.tokens for p in sample) / (time.monotonic() - began))
-        self.add(name, dtype, rates, means, note or f"{len(sample)} proteins")
-
-
-REFERENCE: dict[str, dict[str, np.ndarray]] = {}
-
-
-def matrix_rate(bench: Bench) -> None:
-    """The model's matrix products alone, a second each, and the device's copy rate: the limit for everything else."""
-    width, layers = bench.config.model.embed_dim, bench.config.model.num_layers
-    num_rows = 25344 if bench.device.type == "cuda" else 1024
-    seconds = 0.0
-    flops = 0.0
-    for out_features, in_features in (
-        (3 * width, width),
-        (width, width),
-        (4 * width, width),
-        (width, 4 * width),
-    ):
-        x = torch.randn(num_rows, in_features, device=bench.device).to(bench.dtype)
-        weight = torch.randn(out_features, in_features, device=bench.device).to(bench.dtype)
-        seconds += per_call(bench, lambda x=x, weight=weight: F.linear(x, weight))  # type: ignore[misc]
-        flops += 2.0 * num_rows * out_features * in_features
-    source = torch.randn((1 << 28) if bench.device.type == "cuda" else (1 << 24), device=bench.device)
-    target = torch.empty_like(source)
-    copied = 2 * source.nbytes / per_call(bench, lambda: target.copy_(source))
-    note = f"{flops / seconds / 1e12:.1f} TFLOP/s at this model's shapes, copies {copied / 1e9:.0f} GB/s"
-    bench.add("matrix rate", bench.dtype, [num_rows / (seconds * layers)], note=note)
-
-
-def per_call(bench: Bench, work: Callable[[], object], least: float = 1.0) -> float:
-    """Seconds of a call, over at least a second of them."""
-    work()
-    bench.sync()
-    num_calls, began = 0, time.monotonic()
-    while time.monotonic() - began < least:
-        for _ in range(8):
-            work()
-        bench.sync()
-        num_calls += 8
-    return (time.monotonic() - began) / num_calls
-
-
-def kernel_loop(bench: Bench) -> None:
-    """dist_esm without reading and writing."""
-    engine = build_engine(bench.config, bench.device, bench.dtype, bench.kernels)
-    engine.warm_up()
-    checked = bench.checked()
-    answers = engine.run(Pack(tuple(segments(checked))))
-    means = {
-        one.id: answer.sums[bench.layer] / len(one.residues)
-        for one, answer in zip(checked, answers, strict=True)
-    }
-    packer = Packer(engine.toks_per_batch)
-    chosen = bench.sample(bench.options.loop_tokens)
-    packs = [pack for segment in segments(chosen) for pack in packer.add(segment)] + list(packer.flush())
-    loop(engine, packs[:AHEAD])
-    rates = []
-    for _ in range(bench.options.repeats):
-        began = time.monotonic()
-        loop(engine, packs)
-        rates.append(sum(pack.num_tokens for pack in packs) / (time.monotonic() - began))
-    engine.close()
-    filled = sum(pack.num_tokens for pack in packs[:-1]) / (engine.toks_per_batch * max(1, len(packs) - 1))
-    full = f" filled to {filled:.2%}" if len(packs) > 1 else ""
-    bench.add(
-        "kernel loop", bench.dtype, rates, means, f"{bench.kernels}, packs of {engine.toks_per_batch}{full}"
-    )
-
-
-def segments(proteins: Sequence[Protein]) -> Iterator[Segment]:
-    """What the engine is given for proteins."""
-    for number, one in enumerate(proteins):
-        yield Segment(number, 0, tokenize(one.residues.encode()), (0, len(one.residues)))
-
-
-def loop(engine: Engine, packs: Sequence[Pack]) -> None:
-    """Run packs as the real run does, a few ahead."""
-    ahead: deque[Any] = deque()
-    for pack in packs:
-        ahead.append(engine.submit(pack))
-        if len(ahead) > AHEAD:
-            ahead.popleft().result()
-    for submitted in ahead:
-        submitted.result()
-
-
-def end_to_end(bench: Bench) -> None:
-    """The real command, with all proteins in one file and in a thousand."""
-    with tempfile.TemporaryDirectory() as folder:
-        for num_files in bench.options.files:
-            inputs = Path(folder) / f"in{num_files}"
-            inputs.mkdir()
-            for number in range(num_files):
-                share = bench.proteins[number::num_files]
-                if share:
-                    (inputs / f"{number:04d}.fasta").write_text(
-                        "".join(f">{one.id}\n{one.residues}\n" for one in share)
-                    )
-            for num_ranks in bench.options.ranks:
-                rates, note = [], ""
-                for repeat in range(bench.options.repeats):
-                    out = Path(folder) / f"out{num_files}.{num_ranks}.{repeat}"
-                    launched = time.time()
-                    report = launch(
-                        bench,
-                        num_ranks,
-                        f"input={inputs}",
-                        f"output_dir={out}",
-                        "model.weights=random",
-                        "dedupe=false",
-                    )
-                    ranks = [rank for rank in report["ranks"] if rank["tokens"]]  # one file may be left whole
-                    rates.append(sum(rank["tokens"] for rank in ranks) / report["embedding_seconds"])
-                    waited = [
-                        rank.get("device_idle", rank["waited_for_input"] + rank["waited_for_output"])
-                        / rank["seconds"]
-                        for rank in ranks
-                    ]
-                    first = max(rank["first_pack_at"] for rank in ranks) - launched
-                    note = f"idle {max(waited):.1%}; launch to first pack {first:.1f} s; whole command {time.time() - launched:.1f} s"
-                on = f" on {num_ranks} ranks" if num_ranks > 1 else ""
-                bench.add(
-                    f"end to end, {num_files} file{'s' if num_files > 1 else ''}{on}",
-                    bench.dtype,
-                    rates,
-                    note=note,
-                    devices=num_ranks,
-                )
-
-
-def launch(bench: Bench, num_ranks: int, *settings: str) -> dict[str, Any]:
-    """Run the real command and return its report."""
-    torchrun = (
-        ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", "-m"]
-        if num_ranks > 1
-        else []
-    )
-    devices = (f"model={bench.name}", f"device={bench.options.device}", f"dtype={bench.options.dtype}")
-    result = subprocess.run(
-        [sys.executable, "-m", *torchrun, "dist_esm", *settings, *devices],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode:
-        lines = result.stderr.strip().splitlines()
-        raise RuntimeError(
-            next((line for line in lines if line.startswith("dist_esm: error:")), lines[-1])
-        )  # torchrun's own come last
-    (output_dir,) = (
-        setting.removeprefix("output_dir=") for setting in settings if setting.startswith("output_dir=")
-    )
-    report: dict[str, Any] = json.loads((Path(output_dir) / "report.json").read_text())
-    return report
-
-
-def start(bench: Bench) -> None:
-    """From launch to the first pack with a checkpoint on disk, in fair-esm's format and in fp32, its pages in memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{bench.name}.pt"
-        tensors = {
-            f"encoder.sentence_encoder.{name}": tensor.cpu()
-            for name, tensor in fair_esm_tensors(bench.config.model, bench.device)
-        }
-        settings = argparse.Namespace(arch="esm2", token_dropout=True)
-        torch.save({"args": settings, "cfg": {"model": settings}, "model": tensors}, path)
-        num_bytes = path.stat().st_size
-        del tensors
-        fasta = Path(folder) / "few.fasta"
-        fasta.write_text("".join(f">{one.id}\n{one.residues}\n" for one in bench.proteins[:50]))
-        for run in range(2):  # the first compiles, and brings every page to memory
-            launched = time.time()
-            (rank,) = launch(
-                bench,
-                1,
-                f"input={fasta}",
-                f"output_dir={Path(folder) / f'out{run}'}",
-                f"model.weights={path}",
-            )["ranks"]
-            first = rank["first_pack_at"] - launched
-            loading = f"checkpoint of {num_bytes / 1e9:.1f} GB {rank['load_seconds']:.1f} s, kernels {rank['kernels_seconds']:.1f} s"
-            note = f"launch to first pack {first:.1f} s: {loading}"
-            bench.rows.append(
-                Row(
-                    bench.name,
-                    ("start, first", "start, again")[run],
-                    str(bench.dtype).removeprefix("torch."),
-                    note=note,
-                )
-            )
-
-
-def fair_esm(bench: Bench, dtype: torch.dtype) -> nn.Module:
-    """fair-esm's own model as it is shipped, LM head and all, with our weights."""
-    config = bench.config.model
-    with torch.device(bench.device):
-        model: nn.Module = FairESM(
-            config.num_layers, config.embed_dim, config.attention_heads, ALPHABET, token_dropout=True
-        )
-    with torch.no_grad():
-        own = model.state_dict(keep_vars=True)
-        for name, tensor in fair_esm_tensors(config, bench.device):
-            own[name].copy_(tensor)
-    return model.to(dtype).eval()
-
-
-def fair_esm_run(bench: Bench, model: nn.Module) -> Run:
-    """The steps of fair-esm's extract script: sorted batches of 4,096 tokens, padded, all of a layer copied to the host, means there."""
-
-    @torch.inference_mode()
-    def run(proteins: Sequence[Protein]) -> dict[str, np.ndarray]:
-        dataset = FastaBatchedDataset([one.id for one in proteins], [one.residues for one in proteins])
-        batches = dataset.get_batch_indices(4096, extra_toks_per_seq=1)
-        loader = torch.utils.data.DataLoader(
-            dataset, collate_fn=ALPHABET.get_batch_converter(RESIDUES), batch_sampler=batches
-        )
-        means = {}
-        for labels, texts, tokens in loader:
-            hidden = model(
-                tokens.to(bench.device, non_blocking=True), repr_layers=[bench.layer], return_contacts=False
-            )["representations"][bench.layer].cpu()
-            for row, (label, text) in enumerate(zip(labels, texts, strict=True)):
-                means[label] = hidden[row, 1 : min(RESIDUES, len(text)) + 1].float().mean(0).numpy()
-        return means
-
-    return run
-
-
-def peer_fair_esm(bench: Bench) -> None:
-    """fair-esm in fp32, and in bf16 where the device has it."""
-    has_bf16 = bench.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    for dtype in (torch.float32, torch.bfloat16)[: 1 + has_bf16]:
-        bench.timed(fair_esm_run(bench, fair_esm(bench, dtype)), dtype, "fair-esm")
-
-
-def transformers_name(name: str) -> str:
-    """The name that transformers gives to a tensor of fair-esm's."""
-    if name == "embed_tokens.weight":
-        return "embeddings.word_embeddings.weight"
-    if name.startswith("emb_layer_norm_after"):
-        return f"encoder.{name}"
-    _, number, rest = name.split(".", 2)
-    inner = {
-        "self_attn.q_proj": "attention.self.query",
-        "self_attn.k_proj": "attention.self.key",
-        "self_attn.v_proj": "attention.self.value",
-        "self_attn.out_proj": "attention.output.dense",
-        "self_attn.rot_emb": "attention.self.rotary_embeddings",
-        "self_attn_layer_norm": "attention.LayerNorm",
-        "fc1": "intermediate.dense",
-        "fc2": "output.dense",
-        "final_layer_norm": "LayerNorm",
-    }
-    module, _, part = rest.rpartition(".")
-    return f"encoder.layer.{number}.{inner[module]}.{part}"
-
-
-def peer_transformers(bench: Bench) -> None:
-    """Hugging Face's EsmModel."""
-    from transformers import EsmConfig, EsmModel
-
-    model_config: ModelConfig = bench.config.model
-    settings = EsmConfig(
-        vocab_size=33,
-        mask_token_id=32,
-        pad_token_id=1,
-        hidden_size=model_config.embed_dim,
-        num_hidden_layers=model_config.num_layers,
-        num_attention_heads=model_config.attention_heads,
-        intermediate_size=4 * model_config.embed_dim,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        max_position_embeddings=1026,
-        layer_norm_eps=1e-5,
-        position_embedding_type="rotary",
-        emb_layer_norm_before=False,
-        token_dropout=True,
-    )
-    settings._attn_implementation = "sdpa"
-    with torch.device(bench.device):
-        model = EsmModel(settings, add_pooling_layer=False)
-    own = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name, tensor in fair_esm_tensors(model_config, bench.device):
-            if transformers_name(name) in own or not name.endswith("inv_freq"):
-                own[transformers_name(name)].copy_(tensor)
-    model = model.to(bench.dtype).eval()
-    budget = 16384 if bench.device.type == "cuda" else 2048
-
-    @torch.inference_mode()
-    def run(proteins: Sequence[Protein]) -> dict[str, np.ndarray]:
-        means: dict[str, np.ndarray] = {}
-        batch: list[Protein] = []
-        for one in (*sorted(proteins, key=lambda one: one.tokens), None):
-            if batch and (one is None or one.tokens * (len(batch) + 1) > budget):
-                longest = batch[-1].tokens
-                tokens = torch.full((len(batch), longest), 1)
-                for row, each in enumerate(batch):
-                    tokens[row, : each.tokens] = torch.from_numpy(tokenize(each.residues.encode()))
-                mask = tokens.ne(1)
-                hidden = model(
-                    tokens.to(bench.device), attention_mask=mask.to(bench.device)
-                ).last_hidden_state
-                inner = mask.clone()
-                inner[:, 0] = False
-                for row, each in enumerate(batch):
-                    inner[row, each.tokens - 1] = False
-                weights = inner.to(bench.device).unsqueeze(-1)
-                pooled: Tensor = (hidden.float() * weights).sum(1) / weights.sum(1)
-                means |= dict(zip((each.id for each in batch), pooled.cpu().numpy(), strict=True))
-                batch = []
-            if one is not None:
-                batch.append(one)
-        return means
-
-    bench.timed(run, bench.dtype, "transformers", f"EsmModel {version('transformers')}, SDPA")
-
-
-def esm_efficient_name(name: str) -> str:
-    """The name that esm-efficient gives to a tensor of fair-esm's."""
-    for ours, theirs in (
-        ("self_attn_layer_norm", "self_attn.norm"),
-        ("_proj", ""),
-        ("final_layer_norm", "final.0"),
-        ("fc1", "final.1"),
-        ("fc2", "final.3"),
-    ):
-        name = name.replace(ours, theirs)
-    return name
-
-
-def flash_attention_2() -> str:
-    """Whose FlashAttention-2 esm-efficient calls: flash-attn's, or where that is not installed torch's copy of it, which is put in its place."""
-    with suppress(PackageNotFoundError):
-        return f"flash-attn {version('flash-attn')}"
-    from torch.nn.attention.varlen import varlen_attn
-
-    def flash_attn_varlen_func(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        dropout_p: float,
-        causal: bool,
-    ) -> Any:
-        assert dropout_p == 0
-        assert not causal
-        return varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-
-    package, unused = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
-    vars(package).update(
-        __spec__=ModuleSpec("flash_attn", None), flash_attn_varlen_func=flash_attn_varlen_func
-    )
-    vars(unused).update(pad_input=None, unpad_input=None)
-    sys.modules |= {package.__name__: package, unused.__name__: unused}
-    return "FlashAttention-2 of torch"
-
-
-def peer_esm_efficient(bench: Bench) -> None:
-    """esm-efficient, where it is installed."""
-    try:
-        found, attention = version("esm-efficient"), flash_attention_2()
-        from esme import ESM2 as Esme  # noqa: N811
-    except (PackageNotFoundError, ImportError) as error:
-        bench.rows.append(Row(bench.name, "esm-efficient", "", note=f"not run: {error}"))
-        return
-    config = bench.config.model
-    with torch.device(bench.device):
-        model = Esme(config.num_layers, config.embed_dim, config.attention_heads, dtype=torch.bfloat16)
-    own = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name, tensor in fair_esm_tensors(config, bench.device):
-            if esm_efficient_name(name) in own or not name.endswith("inv_freq"):
-                own[esm_efficient_name(name)].copy_(
-                    tensor * TOKEN_DROPOUT_FACTOR if name == "embed_tokens.weight" else tensor
-                )
-    model = model.eval()
-
-    @torch.inference_mode()
-    def run(proteins: Sequence[Protein]) -> dict[str, np.ndarray]:
-        means: dict[str, np.ndarray] = {}
-        packer = Packer(16384)
-        packs = [pack for segment in segments(proteins) for pack in packer.add(segment)] + list(
-            packer.flush()
-        )
-        for pack in packs:
-            bounds = np.cumsum([0, *(len(segment.tokens) for segment in pack.segments)])
-            tokens = (
-                torch.from_numpy(np.concatenate([segment.tokens for segment in pack.segments]))
-                .long()
-                .to(bench.device)
-            )
-            lengths = torch.from_numpy(bounds).int().to(bench.device)
-            hidden = model.forward_representation(tokens, (lengths, int(np.diff(bounds).max())))
-            means |= {
-                proteins[segment.protein].id: hidden[first + 1 : stop - 1].float().mean(0).cpu().numpy()
-                for segment, first, stop in zip(pack.segments, bounds, bounds[1:], strict=False)
-            }
-        return means
-
-    bench.timed(run, torch.bfloat16, "esm-efficient", f"{found}, packed, {attention}")
-
-
-PARTS: dict[str, Callable[[Bench], None]] = {
-    "matrix": matrix_rate,
-    "loop": kernel_loop,
-    "end": end_to_end,
-    "start": start,
-    "fair-esm": peer_fair_esm,
-    "transformers": peer_transformers,
-    "esm-efficient": peer_esm_efficient,
-}
-
-
-def read(path: Path, number: int) -> list[Protein]:
-    """Proteins of a FASTA file, truncated; the file again under other ids until there are so many."""
-    dataset = FastaBatchedDataset.from_file(path)
-    texts = [text[:RESIDUES] for text in dataset.sequence_strs]
-    return [Protein(f"p{index}", texts[index % len(texts)]) for index in range(number)]
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers were taken on."""
-    found: dict[str, Any] = {
-        "python": sys.version.split()[0],
-        "cuda": torch.version.cuda,
-        "cores": len(os.sched_getaffinity(0)),
-    }
-    for name in (
-        "dist_esm",
-        "torch",
-        "triton",
-        "fair-esm",
-        "transformers",
-        "quack-kernels",
-        "nvidia-cutlass-dsl",
-        "esm-efficient",
-    ):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    found["commit"] = commit.stdout.strip() or None
-    found["cpu"] = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        "",
-    )
-    return found
-
-
-def table(rows: Sequence[Row], result: dict[str, Any]) -> str:
-    """The table for people."""
-    lines = [
-        ", ".join(f"{key} {value}" for key, value in result["environment"].items() if value),
-        result["command"],
-    ]
-    head = ("model", "what", "dtype", "tokens/s", "of limit", "worst cosine", "")
-    body = [
-        (
-            row.model,
-            row.name,
-            row.dtype,
-            f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "",
-            f"{row.share_of_limit:.1%}" if row.share_of_limit else "",
-            f"{row.worst_cosine:.7f}" if row.worst_cosine else "",
-            row.note,
-        )
-        for row in rows
-    ]
-    widths = [max(len(line[column]) for line in (head, *body)) for column in range(6)]
-    for line in (head, *body):
-        cells = [
-            f"{cell:>{width}}" if 3 <= column <= 5 else f"{cell:<{width}}"
-            for column, (cell, width) in enumerate(zip(line, widths, strict=False))
-        ]
-        lines.append("  ".join((*cells, line[6])).rstrip())
-    return "\n".join(lines)
+            bench.measure(part)
+            print(f"{name} {part}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    results |= {"tokens": num_tokens(proteins), "rows": [asdict(row) for row in rows]}
+    end(results, [table], options)
+    return int(any(row.note.startswith(FAILED) for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from dist_esm.config import Config, Include
-from dist_esm.fasta.tokens import PAD, tokenize
+from dist_esm.fasta.tokens import token_table, tokenize
 from dist_esm.model.esm2 import ESM2
 from dist_esm.model.kernels.attention import Seqlens, tiles
 from dist_esm.model.kernels.choose import PLAIN, Kernels
@@ -310,7 +310,7 @@ def lay_out(segments: Sequence[Segment], num_rows: int) -> tuple[np.ndarray, np.
     rest = max(0, num_rows - num_tokens)
     lengths += [min(PADDING, rest - first) for first in range(0, rest, PADDING)]
     bounds = np.concatenate(([0], np.cumsum(lengths)))
-    tokens = np.full(bounds[-1], PAD, dtype=np.int64)
+    tokens = np.full(bounds[-1], token_table().pad, dtype=np.int64)
     tokens[:num_tokens] = np.concatenate([segment.tokens for segment in segments])
     positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
     return tokens, positions, bounds.tolist()

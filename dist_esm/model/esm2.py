@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_esm.fasta.tokens import NUM_TOKENS
+from dist_esm.fasta.tokens import token_table
 from dist_esm.model.kernels.attention import Seqlens
 from dist_esm.model.kernels.choose import PLAIN, Kernels
 
@@ -99,14 +99,14 @@ class ESM2(nn.Module):
         super().__init__()
         self.arch = arch
         self.kernels = kernels
-        self.embed_tokens = Embedding(NUM_TOKENS, arch.embed_dim)
+        self.embed_tokens = Embedding(token_table().num_tokens, arch.embed_dim)
         self.layers = nn.ModuleList(Layer(arch) for _ in range(arch.num_layers))
         self.final_norm = LayerNorm(arch.embed_dim)
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", torch.empty(arch.head_dim // 2))
         self.stream_table: Tensor
-        """The token embeddings in the form of the residual stream; shape (NUM_TOKENS, D)."""
-        self.register_buffer("stream_table", torch.empty(NUM_TOKENS, arch.embed_dim))
+        """The token embeddings in the form of the residual stream; shape (tokens of the alphabet, D)."""
+        self.register_buffer("stream_table", torch.empty(token_table().num_tokens, arch.embed_dim))
 
     @property
     def device(self) -> torch.device:

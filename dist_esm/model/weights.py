@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_esm.config import ModelConfig
-from dist_esm.fasta.tokens import NUM_TOKENS
+from dist_esm.fasta.tokens import token_table
 from dist_esm.model.esm2 import ESM2, TOKEN_DROPOUT_FACTOR, Architecture, Layer
 from dist_esm.model.kernels.choose import Kernels
 
@@ -174,7 +174,7 @@ def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     for name in ("self_attn_layer_norm", "final_layer_norm"):
         layer |= {f"{name}.{part}": shape for part, shape in norm.items()}
     layer["self_attn.rot_emb.inv_freq"] = (arch.head_dim // 2,)
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (NUM_TOKENS, width)}
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (token_table().num_tokens, width)}
     shapes |= {
         f"layers.{index}.{name}": shape for index in range(arch.num_layers) for name, shape in layer.items()
     }
