@@ -6,11 +6,12 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
-from dist_esm.atomic import atomically, written_file
+from dist_esm.atomic import atomically, commit_together
 from dist_esm.attempt import as_value
 from dist_esm.config import Config, to_dict
 from dist_esm.distributed import World
@@ -34,6 +35,7 @@ from dist_esm.outputs.journal import (
     entry_of,
     finished_outputs,
     lock,
+    make_scratch,
     new_launch,
     start_over,
     write_settings,
@@ -67,7 +69,7 @@ def run(config: Config, world: World) -> int:
     started = loaded = time.monotonic()
     files = world.all_or_none(find_inputs, config)
     setup = choose_setup(config, world)
-    with output_directory(config, setup, world) as journal:
+    with output_directory(config, setup, world) as (journal, scratch):
         entries = read_journal(config.output_dir) if config.resume else []
         plan = agree_on_plan(config, files, world, entries)
         units = [plan.units[index] for index in plan.bins[world.rank]]
@@ -75,10 +77,10 @@ def run(config: Config, world: World) -> int:
         try:
             engine = world.all_or_none(lambda: load_engine(config, setup, world) if units else None)
             loaded = time.monotonic()
-            mine = embed_bin(config, setup, world, plan, units, engine, journal, stop)
+            mine = embed_bin(config, setup, world, plan, units, engine, journal, scratch, stop)
             if not stop.at_once:
                 ranks = world.all_gather(mine)
-                joined = join_cut_files(config, plan, ranks, journal, world)
+                joined = join_cut_files(config, plan, ranks, journal, scratch, world)
         except KeyboardInterrupt as interrupt:  # while there is no engine yet, or no longer
             stop.set(str(interrupt), at_once=True)
         if stop.at_once:
@@ -98,6 +100,7 @@ def embed_bin(
     units: list[Unit],
     engine: Engine | None,
     journal: Journal,
+    scratch: Path,
     stop: Stop,
 ) -> RankSummary:
     """Embed this rank's units, and wait until all ranks have done so or the run is to end at once."""
@@ -115,6 +118,7 @@ def embed_bin(
                 engine,
                 world.rank,
                 stop,
+                scratch,
                 setup.provenance,
                 journal_writer(journal, plan),
             )
@@ -157,14 +161,17 @@ def account(
 
 
 @contextmanager
-def output_directory(config: Config, setup: Setup, world: World) -> Iterator[Journal]:
+def output_directory(config: Config, setup: Setup, world: World) -> Iterator[tuple[Journal, Path]]:
     """Hold the output directory, refuse to mix settings in it, clear what killed runs left, and open this rank's journal."""
     held = world.all_or_none(lambda: hold(config, setup.settings) if world.is_main else None)
     (launch, *_) = world.exchange(new_launch())
     journal = Journal(config.output_dir, launch, world.rank)
+    scratch = world.all_or_none(make_scratch, config.output_dir, launch, world.rank)
     try:
-        yield journal
+        yield journal, scratch
     finally:
+        with suppress(OSError):  # what an error left there stays for the next launch to remove
+            scratch.rmdir()
         journal.close()
         if held is not None:
             held.close()
@@ -207,7 +214,7 @@ def journal_writer(journal: Journal, plan: Plan) -> Callable[[Sequence[UnitResul
 
 
 def join_cut_files(
-    config: Config, plan: Plan, ranks: list[RankSummary], journal: Journal, world: World
+    config: Config, plan: Plan, ranks: list[RankSummary], journal: Journal, scratch: Path, world: World
 ) -> dict[int, JoinedFile | Failure]:
     """Join the pieces of every file that was cut, is whole again and is small enough for one output; the ranks share the files."""
     outcomes = [*plan.done, *(outcome for rank in ranks for outcome in rank.outcomes)]
@@ -225,20 +232,24 @@ def join_cut_files(
     joined: dict[int, JoinedFile | Failure] = {}
     for file in ready[world.rank :: world.world_size]:
         parts = [results[file][ordinal] for ordinal in sorted(results[file])]
-        output = as_value(lambda file=file, parts=parts: join_file(config, plan, file, parts, journal))  # type: ignore[misc]
+        output = as_value(join_file, config, plan, file, parts, journal, scratch)
         joined[file] = (
             Failure.of(plan.files[file].path, output, world.rank) if isinstance(output, Exception) else output
         )
     return {**plan.joined, **{file: end for ends in world.all_gather(joined) for file, end in ends.items()}}
 
 
-def join_file(config: Config, plan: Plan, file: int, parts: list[UnitResult], journal: Journal) -> JoinedFile:
+def join_file(
+    config: Config, plan: Plan, file: int, parts: list[UnitResult], journal: Journal, scratch: Path
+) -> JoinedFile:
     """Make one output of a file's pieces, record it, and remove the pieces."""
     paths = [config.output_dir / part.pieces[0].path for part in parts]
-    with join(paths, config.output_dir / ".dist_esm") as embeddings:
-        output = write_output(config.format, embeddings, config.output_dir / plan.files[file].output)
+    with join(paths, scratch) as embeddings:
+        output = write_output(config.format, embeddings, config.output_dir / plan.files[file].output, scratch)
         duplicate_ids = len(embeddings.rows) - len(set(embeddings.ids))
-    written = written_file(config.output_dir, output)
+    (written,) = commit_together([output], config.output_dir)
+    if isinstance(written, Exception):
+        raise written
     tally = Tally()
     for part in parts:
         tally.add(part.tally)

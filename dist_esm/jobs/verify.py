@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_esm.atomic import atomically, fingerprint
+from dist_esm.atomic import atomically, read_back
 from dist_esm.attempt import as_value
 from dist_esm.config import Config, Include, from_dict
 from dist_esm.distributed import World
@@ -166,7 +166,7 @@ def check_file(
     entries = list({id(journal[output]): journal[output] for output in outputs if output in journal}.values())
     written = {one.path: one for entry in entries for one in entry.written}
     for output in outputs:
-        found = fingerprint(settings.output_dir, Path(output))
+        found = read_back(settings.output_dir, Path(output))
         if found is None:
             yield f"{output} is missing"
             return

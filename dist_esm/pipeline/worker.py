@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,6 +37,7 @@ def embed_units(
     engine: Engine,
     rank: int,
     stop: Stop,
+    scratch: Path,
     provenance: dict[str, Any] | None = None,
     record: Callable[[Sequence[UnitResult]], None] = lambda results: None,
 ) -> RankResult:
@@ -55,6 +57,8 @@ def embed_units(
         Recorded with results and failures.
     stop
         Ends the work early; set here when `max_consecutive_failures` is reached.
+    scratch
+        Folder of this rank alone, for what is not committed yet.
     provenance
         What the numbers depend on, for every output.
     record
@@ -95,6 +99,7 @@ def embed_units(
         dtype=np.dtype(config.save_dtype.name),
         max_proteins_per_output=config.max_proteins_per_output,
         provenance=provenance or {},
+        scratch=scratch,
         num_writers=max(MIN_WRITERS, min(MAX_WRITERS, engine.num_threads // 2)),
     )
     collector = Collector(files, settings, rank, on_results, on_failure)

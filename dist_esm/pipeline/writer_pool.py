@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_esm.atomic import Output, together, written_file
+from dist_esm.atomic import Staged, commit_together
 from dist_esm.attempt import as_value
 from dist_esm.config import Format, Include
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
@@ -58,12 +58,9 @@ class OutputSettings:
     """Records of one numbered part."""
     provenance: dict[str, Any]
     """Goes into every output."""
+    scratch: Path
+    """Folder of this rank alone, where buffers and files that are not committed wait."""
     num_writers: int = MIN_WRITERS
-
-    @property
-    def scratch(self) -> Path:
-        """Where buffers and pieces wait."""
-        return self.output_dir / ".dist_esm"
 
     @property
     def residue_bytes(self) -> int:
@@ -98,7 +95,7 @@ class OutputBuilder:
             buffer.close()
 
 
-def write_built(settings: OutputSettings, file: FastaFile, unit: Unit, piece: OutputBuilder) -> Output:
+def write_built(settings: OutputSettings, file: FastaFile, unit: Unit, piece: OutputBuilder) -> Staged:
     """Write a piece: a whole output, a numbered part of one, or what `join` will make one of."""
     tensors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}
     for kind, layer in settings.wanted:
@@ -123,10 +120,12 @@ def write_built(settings: OutputSettings, file: FastaFile, unit: Unit, piece: Ou
             settings.format,
             embeddings,
             stem.with_name(f"{stem.name}.part{unit.first_part + piece.number + 1:05d}"),
+            settings.scratch,
         )
     if unit.is_whole:
-        return write_output(settings.format, embeddings, stem)
-    return write_shard(embeddings, settings.scratch / "pieces" / f"{file.output}.{unit.ordinal:06d}.pt")
+        return write_output(settings.format, embeddings, stem, settings.scratch)
+    shards = settings.output_dir / ".dist_esm" / "pieces"
+    return write_shard(embeddings, shards / f"{file.output}.{unit.ordinal:06d}.pt", settings.scratch)
 
 
 def is_disk_full(written: WrittenFile | Exception) -> bool:
@@ -140,7 +139,7 @@ class Job:
 
     key: int
     piece: OutputBuilder
-    write: Callable[[], Output]
+    write: Callable[[], Staged]
     is_second_try: bool = False
 
 
@@ -217,15 +216,9 @@ class Writers:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             jobs = [job, *self._more(job.piece.num_bytes)]
-            for one, output in zip(jobs, together([one.write for one in jobs]), strict=True):
-                self._done.put(
-                    (
-                        one,
-                        output
-                        if isinstance(output, Exception)
-                        else as_value(written_file, self.output_dir, output),
-                    )
-                )
+            staged = [as_value(job.write) for job in jobs]
+            for done in zip(jobs, commit_together(staged, self.output_dir), strict=True):
+                self._done.put(done)
             self.on_written()
 
     def _more(self, num_bytes: int) -> Iterator[Job]:

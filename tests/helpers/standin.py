@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from esm.data import Alphabet
 
-from dist_esm.atomic import Output, written_file
+from dist_esm.atomic import read_back
 from dist_esm.config import Config, ModelConfig
 from dist_esm.distributed import World
 from dist_esm.fasta.blocks import digest, whole
 from dist_esm.jobs.embed import join_cut_files
 from dist_esm.jobs.report import Report, make_report
 from dist_esm.jobs.setup import make_output_dir
-from dist_esm.outputs.journal import Entry, Journal, new_launch, write_settings
+from dist_esm.outputs.journal import Entry, Journal, make_scratch, new_launch, write_settings
 from dist_esm.pipeline.worker import embed_units
 from dist_esm.planning.agree import agree_on_plan
 from dist_esm.planning.inputs import find_files
@@ -219,6 +219,7 @@ def embed_directory(
     make_output_dir(output_dir)
     write_settings(output_dir, {})
     journal = Journal(output_dir, new_launch(), 0)
+    scratch = make_scratch(output_dir, journal.launch, 0)
     plan = agree_on_plan(config, files, world)
     after_plan()
     assert config.toks_per_batch is not None
@@ -229,7 +230,9 @@ def embed_directory(
         poison,
     )
     stop = Stop()
-    result = embed_units([plan.units[index] for index in plan.bins[0]], plan.files, config, engine, 0, stop)  # type: ignore[arg-type]
+    result = embed_units(
+        [plan.units[index] for index in plan.bins[0]], plan.files, config, engine, 0, stop, scratch
+    )  # type: ignore[arg-type]
     summary = RankSummary(
         0,
         "host",
@@ -243,13 +246,14 @@ def embed_directory(
         {},
         result.outcomes,
     )
-    joined = join_cut_files(config, plan, [summary], journal, world)
+    joined = join_cut_files(config, plan, [summary], journal, scratch, world)
     return Embedded(make_report(plan, [summary], joined, stop.reason, 0.0, 0.0), plan, engine, output_dir)
 
 
 def journal_of(source: Path, output: Path) -> dict[str, Entry]:
     """What a run that keeps a journal would have in it of an output just below `output_dir`, by the output's name."""
-    written = written_file(output.parent, Output(output))
+    written = read_back(output.parent, Path(output.name))
+    assert written is not None
     return {output.name: Entry(output.stem, [(0, None)], [digest(whole(source))], [written], Tally(), 0, 1.0)}
 
 

@@ -32,7 +32,7 @@ from safetensors import safe_open
 
 from conftest import relative_error, run_ranks
 from dist_esm import load
-from dist_esm.atomic import SummedFile, fingerprint, written_file
+from dist_esm.atomic import SummedFile, commit_together, read_back
 from dist_esm.config import Format, Include, SaveDtype, check
 from dist_esm.jobs.report import write_report
 from dist_esm.jobs.verify import check_file
@@ -108,6 +108,19 @@ def embed(tmp_path: Path, kind: Format, name: str = "a.fasta", text: str = FASTA
     assert not run.report.failed
     (entry,) = run.report.files
     return tmp_path / "out" / entry.output
+
+
+def write(kind: Format, table: OutputTable, stem: Path) -> Path:
+    """Write and commit one output; its path."""
+    scratch = stem.parent / ".scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        staged = write_output(kind, table, stem, scratch)
+        (written,) = commit_together([staged], stem.parent)
+        assert not isinstance(written, Exception), written
+    finally:
+        scratch.rmdir()
+    return stem.parent / written.path
 
 
 def everything_below(folder: Path) -> set[str]:
@@ -359,7 +372,7 @@ def protspace(monkeypatch):
 
 @pytest.mark.parametrize("dtype", SaveDtype)
 def test_h5_through_protspace(tmp_path, protspace, dtype):
-    path, _ = write_output(
+    path = write(
         Format.h5,
         made_of(SEQUENCES, PROVENANCE, ids=IDS, dtype=getattr(torch, dtype.name)),
         tmp_path / "a_ESM",
@@ -472,7 +485,7 @@ def test_parquet_row_groups_are_cut_by_bytes_and_hold_whole_proteins(tmp_path, m
     assert_same(back.vectors, np.stack([vector(residues) for residues in SEQUENCES]))
     monkeypatch.setattr(formats_parquet, "GROUP_ROWS", 2)
     monkeypatch.setattr(formats_parquet, "GROUP_BYTES", 1 << 30)
-    write_output(Format.parquet, made_of(SEQUENCES[:5]), tmp_path / "b")
+    write(Format.parquet, made_of(SEQUENCES[:5]), tmp_path / "b")
     meta = pq.ParquetFile(tmp_path / "b.parquet").metadata
     assert [meta.row_group(group).num_rows for group in range(meta.num_row_groups)] == [2, 2, 1]
 
@@ -508,7 +521,7 @@ def test_safetensors_through_its_own_library(tmp_path):
 def test_safetensors_refuses_a_header_that_the_library_would_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("dist_esm.outputs.formats.safetensors.MAX_HEADER", 600)
     with pytest.raises(ValueError, match="lower max_proteins_per_output"):
-        write_output(Format.safetensors, made_of(SEQUENCES), tmp_path / "a")
+        write(Format.safetensors, made_of(SEQUENCES), tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 
@@ -688,7 +701,7 @@ PROVENANCE = {
 def test_every_output_says_where_its_numbers_come_from_and_is_the_same_bytes_each_time(tmp_path, kind):
     found = []
     for name in ("one", "two"):
-        path, _ = write_output(kind, made_of(SEQUENCES, PROVENANCE), tmp_path / name / "a_ESM")
+        path = write(kind, made_of(SEQUENCES, PROVENANCE), tmp_path / name / "a_ESM")
         assert load(path).provenance == PROVENANCE
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         found.append({file.name: file.read_bytes() for file in files})
@@ -715,12 +728,16 @@ def test_every_output_says_where_its_numbers_come_from_and_is_the_same_bytes_eac
 @pytest.mark.parametrize("num_proteins", [0, 3, 3000])
 def test_the_checksum_that_is_taken_while_writing_is_that_of_the_file(tmp_path, kind, num_proteins):
     """Smaller and larger than what is buffered."""
-    output = write_output(kind, made_of(["MKT"] * num_proteins, width=160), tmp_path / "a_ESM")
-    assert (output.sha256 is None) == (kind in (Format.h5, Format.fair_esm))
-    written = written_file(tmp_path, output)
-    assert written == fingerprint(tmp_path, output.path.relative_to(tmp_path))
-    if output.path.is_file():
-        assert written.sha256 == hashlib.sha256(output.path.read_bytes()).hexdigest()
+    (tmp_path / "scratch").mkdir()
+    staged = write_output(
+        kind, made_of(["MKT"] * num_proteins, width=160), tmp_path / "a_ESM", tmp_path / "scratch"
+    )
+    assert (staged.sha256 is None) == (kind in (Format.h5, Format.fair_esm))
+    assert not staged.path.exists()
+    (written,) = commit_together([staged], tmp_path)
+    assert written == read_back(tmp_path, staged.path.relative_to(tmp_path))
+    if staged.path.is_file():
+        assert written.sha256 == hashlib.sha256(staged.path.read_bytes()).hexdigest()
 
 
 def test_what_was_summed_cannot_be_written_over(tmp_path):
@@ -733,7 +750,7 @@ def test_what_was_summed_cannot_be_written_over(tmp_path):
 
 @pytest.mark.parametrize("kind", [Format.pt, Format.parquet, Format.safetensors])
 def test_a_file_of_ten_thousand_proteins_is_no_larger_than_its_numbers(tmp_path, kind):
-    path, _ = write_output(kind, made_of(["M"] * 10_000, width=320), tmp_path / "a_ESM")
+    path = write(kind, made_of(["M"] * 10_000, width=320), tmp_path / "a_ESM")
     size = 10_000 * 320 * 4
     assert size < path.stat().st_size < 1.12 * size  # pickled, a tensor of a list takes about 100 bytes
     back = load(path)
@@ -743,11 +760,11 @@ def test_a_file_of_ten_thousand_proteins_is_no_larger_than_its_numbers(tmp_path,
 
 @pytest.mark.parametrize("kind", Format)
 def test_a_writer_that_fails_leaves_nothing_and_what_was_there_stays(tmp_path, kind):
-    path, _ = write_output(kind, made_of(SEQUENCES), tmp_path / "a_ESM")
+    path = write(kind, made_of(SEQUENCES), tmp_path / "a_ESM")
     before = everything_below(tmp_path)
     cannot_be_saved = made_of(SEQUENCES[:3], {"model": lambda: 0})
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
-        write_output(kind, cannot_be_saved, tmp_path / "a_ESM")
+        write(kind, cannot_be_saved, tmp_path / "a_ESM")
     assert everything_below(tmp_path) == before
     assert len(load(path)) == len(SEQUENCES)
 
@@ -783,7 +800,7 @@ def test_what_is_no_output_is_refused_with_path_and_remedy(tmp_path):
 
 def test_an_output_of_a_run_that_is_gone_is_named_and_other_settings_are_not_mixed_in(tmp_path):
     for name, provenance in (("a", PROVENANCE), ("b", {**PROVENANCE, "weights": "sha256:4567"})):
-        write_output(Format.pt, made_of(SEQUENCES, provenance), tmp_path / name)
+        write(Format.pt, made_of(SEQUENCES, provenance), tmp_path / name)
     (tmp_path / "report.json").write_text(
         json.dumps({"files": [{"outputs": ["a.pt"]}, {"outputs": ["b.pt"]}]})
     )
@@ -807,7 +824,7 @@ def test_a_run_without_outputs_is_empty_and_says_so(tmp_path):
     [(Format.h5, "h5py"), (Format.parquet, "pyarrow"), (Format.safetensors, "safetensors")],
 )
 def test_a_format_whose_package_is_missing_is_refused_before_any_work(tmp_path, monkeypatch, kind, package):
-    path, _ = write_output(kind, made_of(SEQUENCES), tmp_path / "a")
+    path = write(kind, made_of(SEQUENCES), tmp_path / "a")
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)  # as Python has a package that cannot be imported
     with pytest.raises(
@@ -819,7 +836,7 @@ def test_a_format_whose_package_is_missing_is_refused_before_any_work(tmp_path, 
 
 
 def test_importing_the_package_imports_neither_torch_nor_a_format_and_opening_reads_no_output(tmp_path):
-    write_output(Format.pt, made_of(SEQUENCES), tmp_path / "a")
+    write(Format.pt, made_of(SEQUENCES), tmp_path / "a")
     (tmp_path / "report.json").write_text(json.dumps({"files": [{"outputs": ["gone.pt"]}]}))
     code = (
         "import sys, dist_esm; heavy = {'torch', 'h5py', 'pyarrow', 'safetensors'}; assert not heavy & set(sys.modules), heavy & set(sys.modules);"

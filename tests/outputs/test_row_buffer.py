@@ -8,14 +8,13 @@ import resource
 import time
 import zipfile
 from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import partial
 from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
 
-from dist_esm.atomic import SMALL_BYTES, SummedFile, atomically, together
+from dist_esm.atomic import SMALL_BYTES, SummedFile
 from dist_esm.outputs.embeddings import ChunkedTensor
 from dist_esm.outputs.pickling import RowsOf, torch_save
 from dist_esm.outputs.row_buffer import Memory, RowBuffer, are_finite
@@ -172,28 +171,3 @@ def test_one_number_that_is_not_finite_is_found_among_many(dtype):
         assert not are_finite(rows)
         assert not are_finite(rows[:, 3])
         assert are_finite(rows[:, 4])
-
-
-def test_of_files_written_together_one_that_fails_takes_no_other_along(tmp_path):
-    def write(name: str, error: Exception | None):
-        with atomically(tmp_path / name / "file") as beside:
-            beside.write_text(name)
-        with atomically(tmp_path / name / "second") as beside:
-            beside.write_text(name)
-            if error is not None:
-                raise error
-        assert not (tmp_path / name / "file").exists()
-        return name
-
-    error = OSError("full")
-    assert together([partial(write, "a", None), partial(write, "b", error), partial(write, "c", None)]) == [
-        "a",
-        error,
-        "c",
-    ]
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
-        "a/file",
-        "a/second",
-        "c/file",
-        "c/second",
-    ]

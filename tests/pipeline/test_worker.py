@@ -142,16 +142,16 @@ def test_a_disk_that_is_full_fails_the_file_with_the_reason_and_leaves_nothing_h
 ):
     write_output = outputs.write_output
 
-    def full(embeddings, include, stem):
+    def full(kind, table, stem, scratch):
         if stem.name == "a_ESM":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_output(embeddings, include, stem)
+        return write_output(kind, table, stem, scratch)
 
     monkeypatch.setattr(outputs, "write_output", full)
     run = embed_directory(write(tmp_path / "in", a=">1\nMKTAY\n", b=">2\nMKTAYI\n"), tmp_path / "out")
     assert run.failure("a.fasta") == "[Errno 28] No space left on device"
     assert run.outputs() == ["b_ESM"]
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix == ".tmp"]
+    assert not list((tmp_path / "out" / ".dist_esm" / "scratch").rglob("*.*/*"))
 
 
 @pytest.mark.parametrize(
