@@ -1,4 +1,8 @@
-"""Files that appear under their names at once and whole: written beside, synced, renamed; what they hold, told by size and checksum."""
+"""Files that appear under their names at once and complete.
+
+A file is written under a temporary name, synced, then renamed: a file that is seen under its own name is complete. Outputs are staged
+first and committed many at a time, because a sync costs about the same whether it has one file to wait for or sixteen.
+"""
 
 from __future__ import annotations
 
@@ -6,63 +10,77 @@ import hashlib
 import io
 import json
 import os
-import threading
+import re
+import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from dist_esm.attempt import as_value
 from dist_esm.types import WrittenFile
 
 SMALL_BYTES = 1 << 20
+_numbers = count()
+_BESIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
-T = TypeVar("T")
 
-
-class Output(NamedTuple):
-    """An output as its writer leaves it."""
+@dataclass
+class Staged:
+    """An output that is written under temporary names and waits for `commit_together`."""
 
     path: Path
-    sha256: str | None = None
-    """None if it was not written from its first byte to its last, or is a folder: then it has to be read back."""
+    """The output's final path, a file or a folder of files."""
+    sha256: str | None
+    """Taken while it was written; None: it must be read back."""
+    files: list[tuple[Path, Path]]
+    """(temporary path, final path) of all that belongs to it, in the order in which they take their names; the output is the last."""
+    obsolete: list[Path] = field(default_factory=list)
+    """Files that go when it is committed, as the records.tsv of an output that has none any more."""
+    marks: tuple[str, ...] = ()
+    """For a folder: the files that tell one of ours, which may be replaced, from anything else."""
 
 
 class SummedFile(io.BufferedWriter):
-    """A new file that is written from its first byte to its last, and its checksum taken on the way: reading it back takes longer than writing it."""
+    """A new file that is written from its first byte to its last, and its checksum is taken on the way.
+
+    Reading a file back takes longer than writing it.
+    """
 
     def __init__(self, path: Path) -> None:
         self._summing = _Summing(path, "wb")
         super().__init__(self._summing, SMALL_BYTES)
 
     def sha256(self) -> str:
-        """Of everything in it; to be asked when it is closed."""
+        """Return the checksum of the whole file, once it is closed."""
         assert self.closed
-        return self._summing.found.hexdigest()
+        return self._summing.checksum.hexdigest()
 
 
 class _Summing(io.FileIO):
-    """What `SummedFile` writes through. What is large is written and looked at side by side: each takes about as long as the other."""
+    """The raw file of a `SummedFile`. Large blocks are written and summed side by side: each takes about as long as the other."""
 
     def __init__(self, path: Path, mode: str) -> None:
         super().__init__(path, mode)
-        self.found = hashlib.sha256()
-        self._beside: ThreadPoolExecutor | None = None
+        self.checksum = hashlib.sha256()
+        self._thread: ThreadPoolExecutor | None = None
 
     def write(self, data: Any) -> int:
-        """Write all of the bytes, and look at them."""
+        """Write all of the bytes, and add them to the checksum."""
         view = memoryview(data).cast("B")
         if len(view) <= SMALL_BYTES:
-            self.found.update(view)
+            self.checksum.update(view)
             return self._write_all(view)
-        self._beside = self._beside or ThreadPoolExecutor(1, "checksum")
-        looked_at = self._beside.submit(self.found.update, view)
+        self._thread = self._thread or ThreadPoolExecutor(1, "checksum")
+        summed = self._thread.submit(self.checksum.update, view)
         try:
             return self._write_all(view)
         finally:
-            looked_at.result()
+            summed.result()
 
     def _write_all(self, view: memoryview) -> int:
         written = 0
@@ -72,103 +90,185 @@ class _Summing(io.FileIO):
 
     def close(self) -> None:
         """Close the file."""
-        if self._beside is not None:
-            self._beside.shutdown()
+        if self._thread is not None:
+            self._thread.shutdown()
         super().close()
 
     def seekable(self) -> bool:
-        """It is not: what was summed cannot be taken back."""
+        """Return False: bytes that were summed cannot be taken back."""
         return False
 
 
-class _Held(threading.local):
-    """Files of this thread that are written beside their names and wait for others: (beside, path)."""
+def temporary_path(scratch: Path) -> Path:
+    """Return a new path in a folder that only this process writes.
 
-    files: list[tuple[Path, Path]] | None = None
+    The name is a number: a name made from the output's own could be too long for the file system.
 
-
-_held = _Held()
+    Raises
+    ------
+    FileNotFoundError
+        If the folder is gone.
+    """
+    if not scratch.is_dir():
+        raise FileNotFoundError(f"{scratch} is gone: was output_dir removed while the run was under way?")
+    return scratch / str(next(_numbers))
 
 
 @contextmanager
-def atomically(path: Path, scratch=None) -> Iterator[Path]:
-    """A path beside `path` to write a file to; on success it is synced and takes the name, on failure it is removed.
+def atomically(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """Give a temporary path to write one small file to; on success it takes its name, on failure it is removed.
 
-    Within `together` that comes when all are written.
+    Parameters
+    ----------
+    path
+        The file's own path. Its folder is made if it is not there.
+    scratch
+        A folder of this process alone, on the same file system. Without one, the temporary file is beside `path`, under a name that
+        `is_leftover` can tell.
     """
-    if not os.path.isdir(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    is_held = False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(scratch) if scratch else path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        yield beside
-        if _held.files is not None:
-            _held.files.append((beside, path))
-            is_held = True
-            return
-        sync(beside)
-        os.replace(beside, path)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
         sync(path.parent)
     finally:
-        if not is_held:
-            beside.unlink(missing_ok=True)
+        discard(temporary)
 
 
-def together(works: Sequence[Callable[[], T]]) -> list[T | Exception]:
-    """Do pieces of work that write files `atomically`. All are written before the first is synced, and a folder is synced once.
+def is_leftover(path: Path, names: Sequence[str]) -> bool:
+    """Return whether a path is the temporary file of an `atomically` without scratch, for a file of one of these names."""
+    match = _BESIDE.fullmatch(path.name)
+    return match is not None and match["name"] in names
+
+
+def commit_together(staged: Sequence[Staged | Exception], output_dir: Path) -> list[WrittenFile | Exception]:
+    """Put staged outputs in their places. All are synced, then all are renamed, then each folder is synced once.
+
+    Never raises: an output that cannot be committed is an exception in its place, and its temporary files are removed as far as
+    they can be.
+
+    Parameters
+    ----------
+    staged
+        What was written, or the exception that stands in its place.
+    output_dir
+        What the paths of the results are relative to.
 
     Returns
     -------
     list
-        What each came to, or the exception that ended it, which took its files along.
+        In the order given: path, size and checksum of each output, or the exception that ended it.
     """
-    values: list[T | Exception] = []
-    files: list[list[tuple[Path, Path]]] = []
-    for work in works:
-        _held.files = []
-        values.append(as_value(work))
-        files.append(_held.files)
-    _held.files = None
+    errors: dict[int, Exception] = {}
     synced: dict[Path, Exception | None] = {}
 
-    def settle(step: Callable[[Path, Path], object]) -> None:
-        for number, pairs in enumerate(files):
-            for beside, path in pairs:
-                error = as_value(step, beside, path) if not isinstance(values[number], Exception) else None
+    def each(step: Callable[[Staged], None]) -> None:
+        for place, output in enumerate(staged):
+            if isinstance(output, Staged) and place not in errors:
+                error = as_value(step, output)
                 if isinstance(error, Exception):
-                    values[number] = error
+                    errors[place] = error
 
-    def sync_folder(_: Path, path: Path) -> None:
-        if path.parent not in synced:
-            synced[path.parent] = as_value(sync, path.parent)
-        error = synced[path.parent]
-        if error is not None:
-            raise error
+    def sync_folders(output: Staged) -> None:
+        for _, path in output.files:
+            if path.parent not in synced:
+                synced[path.parent] = as_value(sync, path.parent)
+            error = synced[path.parent]
+            if error is not None:
+                raise error
 
-    settle(lambda beside, _: sync(beside))
-    settle(os.replace)
-    settle(sync_folder)
-    for value, pairs in zip(values, files, strict=True):
-        if isinstance(value, Exception):
-            for beside, _ in pairs:
-                beside.unlink(missing_ok=True)
-    return values
-
-
-@dataclass
-class Staged:
-    path: Path
-    sha256: str | None = None
-    files: list = field(default_factory=list)
-    obsolete: list = field(default_factory=list)
+    each(_sync_files)
+    each(_rename_files)
+    each(sync_folders)
+    results: list[WrittenFile | Exception] = []
+    for place, output in enumerate(staged):
+        if isinstance(output, Exception):
+            results.append(output)
+        elif place in errors:
+            results.append(errors[place])
+            discard_staged(output)
+        else:
+            results.append(as_value(_written_file, output_dir, output))
+    return results
 
 
-def commit_together(staged, output_dir):
-    return [one if isinstance(one, Exception) else as_value(written_file, output_dir, Output(one.path, one.sha256)) for one in staged]
+def _sync_files(output: Staged) -> None:
+    for temporary, _ in output.files:
+        if temporary.is_dir():
+            for file in temporary.iterdir():
+                sync(file)
+        sync(temporary)
+
+
+def _rename_files(output: Staged) -> None:
+    for temporary, path in output.files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.is_dir():
+            _rename_folder(temporary, path, output.marks)
+        else:
+            os.replace(temporary, path)
+    for path in output.obsolete:
+        path.unlink(missing_ok=True)
+
+
+def _rename_folder(temporary: Path, path: Path, marks: Sequence[str]) -> None:
+    """Replace a folder whole. A folder cannot be renamed over one that holds files, so the old one steps aside first."""
+    refuse_to_replace(path, marks)
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    old = temporary.with_name(f"{temporary.name}.old")
+    os.rename(path, old)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    discard(old)
+
+
+def refuse_to_replace(path: Path, marks: Sequence[str]) -> None:
+    """Make sure that a path is free, or a folder of ours: one that has the files in `marks` and no folders in it.
+
+    Raises
+    ------
+    FileExistsError
+        If it is anything else, so that nothing that is not ours is ever removed.
+    """
+    if not os.path.lexists(path):
+        return
+    is_folder: dict[str, bool] | None = None
+    if path.is_dir() and not path.is_symlink():
+        is_folder = {entry.name: entry.is_dir() for entry in os.scandir(path)}
+    if is_folder is None or any(is_folder.values()) or (is_folder and not set(marks) <= set(is_folder)):
+        raise FileExistsError(
+            f"{path} is there already and is no folder of embeddings alone: "
+            "move it away, or name another output_dir"
+        )
+
+
+def discard_staged(output: Staged) -> None:
+    """Remove what is left of an output's temporary files."""
+    for temporary, _ in output.files:
+        discard(temporary)
+
+
+def discard(temporary: Path) -> None:
+    """Remove a temporary file or folder if it can be removed.
+
+    Whoever calls this already has an error to report, or nothing that depends on it: a file that stays is removed by the next launch.
+    """
+    with suppress(OSError):
+        if temporary.is_dir() and not temporary.is_symlink():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink()
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on disk."""
+    """Wait until a file, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -176,32 +276,45 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def fingerprint(output_dir: Path, path: Path) -> WrittenFile | None:
-    """Size and sha256 of an output, a file or a folder of files, given relative to `output_dir`; None if it is not there."""
+def read_back(output_dir: Path, path: Path) -> WrittenFile | None:
+    """Read an output, and return its size and sha256.
+
+    Parameters
+    ----------
+    output_dir
+        What `path` is relative to.
+    path
+        A file, or a folder of files; a folder's sha256 is that of a list of its files with their checksums.
+
+    Returns
+    -------
+    WrittenFile or None
+        None if it is not there.
+    """
     full = output_dir / path
     if full.is_dir():
-        parts = [fingerprint(full, one.relative_to(full)) for one in sorted(full.rglob("*")) if one.is_file()]
-        text = json.dumps([asdict(one) for one in parts if one is not None])
+        files = [
+            read_back(full, file.relative_to(full)) for file in sorted(full.rglob("*")) if file.is_file()
+        ]
+        parts = [file for file in files if file is not None]
+        text = json.dumps([asdict(file) for file in parts])
         return WrittenFile(
-            str(path),
-            sum(one.num_bytes for one in parts if one is not None),
-            hashlib.sha256(text.encode()).hexdigest(),
+            str(path), sum(file.num_bytes for file in parts), hashlib.sha256(text.encode()).hexdigest()
         )
     try:
         with open(full, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            found = (
-                hashlib.sha256(file.read(size))
-                if size <= SMALL_BYTES
-                else hashlib.file_digest(file, "sha256")
-            )
-            return WrittenFile(str(path), size, found.hexdigest())
+            if size <= SMALL_BYTES:
+                checksum = hashlib.sha256(file.read(size))
+            else:
+                checksum = hashlib.file_digest(file, "sha256")
+            return WrittenFile(str(path), size, checksum.hexdigest())
     except FileNotFoundError:
         return None
 
 
-def written_file(output_dir: Path, output: Output) -> WrittenFile:
-    """An output that is in place.
+def _written_file(output_dir: Path, output: Staged) -> WrittenFile:
+    """Return what became of an output that is in place.
 
     Raises
     ------
@@ -211,17 +324,17 @@ def written_file(output_dir: Path, output: Output) -> WrittenFile:
     path = output.path.relative_to(output_dir)
     if output.sha256 is not None and output.path.exists():
         return WrittenFile(str(path), output.path.stat().st_size, output.sha256)
-    found = fingerprint(output_dir, path)
-    if found is None:
+    written = read_back(output_dir, path)
+    if written is None:
         raise FileNotFoundError(f"{output.path} vanished as soon as it was written: was output_dir removed?")
-    return found
+    return written
 
 
 def remove(path: Path) -> None:
     """Remove an output, a file or a folder of files."""
     if path.is_dir():
-        for one in sorted(path.rglob("*"), reverse=True):
-            one.unlink()
+        for file in sorted(path.rglob("*"), reverse=True):
+            file.unlink()
         path.rmdir()
     else:
         path.unlink(missing_ok=True)

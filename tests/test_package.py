@@ -7,12 +7,11 @@ import subprocess
 import sys
 
 from dist_esm.config import Format
-from dist_esm.outputs.formats.registry import write_output
-from helpers.outputs import SEQUENCES, table_of
+from helpers.outputs import SEQUENCES, table_of, write_table
 
 
 def test_importing_the_package_imports_neither_torch_nor_a_format_and_opening_reads_no_output(tmp_path):
-    write_output(Format.pt, table_of(SEQUENCES), tmp_path / "a")
+    write_table(Format.pt, table_of(SEQUENCES), tmp_path / "a")
     (tmp_path / "report.json").write_text(json.dumps({"files": [{"outputs": ["gone.pt"]}]}))
     code = (
         "import sys, dist_esm; heavy = {'torch', 'h5py', 'pyarrow', 'safetensors'};"

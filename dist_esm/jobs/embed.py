@@ -191,7 +191,13 @@ def journal_writer(plan: Plan, out: OutputDir) -> Callable[[Sequence[UnitResult]
     def entry(result: UnitResult) -> Entry:
         file, unit = plan.files[result.file], plan.unit(result.file, result.ordinal)
         return entry_of(
-            file, [unit.slice], [result.text_digest], list(result.files), result.tally, result.rank, result.seconds
+            file,
+            [unit.slice],
+            [result.text_digest],
+            list(result.files),
+            result.tally,
+            result.rank,
+            result.seconds,
         )
 
     def record(results: Sequence[UnitResult]) -> None:

@@ -23,7 +23,6 @@ from dist_esm.jobs.setup import Setup
 from dist_esm.model.weights import RANDOM, locate
 from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.planning.units import Plan
-from dist_esm.version import code_version
 from dist_esm.types import (
     Failure,
     JoinedFile,
@@ -34,6 +33,7 @@ from dist_esm.types import (
     UnitOutcome,
     UnitResult,
 )
+from dist_esm.version import code_version
 
 FORMAT_VERSION = 2
 """Of report.json; reports without one are of version 1. Raise it when a key changes its meaning or goes."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from dist_esm.atomic import atomically, fingerprint
+from dist_esm.atomic import atomically, read_back
 from dist_esm.attempt import as_value
 from dist_esm.config import Config, Include
 from dist_esm.distributed import World
@@ -167,7 +167,7 @@ def check_file(
     entries = list({id(journal[output]): journal[output] for output in outputs if output in journal}.values())
     written = {one.path: one for entry in entries for one in entry.written}
     for output in outputs:
-        found = fingerprint(settings.output_dir, Path(output))
+        found = read_back(settings.output_dir, Path(output))
         if found is None:
             yield f"{output} is missing"
             return

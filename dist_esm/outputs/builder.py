@@ -16,8 +16,11 @@ from dist_esm.config import Format, Include
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
 from dist_esm.outputs.formats.registry import write_output
 from dist_esm.outputs.row_buffer import Memory, RowBuffer, torch_dtype
-from dist_esm.outputs.shards import shard_path, write_shard
+from dist_esm.outputs.shards import write_shard
 from dist_esm.types import FastaFile, ProteinEmbedding, Row, Unit
+
+SHARDS = Path(".dist_esm") / "shards"
+"""Folder of the shards in an output directory."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class OutputBuilder:
         if unit.is_whole:
             return write_output(settings.format, table, stem, settings.scratch)
         return write_shard(
-            table, shard_path(settings.output_dir, file.output, unit.ordinal), settings.scratch
+            table, settings.output_dir / SHARDS / f"{file.output}.{unit.ordinal:06d}.pt", settings.scratch
         )
 
     def _table(self, settings: OutputSettings, file: FastaFile) -> OutputTable:

@@ -12,7 +12,7 @@ import fcntl
 import glob
 import json
 import os
-import re
+import shutil
 import time
 import zlib
 from collections.abc import Iterable, Sequence
@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dist_esm.atomic import atomically, fingerprint, remove
+from dist_esm.atomic import atomically, discard, is_leftover, read_back, remove
 from dist_esm.types import Slice, Tally, WrittenFile
 
 LOCK_SECONDS = 5.0
 ROOM_SECONDS = 2.0
 REPORTS = ("report.json", "failed_files.txt", "verify.json")
-_LEFTOVER = re.compile(r"^\..+\.\d+\.tmp$")
+SETTINGS = ("settings.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def read(output_dir: Path, launch: str | None = None) -> list[Entry]:
 
 def is_intact(entry: Entry, output_dir: Path) -> bool:
     """Whether all outputs of an entry are there with the bytes that were written."""
-    return all(fingerprint(output_dir, Path(one.path)) == one for one in entry.written)
+    return all(read_back(output_dir, Path(one.path)) == one for one in entry.written)
 
 
 def new_launch() -> str:
@@ -187,13 +187,22 @@ def start_over(output_dir: Path) -> None:
 
 def clean(output_dir: Path, kept: Iterable[str]) -> None:
     """Remove temporary files that a killed run left, and pieces that no entry speaks of. `kept` are paths relative to `output_dir`."""
-    for path in sorted(output_dir.rglob(".*.tmp")):
-        if _LEFTOVER.match(path.name):
-            remove(path)
+    shutil.rmtree(output_dir / ".dist_esm" / "scratch", ignore_errors=True)
+    for folder_of, names in ((output_dir, REPORTS), (output_dir / ".dist_esm", SETTINGS)):
+        for path in folder_of.glob(".*.tmp"):
+            if is_leftover(path, names):
+                discard(path)
     known = set(kept)
     for path in (output_dir / ".dist_esm" / "pieces").rglob("*.pt"):
         if str(path.relative_to(output_dir)) not in known:
             path.unlink()
+
+
+def make_scratch(output_dir: Path, launch: str, rank: int) -> Path:
+    """Make the folder that only this rank of this launch writes to."""
+    scratch = output_dir / ".dist_esm" / "scratch" / f"{launch}.{rank:05d}"
+    scratch.mkdir(parents=True)
+    return scratch
 
 
 def lock(output_dir: Path) -> IO[str]:
@@ -232,5 +241,12 @@ def entry_of(
 ) -> Entry:
     """An entry for slices of a file."""
     return Entry(
-        str(output.output) if hasattr(output,'output') else output, [(one.start, one.stop) for one in slices], digests, written, tally, rank, seconds, is_joined
+        str(output.output) if hasattr(output, "output") else output,
+        [(one.start, one.stop) for one in slices],
+        digests,
+        written,
+        tally,
+        rank,
+        seconds,
+        is_joined,
     )

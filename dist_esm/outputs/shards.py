@@ -12,24 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_esm.atomic import Output
+from dist_esm.atomic import Staged, discard, temporary_path
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
 from dist_esm.outputs.formats.pt import save
 from dist_esm.outputs.row_buffer import Memory, RowBuffer
 from dist_esm.types import Row
 
 
-def shard_path(output_dir, output, ordinal):
-    return output_dir / '.dist_esm' / 'pieces' / f'{output}.{ordinal:06d}.pt'
+def write_shard(embeddings: OutputTable, path: Path, scratch: Path) -> Staged:
+    """Write what one unit of a cut file contributes, for `join`, under a temporary name.
 
-
-def write_shard(embeddings: OutputTable, path: Path, scratch=None) -> Output:
-    """Write what one unit of a cut file contributes, for `join`. Its rows are one text: torch's unpickler takes microseconds for each string."""
+    Its rows are one text: torch's unpickler takes microseconds for each string.
+    """
     per_tok = {layer: rows[0 : rows.shape[0]] for layer, rows in embeddings.per_tok.items()}
-    from dist_esm.atomic import Staged
-    return Staged(
-        path, save({**vars(embeddings), "rows": json.dumps(embeddings.rows), "per_tok": per_tok}, path)
-    )
+    content = {**vars(embeddings), "rows": json.dumps(embeddings.rows), "per_tok": per_tok}
+    temporary = temporary_path(scratch)
+    try:
+        return Staged(path, save(content, temporary), [(temporary, path)])
+    except BaseException:
+        discard(temporary)
+        raise
 
 
 def read_shard(path: Path) -> OutputTable:

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dist_esm.atomic import commit_together
 from dist_esm.config import Format
 from dist_esm.outputs.embeddings import OutputTable
+from dist_esm.outputs.formats.registry import write_output
 from dist_esm.types import Row
 from helpers.standin import ALL_KINDS, WIDTH, bos_of, embed_directory, expected, fair_esm_tokens
 
@@ -96,3 +98,16 @@ PROVENANCE = {
     "truncation_seq_length": None,
     "dist_esm": "0.1.0",
 }
+
+
+def write_table(kind: Format, table: OutputTable, stem: Path) -> Path:
+    """Write and commit one output; its path."""
+    scratch = stem.parent / ".scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        staged = write_output(kind, table, stem, scratch)
+        (written,) = commit_together([staged], stem.parent)
+        assert not isinstance(written, Exception), written
+    finally:
+        scratch.rmdir()
+    return stem.parent / written.path

@@ -6,9 +6,10 @@ are exact, and another protein, a neighbouring residue or another window has a d
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,18 @@ import numpy as np
 import torch
 from esm.data import Alphabet
 
-from dist_esm.atomic import Output, written_file
-from dist_esm.config import Config, Include, ModelConfig
+from dist_esm.atomic import read_back
+from dist_esm.config import Config, DeviceKind, Include, ModelConfig
 from dist_esm.distributed import World
 from dist_esm.fasta.blocks import text_digest, whole_file
-from dist_esm.jobs.embed import join_cut_files
-from dist_esm.jobs.report import Report, make_report
-from dist_esm.jobs.setup import make_output_dir
-from dist_esm.outputs.journal import Entry, Journal, new_launch, write_settings
-from dist_esm.pipeline.worker import embed_units
+from dist_esm.jobs.embed import run
+from dist_esm.jobs.report import FileReport
+from dist_esm.jobs.setup import Setup
+from dist_esm.outputs.journal import Entry
 from dist_esm.planning.agree import agree_on_plan
 from dist_esm.planning.inputs import find_files
 from dist_esm.planning.units import Plan
-from dist_esm.stop import Stop
-from dist_esm.types import Pack, RankSummary, Segment, SegmentEmbedding, Tally
+from dist_esm.types import Failure, Pack, Segment, SegmentEmbedding, Tally
 
 WIDTH = 6
 ALL_KINDS = [Include.mean, Include.bos, Include.per_tok]
@@ -106,6 +105,14 @@ class StandIn:
         self.num_segments = 0
         self.num_tokens = 0
         self.is_gpu = False
+        self.idle_seconds = 0.0
+        self.startup: dict[str, float] = {}
+
+    def __enter__(self) -> StandIn:
+        return self
+
+    def __exit__(self, *ending: object) -> None:
+        self.close()
 
     def submit(self, pack: Pack) -> StandInPack:
         """A pack whose answers are worked out when they are asked for."""
@@ -145,6 +152,9 @@ class StandIn:
     def free_memory(self) -> None:
         """Nothing is cached."""
 
+    def abandon(self) -> None:
+        """Nothing takes long."""
+
     def close(self) -> None:
         """Nothing is open."""
 
@@ -162,10 +172,33 @@ class StandInPack:
 
 
 @dataclass
+class ReportRead:
+    """report.json, with the classes that it was written from."""
+
+    status: str
+    reason: str | None
+    files: list[FileReport]
+    failed: list[Failure]
+    not_attempted: list[str]
+    records: dict[str, Any]
+
+    @classmethod
+    def of(cls, output_dir: Path) -> ReportRead:
+        content = json.loads((output_dir / "report.json").read_text())
+        names = [field.name for field in fields(FileReport) if field.name != "tally"]
+        files = [
+            FileReport(**{name: entry[name] for name in names}, tally=Tally()) for entry in content["files"]
+        ]
+        failed = [Failure(**failure) for failure in content["failed"]]
+        rest = {name: content[name] for name in ("status", "reason", "not_attempted", "records")}
+        return cls(files=files, failed=failed, **rest)
+
+
+@dataclass
 class Embedded:
     """A finished run."""
 
-    report: Report
+    report: ReportRead
     plan: Plan
     engine: StandIn
     output_dir: Path
@@ -202,6 +235,7 @@ class Embedded:
 def make_config(inputs: Any, output_dir: Path, **overrides: Any) -> Config:
     """A configuration for the stand-in: one layer, packs of few tokens, and no end for files that fail."""
     settings: dict[str, Any] = {
+        "device": DeviceKind.cpu,
         "toks_per_batch": 200,
         "max_consecutive_failures": 1_000_000,
         "unit_share": 1.0,
@@ -218,43 +252,26 @@ def embed_directory(
     after_plan: Callable[[], object] = lambda: None,
     **overrides: Any,
 ) -> Embedded:
-    """Embed `inputs` as `dist_esm.jobs.embed.run` does: a world of one, with the stand-in for the model.
+    """Embed `inputs` with `dist_esm.jobs.embed.run`: a world of one, with the stand-in for the model.
 
     `after_plan` is called when the plan is made and nothing has been read for it yet.
     """
     inputs = [str(item) for item in inputs] if isinstance(inputs, (list, tuple)) else str(inputs)
     config = make_config(inputs, output_dir, **overrides)
+    engines: list[StandIn] = []
+
+    def make_engine(config: Config, setup: Setup, world: World) -> StandIn:
+        after_plan()
+        wants_rows = any(kind.name == "per_tok" for kind in config.include)
+        assert config.toks_per_batch is not None
+        engines.append(StandIn(config.resolved_layers(), wants_rows, config.toks_per_batch, poison))
+        return engines[-1]
+
     world = World(None, 0, 1, 0, 1)
-    files = find_files(config.input_list())
-    make_output_dir(output_dir)
-    write_settings(output_dir, {})
-    journal = Journal(output_dir, new_launch(), 0)
-    plan = agree_on_plan(config, files, [], world)
-    after_plan()
-    assert config.toks_per_batch is not None
-    engine = StandIn(
-        config.resolved_layers(),
-        any(kind.name == "per_tok" for kind in config.include),
-        config.toks_per_batch,
-        poison,
-    )
-    stop = Stop()
-    result = embed_units([plan.units[index] for index in plan.bins[0]], plan.files, config, engine, 0, stop)  # type: ignore[arg-type]
-    summary = RankSummary(
-        0,
-        "host",
-        "stand-in",
-        "COMPLETED",
-        result.seconds,
-        result.num_tokens,
-        result.num_split_packs,
-        0,
-        result.waits,
-        {},
-        result.outcomes,
-    )
-    joined = join_cut_files(config, plan, [summary], journal, world)
-    return Embedded(make_report(plan, [summary], joined, stop.reason, 0.0, 0.0), plan, engine, output_dir)
+    plan = agree_on_plan(config, find_files(config.input_list()), [], world)
+    run(config, world, make_engine)  # type: ignore[arg-type]
+    engine = engines[0] if engines else StandIn([1], False, 1)
+    return Embedded(ReportRead.of(output_dir), plan, engine, output_dir)
 
 
 def journal_of(source: Path, output: Path) -> dict[str, Entry]:
@@ -262,7 +279,8 @@ def journal_of(source: Path, output: Path) -> dict[str, Entry]:
 
     The stand-in's run keeps no journal.
     """
-    written = written_file(output.parent, Output(output))
+    written = read_back(output.parent, Path(output.name))
+    assert written is not None
     return {
         output.name: Entry(
             output.stem, [(0, None)], [text_digest(whole_file(source))], [written], Tally(), 0, 1.0
@@ -270,7 +288,7 @@ def journal_of(source: Path, output: Path) -> dict[str, Entry]:
     }
 
 
-def accounts_add_up(report: Report) -> bool:
+def accounts_add_up(report: ReportRead) -> bool:
     """Records in = ok + truncated + windowed + skipped + failed + not attempted."""
     records = report.records
     return records["in"] == sum(

@@ -59,8 +59,12 @@ def test_only_what_is_missing_or_damaged_is_done_again_by_any_number_of_ranks(
     lines = journal.read_bytes().splitlines(keepends=True)
     torn = next(line for line in lines if b"tiny_ESM" in line)
     journal.write_bytes(b"".join(line for line in lines if line != torn) + torn[: len(torn) // 2])
-    leftover = out / "viruses" / ".tiny_ESM.pt.123.tmp"
+    leftover = out / ".dist_esm" / "scratch" / "00000000000000000001.00000" / "7"
+    leftover.parent.mkdir(parents=True)
     leftover.write_bytes(b"half")
+    of_others = [out / "viruses" / ".tiny_ESM.pt.123.tmp", out / ".notes.456.tmp"]
+    for path in of_others:
+        path.write_bytes(b"an editor's")
     result = run(folder, checkpoint_8m, num_ranks=3)
     assert result.returncode == 0, result.stderr
     assert resumed(folder) == {
@@ -71,6 +75,7 @@ def test_only_what_is_missing_or_damaged_is_done_again_by_any_number_of_ranks(
     }
     assert digests(out) == digests(finished / "out")
     assert not leftover.exists()
+    assert all(path.exists() for path in of_others)
     again = run(folder, checkpoint_8m)
     assert set(resumed(folder).values()) == {True}
     assert "4 by earlier launches" in again.stdout

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from dist_esm import load
 from dist_esm.config import Format, Include, SaveDtype
 from dist_esm.jobs.report import write_report
-from dist_esm.outputs.formats.registry import WRITERS, write_output
+from dist_esm.outputs.formats.registry import WRITERS
 from helpers.compare import assert_same
 from helpers.outputs import (
     EVERYTHING,
@@ -34,6 +34,7 @@ from helpers.outputs import (
     expected_mean,
     expected_rows,
     table_of,
+    write_table,
 )
 from helpers.standin import ALL_KINDS, WIDTH, embed_directory
 
@@ -196,7 +197,7 @@ def test_what_is_no_output_is_refused_with_path_and_remedy(tmp_path):
 
 def test_an_output_of_a_run_that_is_gone_is_named_and_other_settings_are_not_mixed_in(tmp_path):
     for name, provenance in (("a", PROVENANCE), ("b", {**PROVENANCE, "weights": "sha256:4567"})):
-        write_output(Format.pt, table_of(SEQUENCES, provenance), tmp_path / name)
+        write_table(Format.pt, table_of(SEQUENCES, provenance), tmp_path / name)
     (tmp_path / "report.json").write_text(
         json.dumps({"files": [{"outputs": ["a.pt"]}, {"outputs": ["b.pt"]}]})
     )

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from dist_esm.pipeline import writer_pool
+from dist_esm.outputs import builder
 from dist_esm.planning import units
 from helpers.fasta import write_files
 from helpers.intake import MANY, MANY_TEXT, check_output, embed_beside_good
@@ -42,15 +42,15 @@ def test_a_file_of_exactly_as_many_proteins_as_a_part_holds_is_in_one(tmp_path):
 def test_a_disk_that_is_full_fails_the_file_with_the_reason_and_leaves_nothing_half_written(
     tmp_path, monkeypatch
 ):
-    write_output = writer_pool.write_output
+    write_output = builder.write_output
 
-    def full(embeddings, include, stem):
+    def full(kind, table, stem, scratch):
         if stem.name == "a_ESM":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_output(embeddings, include, stem)
+        return write_output(kind, table, stem, scratch)
 
-    monkeypatch.setattr(writer_pool, "write_output", full)
+    monkeypatch.setattr(builder, "write_output", full)
     run = embed_directory(write_files(tmp_path / "in", a=">1\nMKTAY\n", b=">2\nMKTAYI\n"), tmp_path / "out")
     assert run.failure("a.fasta") == "[Errno 28] No space left on device"
     assert run.outputs() == ["b_ESM"]
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix == ".tmp"]
+    assert not list((tmp_path / "out" / ".dist_esm" / "scratch").rglob("*.*/*"))

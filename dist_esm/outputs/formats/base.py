@@ -1,20 +1,15 @@
-"""What the formats share: what every output says of itself, how it is read back, safe names, and a folder that appears at once."""
+"""What the formats share: what every output says of itself, how it is read back, and safe names."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from dist_esm.atomic import sync
 from dist_esm.outputs.embeddings import OutputTable
 
 
@@ -119,51 +114,3 @@ class Names:
         key = self._same(name)
         self._seen[key] = count = self._seen.get(key, 0) + 1
         return name if count == 1 else f"{name}~{count}"
-
-
-@contextmanager
-def folder_atomically(path: Path, marks: Sequence[str]) -> Iterator[Path]:
-    """A folder beside `path` to write files to; on success they are synced and the folder takes the name, on failure it is removed.
-
-    What has the name already is replaced if it is such a folder: one that has the files in `marks` and no folders in it.
-
-    Raises
-    ------
-    FileExistsError
-        If it is not, so that nothing that is not ours is ever removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    refuse_to_replace(path, marks)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
-    beside.mkdir()
-    try:
-        yield beside
-        # All are written before the first is synced: a file system then commits many at a time.
-        for file in beside.iterdir():
-            sync(file)
-        sync(beside)
-        refuse_to_replace(path, marks)
-        if path.exists():
-            os.rename(path, old)
-        os.rename(beside, path)
-        sync(path.parent)
-        if old.exists():
-            shutil.rmtree(old)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def refuse_to_replace(path: Path, marks: Sequence[str]) -> None:
-    """Raise FileExistsError unless `path` is free or a folder that `folder_atomically` may replace."""
-    if not os.path.lexists(path):
-        return
-    found = (
-        {entry.name: entry.is_dir() for entry in os.scandir(path)}
-        if path.is_dir() and not path.is_symlink()
-        else None
-    )
-    if found is None or any(found.values()) or (found and not set(marks) <= set(found)):
-        raise FileExistsError(
-            f"{path} is there already and is no folder of embeddings alone: move it away, or name another output_dir"
-        )

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_esm.outputs.embeddings import OutputTable
-from dist_esm.outputs.formats.base import About, Names, escape, folder_atomically
+from dist_esm.outputs.formats.base import About, Names, escape
 from dist_esm.outputs.pickling import torch_save
 from dist_esm.types import Row
 
@@ -77,32 +77,30 @@ def write_fair_esm(embeddings: OutputTable, path: Path) -> None:
     """
     names = Names(file_name, same_file)
     lines = ["\t".join(MAP_COLUMNS)]
-    with folder_atomically(path, (MAP, ABOUT)) as beside:
-        start = 0
-        for number, row in enumerate(embeddings.rows):
-            stop = start + row.embedded
-            label = label_of(row)
-            content: dict[str, object] = {"label": label, "id": row.id}
-            if embeddings.per_tok:
-                content["representations"] = {
-                    layer: rows[start:stop].clone() for layer, rows in embeddings.per_tok.items()
-                }
-            content["mean_representations"] = {
-                layer: rows[number].clone() for layer, rows in embeddings.mean.items()
+    path.mkdir()
+    start = 0
+    for number, row in enumerate(embeddings.rows):
+        stop = start + row.embedded
+        label = label_of(row)
+        content: dict[str, object] = {"label": label, "id": row.id}
+        if embeddings.per_tok:
+            content["representations"] = {
+                layer: rows[start:stop].clone() for layer, rows in embeddings.per_tok.items()
             }
-            if embeddings.bos:
-                content["bos_representations"] = {
-                    layer: rows[number].clone() for layer, rows in embeddings.bos.items()
-                }
-            name = f"{names.take(label)}.pt"
-            with open(beside / name, "xb") as file:
-                torch_save(content, file)
-            lines.append("\t".join((name, row.id, str(row.number), str(row.embedded), row.header)))
-            start = stop
-        (beside / MAP).write_bytes("\n".join([*lines, ""]).encode())
-        (beside / ABOUT).write_text(
-            json.dumps(asdict(About.of(embeddings)), indent=1) + "\n", encoding="utf-8"
-        )
+        content["mean_representations"] = {
+            layer: rows[number].clone() for layer, rows in embeddings.mean.items()
+        }
+        if embeddings.bos:
+            content["bos_representations"] = {
+                layer: rows[number].clone() for layer, rows in embeddings.bos.items()
+            }
+        name = f"{names.take(label)}.pt"
+        with open(path / name, "xb") as file:
+            torch_save(content, file)
+        lines.append("\t".join((name, row.id, str(row.number), str(row.embedded), row.header)))
+        start = stop
+    (path / MAP).write_bytes("\n".join([*lines, ""]).encode())
+    (path / ABOUT).write_text(json.dumps(asdict(About.of(embeddings)), indent=1) + "\n", encoding="utf-8")
 
 
 class OpenedFairEsm:

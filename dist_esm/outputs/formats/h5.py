@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_esm.atomic import atomically
 from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats.base import About, Names, escape
 
@@ -68,7 +67,7 @@ def write_h5(embeddings: OutputTable, path: Path) -> None:
         space = h5py.h5s.create_simple(value.shape) if value.shape else scalar
         h5py.h5a.create(dataset, name.encode(), kind_of, space).write(value)
 
-    with atomically(path) as beside, create(beside) as file:
+    with create(path) as file:
         records = {
             "ids": embeddings.ids,
             "headers": [row.header for row in embeddings.rows],

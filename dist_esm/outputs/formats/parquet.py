@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_esm.atomic import SummedFile, atomically
+from dist_esm.atomic import SummedFile
 from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats.base import About
 from dist_esm.types import Row
@@ -56,8 +56,7 @@ def write_parquet(embeddings: OutputTable, path: Path) -> str:
     )  # embeddings are as good as random digits: nothing to gain
     codecs |= {name: "none" for name in pq_leaves(schema) if name not in codecs}
     with (
-        atomically(path) as beside,
-        SummedFile(beside) as file,
+        SummedFile(path) as file,
         pq.ParquetWriter(
             file,
             schema,

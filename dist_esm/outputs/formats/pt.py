@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_esm.atomic import SummedFile, atomically
+from dist_esm.atomic import SummedFile
 from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats.base import About
 from dist_esm.outputs.pickling import RowsOf, torch_save
@@ -78,7 +78,10 @@ class OpenedPt:
 
 
 def save(content: dict[str, Any], path: Path) -> str:
-    """`torch.save`, atomically; returns the sha256. Through an open file, since the name of a path would become part of the archive's bytes."""
-    with atomically(path) as beside, SummedFile(beside) as file:
+    """Write with `torch.save` and return the sha256.
+
+    torch gets an open file: of a path it would make the name a part of the archive's bytes.
+    """
+    with SummedFile(path) as file:
         torch_save(content, file)
     return file.sha256()

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_esm.atomic import Output, atomically
+from dist_esm.atomic import Staged, discard_staged, refuse_to_replace, temporary_path
 from dist_esm.config import Format
 from dist_esm.outputs.embeddings import OutputTable
-from dist_esm.outputs.formats.fair_esm import write_fair_esm
+from dist_esm.outputs.formats.fair_esm import ABOUT, MAP, write_fair_esm
 from dist_esm.outputs.formats.h5 import write_h5
 from dist_esm.outputs.formats.parquet import write_parquet
 from dist_esm.outputs.formats.pt import write_pt
@@ -32,8 +32,8 @@ WRITERS: dict[Format, tuple[str, Writer]] = {
 """Suffix and function of each format; without a suffix it is a folder."""
 
 
-def write_output(kind, embeddings, stem, scratch=None):
-    """Write one output, after ``<stem>.records.tsv`` beside it if any of its records deserves a note.
+def write_output(kind: Format, embeddings: OutputTable, stem: Path, scratch: Path) -> Staged:
+    """Write one output under temporary names, with a ``<stem>.records.tsv`` if any of its records deserves a note.
 
     Parameters
     ----------
@@ -43,19 +43,30 @@ def write_output(kind, embeddings, stem, scratch=None):
         What to write of.
     stem
         The output's path without suffix.
+    scratch
+        A folder of this process alone, on the same file system.
 
     Returns
     -------
-    Output
-        Its path, and its checksum if that was taken on the way.
+    Staged
+        For `dist_esm.atomic.commit_together`; records.tsv takes its name before the output does.
     """
-    notes = stem.with_name(stem.name + ".records.tsv")
-    if embeddings.tsv_lines:
-        with atomically(notes) as beside:
-            beside.write_text("\n".join(["\t".join(NOTE_COLUMNS), *embeddings.tsv_lines, ""]), encoding="utf-8")
-    else:
-        notes.unlink(missing_ok=True)
     suffix, writer = WRITERS[kind]
     path = stem.with_name(stem.name + suffix)
-    from dist_esm.atomic import Staged
-    return Staged(path, writer(embeddings, path))
+    records = stem.with_name(stem.name + ".records.tsv")
+    staged = Staged(path, None, [], marks=() if suffix else (MAP, ABOUT))
+    if staged.marks:
+        refuse_to_replace(path, staged.marks)
+    try:
+        if embeddings.tsv_lines:
+            staged.files.append((temporary_path(scratch), records))
+            text = "\n".join(["\t".join(NOTE_COLUMNS), *embeddings.tsv_lines, ""])
+            staged.files[-1][0].write_text(text, encoding="utf-8")
+        else:
+            staged.obsolete.append(records)
+        staged.files.append((temporary_path(scratch), path))
+        staged.sha256 = writer(embeddings, staged.files[-1][0])
+    except BaseException:
+        discard_staged(staged)
+        raise
+    return staged

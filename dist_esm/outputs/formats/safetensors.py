@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_esm.atomic import SummedFile, atomically
+from dist_esm.atomic import SummedFile
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
 from dist_esm.outputs.formats.base import About
 
@@ -72,7 +72,7 @@ def write_safetensors(embeddings: OutputTable, path: Path) -> str:
         raise ValueError(
             f"ids and headers of {len(embeddings.rows)} proteins are too much for one safetensors file: lower max_proteins_per_output"
         )
-    with atomically(path) as beside, SummedFile(beside) as file:
+    with SummedFile(path) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors.values():

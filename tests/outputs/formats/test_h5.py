@@ -16,7 +16,6 @@ import torch
 
 from dist_esm import load
 from dist_esm.config import Format, Include, SaveDtype
-from dist_esm.outputs.formats.registry import write_output
 from helpers.compare import assert_same
 from helpers.outputs import (
     EVERYTHING,
@@ -28,6 +27,7 @@ from helpers.outputs import (
     expected_mean,
     expected_rows,
     table_of,
+    write_table,
 )
 from helpers.standin import WIDTH
 
@@ -82,7 +82,7 @@ def protspace(monkeypatch):
 
 @pytest.mark.parametrize("dtype", SaveDtype)
 def test_h5_through_protspace(tmp_path, protspace, dtype):
-    path, _ = write_output(
+    path = write_table(
         Format.h5,
         table_of(SEQUENCES, PROVENANCE, ids=IDS, dtype=getattr(torch, dtype.name)),
         tmp_path / "a_ESM",

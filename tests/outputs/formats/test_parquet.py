@@ -13,7 +13,6 @@ import pytest
 from dist_esm import load
 from dist_esm.config import Format, SaveDtype
 from dist_esm.outputs.formats import parquet as formats_parquet
-from dist_esm.outputs.formats.registry import write_output
 from helpers.compare import assert_same
 from helpers.outputs import (
     EVERYTHING,
@@ -25,6 +24,7 @@ from helpers.outputs import (
     expected_mean,
     expected_rows,
     table_of,
+    write_table,
 )
 from helpers.standin import WIDTH
 
@@ -120,6 +120,6 @@ def test_parquet_row_groups_are_cut_by_bytes_and_hold_whole_proteins(tmp_path, m
     assert_same(back.vectors, np.stack([expected_mean(residues) for residues in SEQUENCES]))
     monkeypatch.setattr(formats_parquet, "GROUP_ROWS", 2)
     monkeypatch.setattr(formats_parquet, "GROUP_BYTES", 1 << 30)
-    write_output(Format.parquet, table_of(SEQUENCES[:5]), tmp_path / "b")
+    write_table(Format.parquet, table_of(SEQUENCES[:5]), tmp_path / "b")
     meta = pq.ParquetFile(tmp_path / "b.parquet").metadata
     assert [meta.row_group(group).num_rows for group in range(meta.num_row_groups)] == [2, 2, 1]

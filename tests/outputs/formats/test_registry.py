@@ -16,11 +16,11 @@ import torch
 from safetensors import safe_open
 
 from dist_esm import load
-from dist_esm.atomic import fingerprint, written_file
+from dist_esm.atomic import commit_together, read_back
 from dist_esm.config import Format, check
 from dist_esm.outputs.formats.registry import write_output
 from helpers.compare import assert_same
-from helpers.outputs import PROVENANCE, SEQUENCES, everything_below, table_of
+from helpers.outputs import PROVENANCE, SEQUENCES, everything_below, table_of, write_table
 from helpers.standin import make_config
 
 
@@ -28,7 +28,7 @@ from helpers.standin import make_config
 def test_every_output_says_where_its_numbers_come_from_and_is_the_same_bytes_each_time(tmp_path, kind):
     found = []
     for name in ("one", "two"):
-        path, _ = write_output(kind, table_of(SEQUENCES, PROVENANCE), tmp_path / name / "a_ESM")
+        path = write_table(kind, table_of(SEQUENCES, PROVENANCE), tmp_path / name / "a_ESM")
         assert load(path).provenance == PROVENANCE
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         found.append({file.name: file.read_bytes() for file in files})
@@ -55,17 +55,20 @@ def test_every_output_says_where_its_numbers_come_from_and_is_the_same_bytes_eac
 @pytest.mark.parametrize("num_proteins", [0, 3, 3000])
 def test_the_checksum_that_is_taken_while_writing_is_that_of_the_file(tmp_path, kind, num_proteins):
     """Smaller and larger than what is buffered."""
-    output = write_output(kind, table_of(["MKT"] * num_proteins, width=160), tmp_path / "a_ESM")
-    assert (output.sha256 is None) == (kind in (Format.h5, Format.fair_esm))
-    written = written_file(tmp_path, output)
-    assert written == fingerprint(tmp_path, output.path.relative_to(tmp_path))
-    if output.path.is_file():
-        assert written.sha256 == hashlib.sha256(output.path.read_bytes()).hexdigest()
+    (tmp_path / "scratch").mkdir()
+    table = table_of(["MKT"] * num_proteins, width=160)
+    staged = write_output(kind, table, tmp_path / "a_ESM", tmp_path / "scratch")
+    assert (staged.sha256 is None) == (kind in (Format.h5, Format.fair_esm))
+    assert not staged.path.exists()
+    (written,) = commit_together([staged], tmp_path)
+    assert written == read_back(tmp_path, staged.path.relative_to(tmp_path))
+    if staged.path.is_file():
+        assert written.sha256 == hashlib.sha256(staged.path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("kind", [Format.pt, Format.parquet, Format.safetensors])
 def test_a_file_of_ten_thousand_proteins_is_no_larger_than_its_numbers(tmp_path, kind):
-    path, _ = write_output(kind, table_of(["M"] * 10_000, width=320), tmp_path / "a_ESM")
+    path = write_table(kind, table_of(["M"] * 10_000, width=320), tmp_path / "a_ESM")
     size = 10_000 * 320 * 4
     assert size < path.stat().st_size < 1.12 * size  # pickled, a tensor of a list takes about 100 bytes
     back = load(path)
@@ -75,11 +78,11 @@ def test_a_file_of_ten_thousand_proteins_is_no_larger_than_its_numbers(tmp_path,
 
 @pytest.mark.parametrize("kind", Format)
 def test_a_writer_that_fails_leaves_nothing_and_what_was_there_stays(tmp_path, kind):
-    path, _ = write_output(kind, table_of(SEQUENCES), tmp_path / "a_ESM")
+    path = write_table(kind, table_of(SEQUENCES), tmp_path / "a_ESM")
     before = everything_below(tmp_path)
     cannot_be_saved = table_of(SEQUENCES[:3], {"model": lambda: 0})
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
-        write_output(kind, cannot_be_saved, tmp_path / "a_ESM")
+        write_table(kind, cannot_be_saved, tmp_path / "a_ESM")
     assert everything_below(tmp_path) == before
     assert len(load(path)) == len(SEQUENCES)
 
@@ -89,7 +92,7 @@ def test_a_writer_that_fails_leaves_nothing_and_what_was_there_stays(tmp_path, k
     [(Format.h5, "h5py"), (Format.parquet, "pyarrow"), (Format.safetensors, "safetensors")],
 )
 def test_a_format_whose_package_is_missing_is_refused_before_any_work(tmp_path, monkeypatch, kind, package):
-    path, _ = write_output(kind, table_of(SEQUENCES), tmp_path / "a")
+    path = write_table(kind, table_of(SEQUENCES), tmp_path / "a")
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)  # as Python has a package that cannot be imported
     with pytest.raises(

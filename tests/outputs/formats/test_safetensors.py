@@ -9,7 +9,6 @@ import pytest
 from safetensors import safe_open
 
 from dist_esm.config import Format
-from dist_esm.outputs.formats.registry import write_output
 from helpers.compare import assert_same
 from helpers.outputs import (
     EVERYTHING,
@@ -21,6 +20,7 @@ from helpers.outputs import (
     expected_mean,
     expected_rows,
     table_of,
+    write_table,
 )
 
 
@@ -57,5 +57,5 @@ def test_safetensors_through_its_own_library(tmp_path):
 def test_safetensors_refuses_a_header_that_the_library_would_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("dist_esm.outputs.formats.safetensors.MAX_HEADER", 600)
     with pytest.raises(ValueError, match="lower max_proteins_per_output"):
-        write_output(Format.safetensors, table_of(SEQUENCES), tmp_path / "a")
+        write_table(Format.safetensors, table_of(SEQUENCES), tmp_path / "a")
     assert not list(tmp_path.iterdir())
