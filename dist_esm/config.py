@@ -14,6 +14,8 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
+from dist_esm.outputs.formats.registry import FORMAT_NAMES, package_of
+
 
 class Include(Enum):
     """Representations to return for each protein, fair-esm's words."""
@@ -58,13 +60,9 @@ class LinearKind(Enum):
 
 
 class Format(Enum):
-    """File format of the outputs."""
+    """File format of the outputs: a member for each line in the registry of formats."""
 
-    pt = "pt"
-    fair_esm = "fair_esm"
-    h5 = "h5"
-    parquet = "parquet"
-    safetensors = "safetensors"
+    vars().update({name: name for name in FORMAT_NAMES})
 
 
 class SaveDtype(Enum):
@@ -187,7 +185,7 @@ class Config:
     """Implementation of attention; `auto` picks the fastest that the device can run."""
     linear: LinearKind = LinearKind.auto
     """Implementation of matrix products and what is fused to them; `auto` picks the fastest that the device can run."""
-    format: Format = Format.pt
+    format: Format = Format[FORMAT_NAMES[0]]
     save_dtype: SaveDtype = SaveDtype.float32
     assign_by: AssignBy = AssignBy.sequences
     """Cost of a unit in the greedy assignment."""
@@ -233,10 +231,6 @@ def to_dict(config: Config) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     return {key: plain(value) for key, value in asdict(config).items()}
-
-
-NEEDS = {Format.h5: "h5py", Format.parquet: "pyarrow", Format.safetensors: "safetensors"}
-"""Package that writes a format, or reads it back."""
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -296,7 +290,7 @@ def check(config: Config) -> None:
             raise ValueError(
                 f"window_overlap={config.window_overlap} must be smaller than the window, truncation_seq_length={limit}"
             )
-    package = NEEDS.get(config.format)
+    package = package_of(config.format.name)
     if package and find_spec(package) is None:
         raise ValueError(f"format={config.format.name} needs {package}: pip install 'dist_esm[formats]'")
     check_selfcheck(config.selfcheck)

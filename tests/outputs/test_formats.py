@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import types
+from enum import Enum
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -38,8 +39,9 @@ from dist_esm.jobs.report import write_report
 from dist_esm.jobs.verify import check_file
 from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats import parquet as formats_parquet
+from dist_esm.outputs.formats.base import About, Codec
 from dist_esm.outputs.formats.fair_esm import MAX_NAME, file_name
-from dist_esm.outputs.formats.registry import WRITERS, write_output
+from dist_esm.outputs.formats.registry import FORMATS, OutputFormat, write_output
 from dist_esm.planning.inputs import find_files
 from dist_esm.types import Row
 from standin import WIDTH, bos_of, embed_directory, expected, fair_esm_tokens, journal_of, make_config
@@ -769,15 +771,53 @@ def test_a_writer_that_fails_leaves_nothing_and_what_was_there_stays(tmp_path, k
     assert len(load(path)) == len(SEQUENCES)
 
 
+def test_a_new_format_is_one_module_and_one_line(tmp_path, monkeypatch):
+    """A format of vectors alone: written, committed, told by its suffix and loaded."""
+    module = types.ModuleType("dist_esm.outputs.formats.npy")
+
+    def write_npy(table, path):
+        with open(path, "wb") as file:
+            np.save(file, table.mean[table.main_layer].numpy())
+
+    class OpenedNpy:
+        def __init__(self, path):
+            self.rows = np.load(path)
+            self.about = About("in.fasta", 33, self.rows.shape[1], {"mean": [33]}, {})
+
+        def records(self):
+            return [str(i) for i in range(len(self.rows))], [""] * len(self.rows), [3] * len(self.rows)
+
+        def vectors(self, kind, layer):
+            return self.rows
+
+    module.CODEC = Codec(write_npy, OpenedNpy)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(FORMATS, "npy", OutputFormat("npy", ".npy"))
+    path = write(Enum("Format", ["npy"]).npy, made_of(SEQUENCES), tmp_path / "a_ESM")
+    assert path == tmp_path / "a_ESM.npy"
+    assert_same(load(path).vectors, made_of(SEQUENCES).mean[33].numpy())
+
+
+def test_the_names_of_formats_are_known_without_what_writes_them():
+    """Torch takes seconds to import; help and mistyped keys must not wait for it."""
+    code = (
+        "import sys; from dist_esm.config import Format; from dist_esm.outputs.formats.registry import FORMATS, package_of;"
+        "assert [member.value for member in Format] == list(FORMATS) and Format.pt.name == 'pt';"
+        "assert package_of('h5') == 'h5py' and package_of('pt') is None;"
+        "assert not {'torch', 'h5py', 'pyarrow', 'safetensors'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # What is no output, in one line.
 
 
 def test_what_is_no_output_is_refused_with_path_and_remedy(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
-    for suffix, _ in WRITERS.values():
-        if suffix:
-            (tmp_path / f"torn{suffix}").write_bytes(b"\x10 this is torn")
+    for output_format in FORMATS.values():
+        if not output_format.is_folder:
+            (tmp_path / f"torn{output_format.suffix}").write_bytes(b"\x10 this is torn")
     torch.save({"proteins": ["a"], "data": [torch.zeros(3)]}, tmp_path / "other.pt")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "report.json").write_text("{}")
