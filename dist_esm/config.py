@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 from omegaconf import MISSING, OmegaConf
 
+from dist_esm.outputs.formats.registry import FORMAT_NAMES, package_of
+
 E = TypeVar("E", bound=Enum)
 
 
@@ -64,13 +66,9 @@ class LinearKind(Enum):
 
 
 class Format(Enum):
-    """File format of the outputs."""
+    """File format of the outputs: a member for each line in the registry of formats."""
 
-    pt = "pt"
-    fair_esm = "fair_esm"
-    h5 = "h5"
-    parquet = "parquet"
-    safetensors = "safetensors"
+    vars().update({name: name for name in FORMAT_NAMES})
 
 
 class SaveDtype(Enum):
@@ -193,7 +191,7 @@ class Config:
     """Implementation of attention; `auto` picks the fastest that the device can run."""
     linear: LinearKind = LinearKind.auto
     """Implementation of matrix products and what is fused to them; `auto` picks the fastest that the device can run."""
-    format: Format = Format.pt
+    format: Format = Format[FORMAT_NAMES[0]]
     save_dtype: SaveDtype = SaveDtype.float32
     assign_by: AssignBy = AssignBy.sequences
     """Cost of a unit in the greedy assignment."""
@@ -307,10 +305,6 @@ def no_choice(choices: type[Enum], key: str, value: str) -> str:
     return f"{key}={value} is no choice: {guess}use one of {', '.join(choices.__members__)}"
 
 
-NEEDS = {Format.h5: "h5py", Format.parquet: "pyarrow", Format.safetensors: "safetensors"}
-"""Package that writes a format, or reads it back."""
-
-
 LEAST_HEARTBEAT = 5.0
 """Seconds; a rank gives a sign of life every two."""
 LEAST = {
@@ -366,7 +360,7 @@ def check(config: Config) -> None:
             raise ValueError(
                 f"window_overlap={config.window_overlap} must be smaller than the window, truncation_seq_length={limit}"
             )
-    package = NEEDS.get(config.format)
+    package = package_of(config.format.name)
     if package and find_spec(package) is None:
         raise ValueError(f"format={config.format.name} needs {package}: pip install 'dist_esm[formats]'")
     check_selfcheck(config.selfcheck)

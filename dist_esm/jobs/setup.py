@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from dist_esm.atomic import atomically
-from dist_esm.config import Config, Format, plain_values
+from dist_esm.config import Config, plain_values
 from dist_esm.distributed import World
 from dist_esm.model.engine import Engine, build_engine, default_toks_per_batch, num_cores
 from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, choose_kernels
 from dist_esm.model.weights import RANDOM, architecture, fetch, weights_id
+from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.planning.inputs import find_files, refuse_nested
 from dist_esm.types import FastaFile
 from dist_esm.version import code_version
@@ -28,7 +29,7 @@ log = logging.getLogger("dist_esm")
 def find_inputs(config: Config) -> list[FastaFile]:
     """The input files; a ValueError if their outputs would get into each other's way."""
     files = find_files(config.input_list())
-    if config.format is Format.fair_esm:
+    if FORMATS[config.format.name].is_folder:
         refuse_nested(files)
     return files
 

@@ -6,7 +6,7 @@ import json
 import operator
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -16,20 +16,8 @@ from numpy.typing import NDArray
 
 from dist_esm.attempt import as_value
 from dist_esm.outputs.formats.base import About, Opened
-from dist_esm.outputs.formats.fair_esm import ABOUT, MAP, OpenedFairEsm
-from dist_esm.outputs.formats.h5 import OpenedH5
-from dist_esm.outputs.formats.parquet import OpenedParquet
-from dist_esm.outputs.formats.pt import OpenedPt
-from dist_esm.outputs.formats.safetensors import OpenedSafetensors
+from dist_esm.outputs.formats.registry import FORMATS, format_at
 
-OPENERS: dict[str, Callable[[Path], Opened]] = {
-    ".pt": OpenedPt,
-    "": OpenedFairEsm,
-    ".h5": OpenedH5,
-    ".parquet": OpenedParquet,
-    ".safetensors": OpenedSafetensors,
-}
-"""What opens an output, by suffix; without one it is a folder."""
 MAX_OPEN = 8
 """Outputs that are kept open at a time."""
 
@@ -64,13 +52,18 @@ def load(path: str | os.PathLike[str]) -> EmbeddingSet:
                 f"{report} is no report of dist_esm ({type(files).__name__}): run again, or name one output"
             )
         return EmbeddingSet([path / output for entry in files for output in entry["outputs"]])
-    if path.is_dir() and not (path / MAP).is_file():
+    if format_at(path) is None:
+        if path.is_dir():
+            marks = [
+                output_format.codec.marks[0] for output_format in FORMATS.values() if output_format.is_folder
+            ]
+            raise ValueError(
+                f"{path} has neither a report.json nor an {' or '.join(marks)}: "
+                "name the output_dir of a run that has ended, or one output"
+            )
+        suffixes = ", ".join(filter(None, (output_format.suffix for output_format in FORMATS.values())))
         raise ValueError(
-            f"{path} has neither a report.json nor an {MAP}: name the output_dir of a run that has ended, or one output"
-        )
-    if path.is_file() and path.suffix not in OPENERS:
-        raise ValueError(
-            f"{path} is no output of dist_esm: name an output_dir, or a file that ends in {', '.join(filter(None, OPENERS))}"
+            f"{path} is no output of dist_esm: name an output_dir, or a file that ends in {suffixes}"
         )
     return EmbeddingSet([path])
 
@@ -83,9 +76,10 @@ def open_output(path: Path) -> Opened:
     ValueError
         If it is not there, is damaged or is something else, or what reads it is not installed.
     """
-    if not (path / ABOUT if path.is_dir() else path).is_file():
+    output_format = format_at(path)
+    if output_format is None:
         raise ValueError(f"{path} is not there or not whole: run again with resume=true, which does it again")
-    opened = as_value(lambda: OPENERS["" if path.is_dir() else path.suffix](path))
+    opened = as_value(output_format.codec.open, path)
     if isinstance(opened, ModuleNotFoundError):
         raise ValueError(f"reading {path} needs {opened.name}: pip install 'dist_esm[formats]'")
     if isinstance(opened, Exception):

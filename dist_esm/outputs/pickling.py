@@ -11,11 +11,14 @@ import io
 import pickle
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dist_esm.atomic import SummedFile
 
 
 class RowsOf(NamedTuple):
@@ -166,3 +169,13 @@ def torch_save(content: dict[str, Any], file: IO[bytes]) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
+
+
+def save(content: dict[str, Any], path: Path) -> str:
+    """Write with `torch.save` and return the sha256.
+
+    torch gets an open file: of a path it would make the name a part of the archive's bytes.
+    """
+    with SummedFile(path) as file:
+        torch_save(content, file)
+    return file.sha256()

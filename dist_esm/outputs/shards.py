@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_esm.atomic import Staged, discard, temporary_path
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
-from dist_esm.outputs.formats.pt import save
+from dist_esm.outputs.pickling import save
 from dist_esm.outputs.row_buffer import Memory, RowBuffer
 from dist_esm.types import Row
 

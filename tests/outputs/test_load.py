@@ -21,7 +21,7 @@ from safetensors import safe_open
 from dist_esm import load
 from dist_esm.config import Format, Include, SaveDtype
 from dist_esm.jobs.report import write_report
-from dist_esm.outputs.formats.registry import WRITERS
+from dist_esm.outputs.formats.registry import FORMATS
 from helpers.compare import assert_same
 from helpers.outputs import (
     EVERYTHING,
@@ -172,9 +172,9 @@ def test_a_run_reads_back_in_input_order_from_joined_files_parts_and_folders(tmp
 def test_what_is_no_output_is_refused_with_path_and_remedy(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
-    for suffix, _ in WRITERS.values():
-        if suffix:
-            (tmp_path / f"torn{suffix}").write_bytes(b"\x10 this is torn")
+    for output_format in FORMATS.values():
+        if not output_format.is_folder:
+            (tmp_path / f"torn{output_format.suffix}").write_bytes(b"\x10 this is torn")
     torch.save({"proteins": ["a"], "data": [torch.zeros(3)]}, tmp_path / "other.pt")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "report.json").write_text("{}")

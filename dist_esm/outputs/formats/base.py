@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
@@ -80,6 +81,17 @@ class Opened(Protocol):
     def residues(self, layer: int, position: int) -> NDArray[Any]:
         """Of one protein, shape (L, D)."""
         ...
+
+
+class Codec(NamedTuple):
+    """How a format is written and read back: the `CODEC` of its module."""
+
+    write: Callable[[OutputTable, Path], str | None]
+    """Writes an output to exactly this path, a new file or folder; returns its sha256 if that was taken on the way."""
+    open: Callable[[Path], Opened]
+    """Opens an output for reading; raises whatever its library raises if it is damaged."""
+    marks: tuple[str, ...] = ()
+    """For a format whose output is a folder: names of the files that every such folder has."""
 
 
 def escape(text: str, unsafe: re.Pattern[str]) -> str:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_esm.outputs.embeddings import OutputTable
-from dist_esm.outputs.formats.base import About, Names, escape
+from dist_esm.outputs.formats.base import About, Codec, Names, escape
 from dist_esm.outputs.pickling import torch_save
 from dist_esm.types import Row
 
@@ -137,3 +137,6 @@ class OpenedFairEsm:
     def _load(self, position: int) -> dict[str, Any]:
         content: dict[str, Any] = torch.load(self._path / self._lines[position][0], weights_only=True)
         return content
+
+
+CODEC = Codec(write_fair_esm, OpenedFairEsm, (MAP, ABOUT))

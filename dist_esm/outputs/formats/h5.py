@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.outputs.embeddings import OutputTable
-from dist_esm.outputs.formats.base import About, Names, escape
+from dist_esm.outputs.formats.base import About, Codec, Names, escape
 
 if TYPE_CHECKING:
     import h5py
@@ -151,3 +151,6 @@ class OpenedH5:
     def residues(self, layer: int, position: int) -> NDArray[Any]:
         """Shape (L, D)."""
         return self.vector("per_tok", layer, position)
+
+
+CODEC = Codec(write_h5, OpenedH5)

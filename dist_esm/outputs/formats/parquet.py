@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dist_esm.atomic import SummedFile
 from dist_esm.outputs.embeddings import OutputTable
-from dist_esm.outputs.formats.base import About
+from dist_esm.outputs.formats.base import About, Codec
 from dist_esm.types import Row
 
 GROUP_BYTES = 32 << 20
@@ -177,3 +177,6 @@ class OpenedParquet:
 def numbers(vectors: Any, width: int) -> NDArray[Any]:
     """An Arrow array of fixed-size lists as a matrix, without a copy."""
     return np.asarray(vectors.flatten().to_numpy(zero_copy_only=True)).reshape(-1, width)
+
+
+CODEC = Codec(write_parquet, OpenedParquet)

@@ -1,4 +1,4 @@
-"""`.pt` files: VirNucPro's layout, one file for each input, and fair-esm's, one file for each protein."""
+"""`format=pt`: what VirNucPro reads, one file for each input."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_esm.atomic import SummedFile
 from dist_esm.outputs.embeddings import OutputTable
-from dist_esm.outputs.formats.base import About
-from dist_esm.outputs.pickling import RowsOf, torch_save
+from dist_esm.outputs.formats.base import About, Codec
+from dist_esm.outputs.pickling import RowsOf, save
 
 
 def write_pt(embeddings: OutputTable, path: Path) -> str:
@@ -77,11 +76,4 @@ class OpenedPt:
         return by_layer[layer] if layer in by_layer else self._content["data"]
 
 
-def save(content: dict[str, Any], path: Path) -> str:
-    """Write with `torch.save` and return the sha256.
-
-    torch gets an open file: of a path it would make the name a part of the archive's bytes.
-    """
-    with SummedFile(path) as file:
-        torch_save(content, file)
-    return file.sha256()
+CODEC = Codec(write_pt, OpenedPt)

@@ -1,46 +1,90 @@
-"""One output in the format that was asked for.
+"""The formats of outputs, one line each, and how one output is written in any of them.
 
-`write_output` is what the rest of the package knows; each format is one function behind it, given whole `OutputTable` and a path, in a
-module of its own beside what reads it back. `reader` is the way back for all of them.
+A new format is a module in this folder, which says in a `CODEC` how it is written and opened, and a line in `FORMATS`. Nothing is
+imported for a format before it is used, so that the command line knows the names without torch, h5py or pyarrow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_esm.atomic import Staged, discard_staged, refuse_to_replace, temporary_path
-from dist_esm.config import Format
-from dist_esm.outputs.embeddings import OutputTable
-from dist_esm.outputs.formats.fair_esm import ABOUT, MAP, write_fair_esm
-from dist_esm.outputs.formats.h5 import write_h5
-from dist_esm.outputs.formats.parquet import write_parquet
-from dist_esm.outputs.formats.pt import write_pt
-from dist_esm.outputs.formats.safetensors import write_safetensors
 from dist_esm.types import NOTE_COLUMNS
 
-Writer = Callable[[OutputTable, Path], str | None]
-"""Writes an output to a path; returns its sha256 if that was taken on the way."""
+if TYPE_CHECKING:
+    from dist_esm.config import Format
+    from dist_esm.outputs.embeddings import OutputTable
+    from dist_esm.outputs.formats.base import Codec
 
-WRITERS: dict[Format, tuple[str, Writer]] = {
-    Format.pt: (".pt", write_pt),
-    Format.fair_esm: ("", write_fair_esm),
-    Format.h5: (".h5", write_h5),
-    Format.parquet: (".parquet", write_parquet),
-    Format.safetensors: (".safetensors", write_safetensors),
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """What is known of a format before its module is imported."""
+
+    name: str
+    """Of the format and of its module."""
+    suffix: str
+    """Of its files; "" if an output is a folder of files."""
+    package: str | None = None
+    """Package that writes it or reads it back, if that is not installed with dist_esm itself."""
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether an output is a folder of files."""
+        return not self.suffix
+
+    @property
+    def codec(self) -> Codec:
+        """How it is written and opened."""
+        codec: Codec = import_module(f"{__package__}.{self.name}").CODEC
+        return codec
+
+
+FORMATS = {
+    output_format.name: output_format
+    for output_format in (
+        OutputFormat("pt", ".pt"),
+        OutputFormat("fair_esm", ""),
+        OutputFormat("h5", ".h5", "h5py"),
+        OutputFormat("parquet", ".parquet", "pyarrow"),
+        OutputFormat("safetensors", ".safetensors", "safetensors"),
+    )
 }
-"""Suffix and function of each format; without a suffix it is a folder."""
+FORMAT_NAMES = tuple(FORMATS)
+"""The values of `format=`."""
 
 
-def write_output(kind: Format, embeddings: OutputTable, stem: Path, scratch: Path) -> Staged:
-    """Write one output under temporary names, with a ``<stem>.records.tsv`` if any of its records deserves a note.
+def package_of(name: str) -> str | None:
+    """Return the package that a format needs beyond those that are always there."""
+    return FORMATS[name].package
+
+
+def format_at(path: Path) -> OutputFormat | None:
+    """Return the format of what is at a path: by the suffix of a file, by the marks of a folder; None if it is no output."""
+    if path.is_dir():
+        folders = (output_format for output_format in FORMATS.values() if output_format.is_folder)
+        return next(
+            (folder for folder in folders if all((path / mark).is_file() for mark in folder.codec.marks)),
+            None,
+        )
+    suffixes = {
+        output_format.suffix: output_format for output_format in FORMATS.values() if output_format.suffix
+    }
+    return suffixes.get(path.suffix) if path.is_file() else None
+
+
+def write_output(output_format: Format, table: OutputTable, stem: Path, scratch: Path) -> Staged:
+    """Write one output under temporary names, with a ``<stem>.records.tsv`` if any of its records deserves a line there.
 
     Parameters
     ----------
-    kind
+    output_format
+        The format to write.
+    table
         What to write.
-    embeddings
-        What to write of.
     stem
         The output's path without suffix.
     scratch
@@ -50,22 +94,27 @@ def write_output(kind: Format, embeddings: OutputTable, stem: Path, scratch: Pat
     -------
     Staged
         For `dist_esm.atomic.commit_together`; records.tsv takes its name before the output does.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, or a folder that is not ours has its name already.
     """
-    suffix, writer = WRITERS[kind]
-    path = stem.with_name(stem.name + suffix)
-    records = stem.with_name(stem.name + ".records.tsv")
-    staged = Staged(path, None, [], marks=() if suffix else (MAP, ABOUT))
-    if staged.marks:
+    chosen = FORMATS[output_format.name]
+    path = stem.with_name(stem.name + chosen.suffix)
+    records_tsv = stem.with_name(stem.name + ".records.tsv")
+    staged = Staged(path, None, [], marks=chosen.codec.marks)
+    if chosen.is_folder:
         refuse_to_replace(path, staged.marks)
     try:
-        if embeddings.tsv_lines:
-            staged.files.append((temporary_path(scratch), records))
-            text = "\n".join(["\t".join(NOTE_COLUMNS), *embeddings.tsv_lines, ""])
+        if table.tsv_lines:
+            staged.files.append((temporary_path(scratch), records_tsv))
+            text = "\n".join(["\t".join(NOTE_COLUMNS), *table.tsv_lines, ""])
             staged.files[-1][0].write_text(text, encoding="utf-8")
         else:
-            staged.obsolete.append(records)
+            staged.obsolete.append(records_tsv)
         staged.files.append((temporary_path(scratch), path))
-        staged.sha256 = writer(embeddings, staged.files[-1][0])
+        staged.sha256 = chosen.codec.write(table, staged.files[-1][0])
     except BaseException:
         discard_staged(staged)
         raise

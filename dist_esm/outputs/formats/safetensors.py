@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_esm.atomic import SummedFile
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
-from dist_esm.outputs.formats.base import About
+from dist_esm.outputs.formats.base import About, Codec
 
 MAX_HEADER = 100_000_000
 """What the library reads."""
@@ -118,3 +118,6 @@ class OpenedSafetensors:
         assert self._offsets is not None
         start, stop = self._offsets[position : position + 2].tolist()
         return np.asarray(self._file.get_slice(f"per_tok.{layer}")[start:stop])
+
+
+CODEC = Codec(write_safetensors, OpenedSafetensors)

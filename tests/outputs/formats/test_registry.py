@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import subprocess
 import sys
 import time
+import types
+from enum import Enum
 
 import h5py
 import numpy as np
@@ -18,7 +21,8 @@ from safetensors import safe_open
 from dist_esm import load
 from dist_esm.atomic import commit_together, read_back
 from dist_esm.config import Format, check
-from dist_esm.outputs.formats.registry import write_output
+from dist_esm.outputs.formats.base import About, Codec
+from dist_esm.outputs.formats.registry import FORMATS, OutputFormat, write_output
 from helpers.compare import assert_same
 from helpers.outputs import PROVENANCE, SEQUENCES, everything_below, table_of, write_table
 from helpers.standin import make_config
@@ -101,3 +105,42 @@ def test_a_format_whose_package_is_missing_is_refused_before_any_work(tmp_path, 
         check(make_config("in", tmp_path, format=kind))
     with pytest.raises(ValueError, match=rf"reading .*a.{kind.name} needs {package}.*: pip install"):
         len(load(path))
+
+
+def test_a_new_format_is_one_module_and_one_line(tmp_path, monkeypatch):
+    """A format of vectors alone: written, committed, told by its suffix and loaded."""
+    module = types.ModuleType("dist_esm.outputs.formats.npy")
+
+    def write_npy(table, path):
+        with open(path, "wb") as file:
+            np.save(file, table.mean[table.main_layer].numpy())
+
+    class OpenedNpy:
+        def __init__(self, path):
+            self.rows = np.load(path)
+            self.about = About("in.fasta", 33, self.rows.shape[1], {"mean": [33]}, {})
+
+        def records(self):
+            return [str(i) for i in range(len(self.rows))], [""] * len(self.rows), [3] * len(self.rows)
+
+        def vectors(self, kind, layer):
+            return self.rows
+
+    module.CODEC = Codec(write_npy, OpenedNpy)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(FORMATS, "npy", OutputFormat("npy", ".npy"))
+    path = write_table(Enum("Format", ["npy"]).npy, table_of(SEQUENCES), tmp_path / "a_ESM")
+    assert path == tmp_path / "a_ESM.npy"
+    assert_same(load(path).vectors, table_of(SEQUENCES).mean[33].numpy())
+
+
+def test_the_names_of_formats_are_known_without_what_writes_them():
+    """Torch takes seconds to import; help and mistyped keys must not wait for it."""
+    code = (
+        "import sys; from dist_esm.config import Format;"
+        "from dist_esm.outputs.formats.registry import FORMATS, package_of;"
+        "assert [member.value for member in Format] == list(FORMATS) and Format.pt.name == 'pt';"
+        "assert package_of('h5') == 'h5py' and package_of('pt') is None;"
+        "assert not {'torch', 'h5py', 'pyarrow', 'safetensors'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
