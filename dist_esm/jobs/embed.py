@@ -24,7 +24,7 @@ from dist_esm.jobs.report import (
 )
 from dist_esm.jobs.setup import MakeEngine, Setup, choose_setup, describe, find_inputs, load_engine
 from dist_esm.model.engine import Engine
-from dist_esm.outputs.formats.registry import write_output
+from dist_esm.outputs.formats.write import write_output
 from dist_esm.outputs.journal import Entry, entry_of
 from dist_esm.outputs.journal import read as read_journal
 from dist_esm.outputs.output_dir import OutputDir

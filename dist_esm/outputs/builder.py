@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_esm.atomic import Staged
 from dist_esm.config import Format, Include
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
-from dist_esm.outputs.formats.registry import write_output
+from dist_esm.outputs.formats.write import write_output
 from dist_esm.outputs.row_buffer import Memory, RowBuffer, torch_dtype
 from dist_esm.outputs.shards import write_shard
 from dist_esm.types import FastaFile, ProteinEmbedding, Row, Unit

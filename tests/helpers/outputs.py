@@ -10,7 +10,7 @@ import torch
 from dist_esm.atomic import commit_together
 from dist_esm.config import Format
 from dist_esm.outputs.embeddings import OutputTable
-from dist_esm.outputs.formats.registry import write_output
+from dist_esm.outputs.formats.write import write_output
 from dist_esm.types import Row
 from helpers.standin import ALL_KINDS, WIDTH, bos_of, embed_directory, expected, fair_esm_tokens
 

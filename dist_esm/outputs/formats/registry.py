@@ -1,7 +1,8 @@
-"""The formats of outputs, one line each, and how one output is written in any of them.
+"""The formats of outputs, one line each.
 
 A new format is a module in this folder, which says in a `CODEC` how it is written and opened, and a line in `FORMATS`. Nothing is
-imported for a format before it is used, so that the command line knows the names without torch, h5py or pyarrow.
+imported for a format before it is used, and this module imports nothing of the package, so that the configuration can
+take the names from here.
 """
 
 from __future__ import annotations
@@ -11,12 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_esm.atomic import Staged, discard_staged, refuse_to_replace, temporary_path
-from dist_esm.types import NOTE_COLUMNS
-
 if TYPE_CHECKING:
-    from dist_esm.config import Format
-    from dist_esm.outputs.embeddings import OutputTable
     from dist_esm.outputs.formats.base import Codec
 
 
@@ -74,48 +70,3 @@ def format_at(path: Path) -> OutputFormat | None:
         output_format.suffix: output_format for output_format in FORMATS.values() if output_format.suffix
     }
     return suffixes.get(path.suffix) if path.is_file() else None
-
-
-def write_output(output_format: Format, table: OutputTable, stem: Path, scratch: Path) -> Staged:
-    """Write one output under temporary names, with a ``<stem>.records.tsv`` if any of its records deserves a line there.
-
-    Parameters
-    ----------
-    output_format
-        The format to write.
-    table
-        What to write.
-    stem
-        The output's path without suffix.
-    scratch
-        A folder of this process alone, on the same file system.
-
-    Returns
-    -------
-    Staged
-        For `dist_esm.atomic.commit_together`; records.tsv takes its name before the output does.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written, or a folder that is not ours has its name already.
-    """
-    chosen = FORMATS[output_format.name]
-    path = stem.with_name(stem.name + chosen.suffix)
-    records_tsv = stem.with_name(stem.name + ".records.tsv")
-    staged = Staged(path, None, [], marks=chosen.codec.marks)
-    if chosen.is_folder:
-        refuse_to_replace(path, staged.marks)
-    try:
-        if table.tsv_lines:
-            staged.files.append((temporary_path(scratch), records_tsv))
-            text = "\n".join(["\t".join(NOTE_COLUMNS), *table.tsv_lines, ""])
-            staged.files[-1][0].write_text(text, encoding="utf-8")
-        else:
-            staged.obsolete.append(records_tsv)
-        staged.files.append((temporary_path(scratch), path))
-        staged.sha256 = chosen.codec.write(table, staged.files[-1][0])
-    except BaseException:
-        discard_staged(staged)
-        raise
-    return staged

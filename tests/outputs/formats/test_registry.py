@@ -22,7 +22,8 @@ from dist_esm import load
 from dist_esm.atomic import commit_together, read_back
 from dist_esm.config import Format, check
 from dist_esm.outputs.formats.base import About, Codec
-from dist_esm.outputs.formats.registry import FORMATS, OutputFormat, write_output
+from dist_esm.outputs.formats.registry import FORMATS, OutputFormat
+from dist_esm.outputs.formats.write import write_output
 from helpers.compare import assert_same
 from helpers.outputs import PROVENANCE, SEQUENCES, everything_below, table_of, write_table
 from helpers.standin import make_config
