@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from dist_esm.config import Config
+from dist_esm.outputs.embeddings import ChunkedTensor
+from dist_esm.outputs.formats.registry import FORMATS, OutputFormat
+from dist_esm.outputs.load import load
+from dist_esm.version import __version__
+from helpers.outputs import table_of, write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -219,3 +228,32 @@ def test_lines_are_narrow(page):
         if len(line) > MAX_COLUMNS and not line.startswith("|") and not re.search(r"https?://\S{60}", line)
     ]
     assert wide == []
+
+
+def test_the_example_of_a_format_writes_what_it_reads(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "adding-a-format.md").read_text(encoding="utf-8")
+    code, line = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    module = ModuleType("dist_esm.outputs.formats.npz")
+    exec(compile(code, "adding-a-format.md", "exec"), module.__dict__)
+    output_format = eval(line, {"OutputFormat": OutputFormat})
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(FORMATS, output_format.name, output_format)
+
+    table = table_of(["MKT", "GAVLI", "MKT"], ids=["a", "b", "a"])
+    mean = table.mean[table.main_layer]
+    rows = torch.arange(11.0 * mean.shape[1]).reshape(11, -1)
+    chunks = ChunkedTensor([rows[:3], rows[3:]])
+    table = replace(table, bos={5: mean + 0.5}, per_tok={5: chunks, table.main_layer: chunks})
+    path = write_table(Enum("Format", ["npz"]).npz, table, tmp_path / "a_ESM")
+    assert path == tmp_path / "a_ESM.npz"
+    embeddings = load(path)
+    assert (embeddings.ids, embeddings.lengths) == (["a", "b", "a"], [3, 5, 3])
+    assert np.array_equal(embeddings.vectors, mean.numpy())
+    assert np.array_equal(embeddings["b"], mean[1].numpy())
+    assert np.array_equal(embeddings.vectors_of("bos", 5), mean.numpy() + 0.5)
+    assert np.array_equal(embeddings.residues("b"), rows[3:8].numpy())
+    assert np.array_equal(embeddings.residues(2, layer=5), rows[8:].numpy())
+
+
+def test_the_version_to_cite_is_the_packages():
+    assert read_yaml(ROOT / "CITATION.cff")["version"] == __version__
