@@ -14,6 +14,7 @@ import torch
 from dist_esm.atomic import atomically
 from dist_esm.config import Config, Format, plain_values
 from dist_esm.distributed import World
+from dist_esm.model import NUMERICS
 from dist_esm.model.engine import Engine, default_toks_per_batch, make_engine, num_cores
 from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, choose_kernels
 from dist_esm.model.weights import RANDOM, architecture, fetch, weights_id
@@ -64,6 +65,7 @@ def choose_setup(config: Config, world: World) -> Setup:
         "save_dtype": config.save_dtype.name,
         "truncation_seq_length": config.truncation_seq_length,
         "long": config.long.name,
+        "numerics": NUMERICS,
         "dist_esm": code_version(),
     }
     values = plain_values(config)
