@@ -6,7 +6,6 @@ leave a folder and a log behind. Each rank composes for itself; what is wrong is
 
 from __future__ import annotations
 
-import argparse
 import gc
 import io
 import os
@@ -15,6 +14,7 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
+from dist_esm.arguments import read_options
 from dist_esm.cli import HELP, compose_config, config_text
 from dist_esm.config import Config, Job, check, conf_dir
 from dist_esm.stop import on_signals
@@ -23,20 +23,11 @@ from dist_esm.version import code_version
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--version", action="store_true")
-    parser.add_argument("--cfg", action="store_true")
-    parser.add_argument("--config-dir")
-    parser.add_argument("--config-name", default="config")
-    parser.add_argument("overrides", nargs="*")
     config: Config | None = None
     problem: str | None = None
     text: str | None = None
     try:
-        options, unknown = parser.parse_known_args(argv)
-        if unknown:
-            raise ValueError(f"{unknown[0]} is no option: write keys as key=value, and see --help")
+        options = read_options(sys.argv[1:] if argv is None else argv)
         if options.help:
             text = HELP + "".join(
                 f"  {line}\n"
@@ -50,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.cfg:
                 text = config_text(config)
             check(config)
-    except (argparse.ArgumentError, ValueError) as error:
+    except ValueError as error:
         problem = " ".join(str(error).split())
     if problem is None and text is not None:
         if is_main_rank():

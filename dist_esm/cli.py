@@ -1,20 +1,25 @@
-"""The door to Hydra: composing the configuration, and explaining what is wrong with it."""
+"""The door to Hydra: composing the configuration, saying in one line what is wrong with it, and the help."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+import os
+import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_esm.config import Config, conf_dir, plain_values
+from dist_esm.arguments import is_text, key_types, no_key, read_value, read_words
+from dist_esm.config import Config, conf_dir, plain_values, unknown_model
 
 HELP = """\
 usage: torchrun --nproc_per_node=N -m dist_esm input=PATH [key=value ...]
@@ -39,78 +44,204 @@ keys and defaults:
 
 
 def compose_config(
-    overrides: Sequence[str], config_dir: str | None = None, config_name: str = "config"
+    words: Sequence[str], config_dir: str | None = None, config_name: str = "config"
 ) -> Config:
-    """Compose the configuration and turn it into typed objects.
+    """Compose the configuration of the command line's words, and turn it into typed objects.
+
+    Parameters
+    ----------
+    words
+        `key=value`, as the shell gave them.
+    config_dir, config_name
+        The folder and name of the user's own configuration, in place of the defaults.
 
     Raises
     ------
     ValueError
-        One line that names the key or value that is wrong.
+        One line that names the key, its value and what to write.
+
+    Examples
+    --------
+    >>> compose_config(["input=proteins/", "include=mean,bos"]).include
+    [<Include.mean: 'mean'>, <Include.bos: 'bos'>]
     """
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"{override!r} is not key=value: for example input=proteins/")
-    store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    searchpath = [f"hydra.searchpath=['file://{conf_dir()}']"] if config_dir else []
     if config_dir and not Path(config_dir).is_dir():
         raise ValueError(
             f"--config-dir {config_dir} is not a directory: name the one that holds {config_name}.yaml"
         )
+    overrides, texts = read_words(words, config_dir)
+    if config_dir:
+        overrides.append(f"hydra.searchpath=['file://{conf_dir()}']")
+    folder = Path(config_dir or conf_dir()).resolve()
+    ConfigStore.instance().store(name="schema", node=Config)
     try:
-        with initialize_config_dir(str(Path(config_dir or conf_dir()).resolve()), version_base="1.3"):
-            composed = compose(config_name, overrides=[*overrides, *searchpath])
+        with warnings.catch_warnings(), initialize_config_dir(str(folder), version_base="1.3"):
+            warnings.filterwarnings("ignore", "In .*Defaults list is missing `_self_`")
+            composed = compose(config_name, overrides=overrides)
+        if OmegaConf.get_type(composed) is not Config:
+            raise ValueError(
+                f"{folder / config_name}.yaml does not start from the defaults: "
+                "write 'defaults: [config, _self_]' at its beginning"
+            )
+        texts = {key: looked_up(composed, key, text) for key, text in texts.items()}
+        for key, text in texts.items():
+            OmegaConf.update(composed, key, escaped(text))
         missing = OmegaConf.missing_keys(composed)
         if missing:
-            raise ValueError(f"{sorted(missing)[0]} is required: for example input=proteins/")
+            raise ValueError(f"{min(missing)} is required: for example input=proteins/")
         config = OmegaConf.to_object(composed)
+    except yaml.YAMLError as error:
+        raise ValueError(yaml_problem(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(explain(error, overrides)) from None
+        raise ValueError(explain(error, folder, config_name)) from None
     assert isinstance(config, Config)
+    for key, text in texts.items():
+        group, _, name = key.rpartition(".")
+        value = Path(text) if key == "output_dir" and isinstance(text, str) else text
+        setattr(getattr(config, group) if group else config, name, value)
+    return fill_in(config)
+
+
+def looked_up(composed: DictConfig, key: str, text: Any) -> Any:
+    """Return text, or a list of it, with what OmegaConf knows by `${oc.env:HOME}` or `${output_dir}`."""
+    if isinstance(text, list):
+        return [looked_up(composed, key, item) for item in text]
+    if text is None or os.path.lexists(text) or not re.search(r"\$\{.*\}", text):
+        return text
+    OmegaConf.update(composed, key, text)
+    return str(OmegaConf.select(composed, key, throw_on_missing=True))
+
+
+def escaped(text: Any) -> Any:
+    """Return text, or a list of it, that OmegaConf takes as it stands."""
+    if isinstance(text, list):
+        return [escaped(item) for item in text]
+    return "-" if text == "???" else text.replace("${", "\\${") if text is not None else None
+
+
+def fill_in(config: Config) -> Config:
+    """Fill in `~` and `$NAME` in paths, as a shell does; `~` in `input` is left to the search for files."""
+    if isinstance(config.input, str):
+        config.input = variables_filled_in("input", config.input)
+    elif isinstance(config.input, list):
+        config.input = [
+            variables_filled_in("input", item) if isinstance(item, str) else item for item in config.input
+        ]
+    output_dir = variables_filled_in("output_dir", str(config.output_dir))
+    config.output_dir = Path(os.path.expanduser(output_dir))
+    if config.model.weights is not None:
+        config.model.weights = variables_filled_in("model.weights", config.model.weights)
     return config
+
+
+def variables_filled_in(key: str, text: str) -> str:
+    """Return a path with the values of its `$NAME`, unless there is a path of that very name.
+
+    Raises
+    ------
+    ValueError
+        If a variable is not set.
+    """
+    if os.path.lexists(text):
+        return text
+    filled_in = os.path.expandvars(text)
+    unset = re.search(r"\$(\w+|\{\w+\})", filled_in, re.ASCII)
+    if unset:
+        name = unset[1].strip("{}")
+        raise ValueError(f"{key}={text}: the variable {name} is not set: set it, or write the path itself")
+    return filled_in
+
+
+def yaml_problem(error: yaml.YAMLError) -> str:
+    """Say in one line which file is no YAML, and where."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    if mark is None:
+        return f"a configuration file is no YAML: {' '.join(str(error).split())}"
+    problem = " ".join(str(error.problem or error.context).split())
+    return f"{mark.name}, line {mark.line + 1}: this is no YAML: {problem}"
+
+
+def explain(error: Exception, folder: Path, config_name: str) -> str:
+    """Say in one line what Hydra refused: file, line, key, value, and what to write."""
+    if isinstance(error, MissingConfigException):
+        return no_such_file(error, folder, config_name)
+    text = " ".join(line.strip() for line in flattened(error) if not line.strip().startswith(NOISE))
+    raised = re.match(r"In '(?P<name>[^']*)': .*\n(?P<problem>.*)\n\s*full_key: (?P<key>[\w.]*)", str(error))
+    if raised is None:
+        key = getattr(error, "full_key", None)
+        return f"{key}: {text}" if key else text
+    path, key = folder / f"{raised['name']}.yaml", raised["key"]
+    line, value = find_in_yaml(path, key)
+    where = f"{path}, line {line}" if line else str(path)
+    types = key_types()
+    if key not in types:
+        return f"{where}: {no_key(key, types)}"
+    if value is not None and not is_text(types[key]):
+        try:
+            read_value(key, types[key], value)
+        except ValueError as problem:
+            return f"{where}: {problem}".replace(f"{key}=", f"{key}: ")
+        return f"{where}: {key}: write a list, as {key}: [{value}]"
+    if value is not None:
+        return f'{where}: {key}: {value} is read as a number or a truth value: write {key}: "{value}"'
+    return f"{where}: {key}: {raised['problem']}"
+
+
+NOISE = (
+    "full_key:",
+    "object_type=",
+    "reference_type=",
+    "To append",
+    "Set the environment",
+    "Config search path",
+    "provider=",
+    "See https",
+)
+"""Beginnings of lines of Hydra's messages that help nobody who writes `key=value`."""
+
+
+def flattened(error: BaseException) -> list[str]:
+    """Return the distinct lines of an error and of what caused it."""
+    messages: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and str(cause) not in messages:
+        messages.append(str(cause))
+        cause = cause.__cause__
+    return list(dict.fromkeys(line for message in messages for line in message.splitlines() if line.strip()))
+
+
+def no_such_file(error: MissingConfigException, folder: Path, config_name: str) -> str:
+    """Say in one line which configuration file is not there, and which are."""
+    wanted = error.missing_cfg_file or ""
+    if wanted == config_name:
+        names = sorted(path.stem for path in folder.glob("*.yaml"))
+        holds = f"it holds {', '.join(names)}" if names else "it holds no yaml file"
+        near = difflib.get_close_matches(wanted, names, n=1)
+        guess = f"did you mean {near[0]}? " if near else ""
+        return f"--config-name {wanted}: {folder} has no {wanted}.yaml: {guess}{holds}"
+    group, _, name = wanted.rpartition("/")
+    if group == "model":
+        return unknown_model(name, error.options or [])
+    choices = f": use one of {', '.join(error.options)}" if error.options else ": correct its defaults list"
+    return f"{folder / config_name}.yaml names {wanted}, of which there is no file{choices}"
+
+
+def find_in_yaml(path: Path, key: str) -> tuple[int | None, str | None]:
+    """Return the line of a key in a file, from 1, and its value if that is a scalar."""
+    if not path.is_file():
+        return None, None
+    node = yaml.compose(path.read_text(encoding="utf-8"))
+    line = None
+    for name in key.split("."):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        match = next(((key_node, value) for key_node, value in pairs if key_node.value == name), None)
+        if match is None:
+            return None, None
+        line, node = match[0].start_mark.line + 1, match[1]
+    return line, node.value if isinstance(node, yaml.ScalarNode) else None
 
 
 def config_text(config: Config) -> str:
     """Return the configuration as a YAML file that `--config-name` reads; `${` in a name stays a name."""
     text = json.dumps(plain_values(config)).replace("${", "\\\\${")
     return OmegaConf.to_yaml(OmegaConf.create(json.loads(text)))
-
-
-def explain(error: Exception, overrides: Sequence[str]) -> str:
-    """Hydra's message in one line that names key, value and remedy."""
-    noise = (
-        "full_key:",
-        "object_type=",
-        "reference_type=",
-        "To append",
-        "Set the environment",
-        "Config search path",
-        "provider=",
-        "See https",
-    )
-    messages, cause = [], error
-    while cause is not None and str(cause) not in messages:
-        messages.append(str(cause))
-        cause = cause.__cause__  # type: ignore[assignment]
-    lines = [line.strip() for message in messages for line in message.splitlines()]
-    text = " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
-    keys = [*leaf_keys(OmegaConf.to_container(OmegaConf.structured(Config)))]
-    for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        if key not in keys and not key.startswith("hydra"):
-            near = difflib.get_close_matches(key, keys, n=1)
-            return f"{key!r} is no key" + (
-                f": did you mean {near[0]}?" if near else ": see --help for the keys"
-            )
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: {text}: quote values that have special characters, for example 'input=\"a (1).fasta\"'"
-    return text
-
-
-def leaf_keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all keys of a nested dict, groups included."""
-    for key, value in node.items():
-        yield prefix + key
-        if isinstance(value, dict):
-            yield from leaf_keys(value, f"{prefix}{key}.")

@@ -325,6 +325,10 @@ def check(config: Config) -> None:
         One line that names the key, the value and the remedy.
     """
     inputs = config.input_list()
+    read_as_values = [item for item in inputs if isinstance(item, (bool, int, float))]
+    if read_as_values:
+        item = read_as_values[0]
+        raise ValueError(f"input={item} is read as a number or a truth value: write it in quotes")
     if not inputs or not all(isinstance(item, str) and item for item in inputs):
         remedy = "for example input=proteins/ or input=[a.fasta,b.fasta]"
         raise ValueError(f"input={config.input!r} is neither a path, a glob nor a list of these: {remedy}")

@@ -53,7 +53,7 @@ def test_wrong_input_is_named(embedder):
         embedder.embed(["MKT", ""])
     with pytest.raises(ValueError, match="sequences is one string"):
         embedder.embed("MKT")
-    with pytest.raises(ValueError, match="include=median is no choice: .*use one of mean, bos, per_tok$"):
+    with pytest.raises(ValueError, match=r"include=median is no choice: .*use one of mean, bos, per_tok$"):
         embedder.embed(["MKT"], include="median")
     assert embedder.embed([]).shape == (0, 320)
 

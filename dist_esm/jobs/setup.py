@@ -1,20 +1,22 @@
-"""What a rank runs on and what its numbers depend on: inputs, device, dtype, kernels, weights, and the model on its device."""
+"""What a rank runs on and what its numbers depend on: device, dtype, kernels, weights."""
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 
 from dist_esm.atomic import atomically
 from dist_esm.config import Config, plain_values
 from dist_esm.distributed import World
+from dist_esm.model import NUMERICS
 from dist_esm.model.engine import Engine, build_engine, default_toks_per_batch, num_cores
 from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, choose_kernels
 from dist_esm.model.weights import RANDOM, architecture, fetch, weights_id
@@ -24,10 +26,17 @@ from dist_esm.types import FastaFile
 from dist_esm.version import code_version
 
 log = logging.getLogger("dist_esm")
+P = ParamSpec("P")
 
 
 def find_inputs(config: Config) -> list[FastaFile]:
-    """The input files; a ValueError if their outputs would get into each other's way."""
+    """Find the input files.
+
+    Raises
+    ------
+    ValueError
+        If an input is not there, or two outputs would get into each other's way.
+    """
     files = find_files(config.input_list())
     if FORMATS[config.format.name].is_folder:
         refuse_nested(files)
@@ -50,48 +59,69 @@ class Setup:
     """All that one output directory must not mix."""
 
 
+MakeEngine = Callable[[Config, Setup, World], Engine]
+"""Makes the model that a rank embeds with; `load_engine` is the one that loads ESM-2."""
+
+
 def choose_setup(config: Config, world: World) -> Setup:
-    """Choose the device and find the weights: all ranks can, or all refuse."""
-    world.all_or_none(make_output_dir, config.output_dir)
+    """Choose the device and find the weights: all ranks can, or all refuse.
+
+    Raises
+    ------
+    RefusedError
+        On every rank, if the output directory, the device, the kernels or the weights cannot be had on one.
+    """
+    world.all_or_none(first_on_host, world, make_output_dir, config.output_dir)
     device = world.all_or_none(
         choose_device, config.device, world.local_rank, world.local_world_size, world.host
     )
     dtype = choose_dtype(config.dtype, device)
     head_dim = architecture(config.model).head_dim
     kernels = world.all_or_none(choose_kernels, config.attention, config.linear, device, dtype, head_dim)
-    world.all_or_none(lambda: fetch(config.model) if world.local_rank == 0 else None)
+    world.all_or_none(first_on_host, world, fetch, config.model)
     world.start_process_group(device)
-    provenance = {
+    numbers = numbers_of(config, dtype, world.all_or_none(weights_id, config.model))
+    provenance = {**numbers, "dist_esm": code_version()}
+    return Setup(device, dtype, kernels, provenance, settings_of(config, device, kernels, numbers))
+
+
+def first_on_host(world: World, step: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Take a step that is for a whole host on the first of its ranks alone."""
+    if world.local_rank == 0:
+        step(*args, **kwargs)
+
+
+def numbers_of(config: Config, dtype: torch.dtype, weights: str) -> dict[str, Any]:
+    """Return what every output says of its numbers."""
+    return {
         "model": config.model.name,
-        "weights": world.all_or_none(weights_id, config.model),
+        "weights": weights,
         "layers": config.resolved_layers(),
         "dtype": str(dtype).removeprefix("torch."),
         "save_dtype": config.save_dtype.name,
         "truncation_seq_length": config.truncation_seq_length,
         "long": config.long.name,
-        "dist_esm": code_version(),
+        "numerics": NUMERICS,
     }
+
+
+def settings_of(
+    config: Config, device: torch.device, kernels: Kernels, numbers: dict[str, Any]
+) -> dict[str, Any]:
+    """Return all that decides the content of an output; a resume refuses to mix two of these."""
     values = plain_values(config)
-    settings = {
-        key: values[key]
-        for key in ("format", "include", "window_overlap", "residues", "max_proteins_per_output")
-    }
-    # On a GPU the rows of a pack choose the matrix kernels, so they are part of what the bits depend on.
-    shape = (
-        {"toks_per_batch": config.toks_per_batch or default_toks_per_batch("cuda", config.model.embed_dim)}
-        if device.type == "cuda"
-        else {}
-    )
-    settings = {
-        **provenance,
+    keys = ("format", "include", "window_overlap", "residues", "max_proteins_per_output")
+    settings = {**numbers, **{key: values[key] for key in keys}}
+    if device.type == "cuda":  # the rows of a pack choose the matrix kernels, and these the bits
+        settings["toks_per_batch"] = config.toks_per_batch or default_toks_per_batch(
+            "cuda", config.model.embed_dim
+        )
+    return {
         **settings,
-        **shape,
         "device": device.type,
         "attention": kernels.attention,
         "linear": kernels.linear.name,
     }
-    del settings["dist_esm"]
-    return Setup(device, dtype, kernels, provenance, settings)
 
 
 def make_output_dir(output_dir: Path) -> None:
@@ -103,11 +133,12 @@ def make_output_dir(output_dir: Path) -> None:
         If it cannot be written to.
     """
     scratch = output_dir / ".dist_esm"
+    probe = scratch / f"writable.{socket.gethostname()}.{os.getpid()}"  # hosts may share the directory
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        with atomically(scratch / f"writable.{os.getpid()}") as beside:
+        with atomically(probe) as beside:
             beside.write_text("")
-        (scratch / f"writable.{os.getpid()}").unlink()
+        probe.unlink()
     except OSError as error:
         raise ValueError(
             f"output_dir={output_dir} cannot be written to ({error.strerror}): name a directory that can"
@@ -115,7 +146,7 @@ def make_output_dir(output_dir: Path) -> None:
 
 
 def load_engine(config: Config, setup: Setup, world: World) -> Engine:
-    """The model on this rank's device, its kernels compiled."""
+    """Load the model onto this rank's device and ready its kernels."""
     began = time.monotonic()
     engine = build_engine(
         config, setup.device, setup.dtype, setup.kernels, max(1, num_cores() // world.local_world_size)
@@ -138,5 +169,5 @@ def load_engine(config: Config, setup: Setup, world: World) -> Engine:
 
 
 def describe(device: torch.device) -> str:
-    """A device in words."""
+    """Name a device in words."""
     return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "cpu"

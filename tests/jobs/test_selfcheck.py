@@ -18,15 +18,21 @@ from hypothesis import strategies as st
 from dist_esm import Embedder
 from dist_esm.config import Config, Include, ModelConfig, SelfcheckConfig
 from dist_esm.distributed import World
-from dist_esm.jobs.selfcheck.compare import Limits, compare, problems, table
-from dist_esm.jobs.selfcheck.job import check_bits, full_packs, judge, named
+from dist_esm.jobs.selfcheck.compare import Limits, compare, list_problems, make_table
+from dist_esm.jobs.selfcheck.job import check_bits, compare_models, full_packs, describe_protein
 from dist_esm.jobs.selfcheck.oracle import (
-    fair_esm_answers,
+    embed_with_fair_esm,
     has_fair_esm_tokens,
     needed_bytes,
     refuse_what_does_not_fit,
 )
-from dist_esm.jobs.selfcheck.sample import Sampled, Sampler, choose, draw, segments_of
+from dist_esm.jobs.selfcheck.sample import (
+    SampledProtein,
+    Sampler,
+    choose_sample,
+    read_candidates,
+    segments_of,
+)
 from dist_esm.jobs.setup import Setup
 from dist_esm.model.engine import Engine
 from dist_esm.model.esm2 import Architecture
@@ -202,10 +208,10 @@ def parts(tmp_path_factory):
     units = make_units(
         [(number, piece, Count(), problem) for number, piece, problem in cut_files(files, 1)], 10**6
     )
-    sampler, _ = draw(units, files, config)
-    proteins = choose(sampler.candidates(), 4)
+    sampler, _ = read_candidates(units, files, config)
+    proteins = choose_sample(sampler.candidates(), 4)
     world = World(None, 0, 1, 0, 1)
-    return config, world, proteins, fair_esm_answers(config, CPU, proteins, world, None)
+    return config, world, proteins, embed_with_fair_esm(config, CPU, proteins, world, None)
 
 
 def check(parts, state=None, dtype=torch.float32, engine_type=Engine):
@@ -224,16 +230,16 @@ def check(parts, state=None, dtype=torch.float32, engine_type=Engine):
     )
     own = check_bits(engine, proteins)
     engine.close()
-    return judge(config, Setup(CPU, dtype, PLAIN, {}, {}), proteins, own, theirs, world, 0.0)
+    return compare_models(config, Setup(CPU, dtype, PLAIN, {}, {}), proteins, own, theirs, world, 0.0)
 
 
 def names_of(parts) -> list[str]:
-    return [named(one) for one in parts[2]]
+    return [describe_protein(one) for one in parts[2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_without_a_fault_has_no_problem(parts, dtype):
-    assert problems([check(parts, dtype=dtype)], names_of(parts)) == []
+    assert list_problems([check(parts, dtype=dtype)], names_of(parts)) == []
 
 
 def faulty(fault: str) -> dict[str, torch.Tensor]:
@@ -265,7 +271,7 @@ def faulty(fault: str) -> dict[str, torch.Tensor]:
     ],
 )
 def test_a_fault_in_the_forward_is_over_the_limit_in_fp32(parts, fault):
-    found = problems([check(parts, faulty(fault))], names_of(parts))
+    found = list_problems([check(parts, faulty(fault))], names_of(parts))
     assert any(
         "mean of layer 6 is over the limit (cosine >= 0.999, error <= 1e-05)" in line for line in found
     ), found
@@ -275,9 +281,9 @@ def test_another_model_is_over_the_limit_in_bf16(parts):
     rank = check(parts, random_state(A8M, seed=4), torch.bfloat16)
     assert any(
         "mean of layer 6 is over the limit (cosine >= 0.999):" in line
-        for line in problems([rank], names_of(parts))
+        for line in list_problems([rank], names_of(parts))
     )
-    assert "OVER" in table([rank])
+    assert "OVER" in make_table([rank])
 
 
 class InCompany(Engine):
@@ -293,23 +299,23 @@ class InCompany(Engine):
 
 def test_one_other_bit_in_company_is_found(parts):
     rank = check(parts, engine_type=InCompany)
-    (line,) = problems([rank], names_of(parts))
+    (line,) = list_problems([rank], names_of(parts))
     assert line.startswith("rank 0: other bits in a pack than alone, by up to ")
     assert 0 < max(rank.other_bits.values()) < 1e-4
-    assert "proteins" in table([rank])
+    assert "proteins" in make_table([rank])
 
 
 def test_ranks_of_one_kind_must_agree_and_others_need_not(parts):
     names = names_of(parts)
     rank = check(parts)
     other = replace(rank, rank=1, bits=("0", *rank.bits[1:]))
-    assert problems([rank, other], names) == [
+    assert list_problems([rank, other], names) == [
         f"rank 1: other bits than rank 0 on the same kind of device ({rank.kind_of_device}) "
         f"for 1 proteins: {names[0]}"
     ]
-    assert "all 2 ranks: OTHER BITS" in table([rank, other])
-    assert problems([rank, replace(other, kind_of_device="another")], names) == []
-    assert "all 2 ranks: the same bits within each of 2 kinds of device" in table(
+    assert "all 2 ranks: OTHER BITS" in make_table([rank, other])
+    assert list_problems([rank, replace(other, kind_of_device="another")], names) == []
+    assert "all 2 ranks: the same bits within each of 2 kinds of device" in make_table(
         [rank, replace(other, kind_of_device="another")]
     )
 
@@ -320,7 +326,7 @@ def test_tokens_that_are_not_fair_esms_are_found(parts):
     assert has_fair_esm_tokens(one, segment)
     assert not has_fair_esm_tokens(one, replace(segment, tokens=segment.tokens[::-1]))
     assert not has_fair_esm_tokens(one, replace(segment, tokens=segment.tokens[:-1]))
-    (line,) = problems([replace(check(parts), other_tokens=("a",))], names_of(parts))
+    (line,) = list_problems([replace(check(parts), other_tokens=("a",))], names_of(parts))
     assert line == "rank 0: tokens are not fair-esm's for 1 proteins: a"
 
 
@@ -370,10 +376,10 @@ def test_what_does_not_fit_is_refused_with_a_remedy():
     refuse_what_does_not_fit(needed, None, 1022, world)
 
 
-def candidate(residues: str, source: str = "a", number: int = 0) -> Sampled:
+def candidate(residues: str, source: str = "a", number: int = 0) -> SampledProtein:
     letters = residues.encode()
     key = bytes([len(letters) * 37 % 251, *letters[-3:]])
-    return Sampled(
+    return SampledProtein(
         key,
         source,
         number,
@@ -401,7 +407,7 @@ def test_the_sample_is_the_same_for_any_number_of_ranks(lengths, size, num_ranks
         samplers = [Sampler(size) for _ in range(ranks)]
         for index, one in enumerate(order):
             samplers[index % ranks].add(one)
-        return choose([one for sampler in samplers for one in sampler.candidates()], size)
+        return choose_sample([one for sampler in samplers for one in sampler.candidates()], size)
 
     found = sample(proteins, 1)
     assert len(found) == min(size, len(set(lengths)))
@@ -419,7 +425,7 @@ def test_the_sample_is_spread_over_lengths_and_keeps_little():
         sampler.add(candidate("".join(draws.choices("ACDEFGHIKL", k=length)), number=number))
     assert sampler.num_seen == 20_000
     assert len(sampler.candidates()) < 700
-    lengths = [one.embedded for one in choose(sampler.candidates(), 8)]
+    lengths = [one.embedded for one in choose_sample(sampler.candidates(), 8)]
     assert sum(60 <= length <= 63 for length in lengths) <= 1
     assert (lengths[0] < 40, lengths[-1] > 1000) == (True, True)
     assert all(later / earlier < 2.5 for earlier, later in pairwise(lengths))

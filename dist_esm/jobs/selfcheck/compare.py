@@ -1,7 +1,7 @@
-"""How far numbers are from the numbers they should be, as `job=selfcheck` puts it: pure functions, and the table of their results.
+"""How far numbers are from fair-esm's, as `job=selfcheck` puts it: pure functions, and a table of results.
 
-A mean over residues is held to the limits themselves. `bos` and `per_tok` are single tokens, whose rounding no average evens out: they may be
-ten times as far off.
+A mean over residues is held to the limits themselves. `bos` and `per_tok` are single tokens, and no
+average evens their rounding out: they may be ten times as far off.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ TOKEN_FACTOR = 10
 
 @dataclass(frozen=True)
 class Limits:
-    """What is too far."""
+    """How far from fair-esm's a representation may be."""
 
     min_cosine: float
     max_relative_error: float | None
     """None: only the cosine counts."""
 
     @classmethod
-    def of(cls, config: SelfcheckConfig, dtype: torch.dtype, kind: Include) -> Limits:
-        """The limits of a kind of representation, from the configuration or by default for the dtype."""
+    def of(cls, config: SelfcheckConfig, dtype: torch.dtype, include: Include) -> Limits:
+        """Return the limits of a representation, from the configuration or by default for the dtype."""
         cosine = MIN_COSINE if config.min_cosine is None else config.min_cosine
         error = (
             MAX_RELATIVE_ERROR.get(dtype) if config.max_relative_error is None else config.max_relative_error
         )
-        if kind is Include.mean:
+        if include is Include.mean:
             return cls(cosine, error)
         return cls(
             max(-1.0, round(1 - TOKEN_FACTOR * (1 - cosine), 12)),
@@ -51,7 +51,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One kind of representation of one layer, over all proteins of the sample, and over all their residues for `per_tok`."""
+    """One representation of one layer over the sample's proteins; for `per_tok` over all their residues."""
 
     kind: str
     layer: int
@@ -62,14 +62,14 @@ class Comparison:
     largest_difference: float
     """Largest |ours - theirs| of a single number."""
     worst_protein: str
-    """The one with the largest relative error."""
+    """The protein with the largest relative error."""
     limits: Limits
     is_within: bool
 
 
 @dataclass(frozen=True)
 class RankCheck:
-    """What one rank found."""
+    """The findings of one rank."""
 
     rank: int
     host: str
@@ -83,36 +83,36 @@ class RankCheck:
     comparisons: tuple[Comparison, ...]
     num_packs: int
     num_answers: int
-    """Answers from packs that were compared with those of the same segment alone."""
+    """Segments in packs that were compared with the same segment alone."""
     other_bits: Mapping[str, float]
     """Proteins with other bits in a pack than alone, and the largest difference."""
     other_tokens: tuple[str, ...]
     """Proteins whose tokens are not fair-esm's."""
     bits: tuple[str, ...]
-    """Digest of each protein's answer, alone, in the order of the sample."""
+    """Digest of each protein's embedding, alone, in the order of the sample."""
     seconds: float
 
 
 def compare(
-    kind: Include,
+    include: Include,
     layer: int,
     names: Sequence[str],
     ours: Sequence[NDArray[np.float32]],
     theirs: Sequence[NDArray[np.float32]],
     limits: Limits,
 ) -> Comparison:
-    """Measure the distance between two answers for the same proteins.
+    """Measure the distance between two models' embeddings of the same proteins.
 
     Parameters
     ----------
-    kind, layer
-        What is compared.
+    include, layer
+        The representation, for the result.
     names
-        What to call each protein.
+        A name for each protein.
     ours, theirs : sequence of arrays, shape (D,) or (L, D)
-        One of each for each protein; vectors are compared row by row, in float64.
+        An array of each model for each protein; vectors are compared row by row, in float64.
     limits
-        What is too far. A vector that is zero or not finite is too far from any.
+        The distance that is too far. A vector that is zero or not finite is too far from any.
 
     Raises
     ------
@@ -120,12 +120,11 @@ def compare(
         If the two have different shapes.
     """
     cosines, errors, differences = [], [], []
-    for name, one, other in zip(names, ours, theirs, strict=True):
-        if one.shape != other.shape:
-            raise ValueError(
-                f"{kind.name} of layer {layer} of {name} has shape {one.shape}, fair-esm's has {other.shape}"
-            )
-        x_LD, y_LD = (np.atleast_2d(values).astype(np.float64) for values in (one, other))
+    for name, our_array, their_array in zip(names, ours, theirs, strict=True):
+        if our_array.shape != their_array.shape:
+            shapes = f"has shape {our_array.shape}, fair-esm's has {their_array.shape}"
+            raise ValueError(f"{include.name} of layer {layer} of {name} {shapes}")
+        x_LD, y_LD = (np.atleast_2d(values).astype(np.float64) for values in (our_array, their_array))
         with np.errstate(all="ignore"):
             x_L, y_L, apart_L = (np.linalg.norm(values, axis=1) for values in (x_LD, y_LD, x_LD - y_LD))
             cosine_L, error_L, difference_L = (
@@ -142,7 +141,7 @@ def compare(
     )
     median = float(np.median(np.concatenate(cosines)))
     return Comparison(
-        kind.name,
+        include.name,
         layer,
         worst,
         median,
@@ -154,103 +153,115 @@ def compare(
     )
 
 
-def arrays(answer: SegmentEmbedding) -> list[NDArray[np.float32]]:
-    """Every array of an answer, in a fixed order."""
-    return [values[layer] for values in (answer.sums, answer.bos, answer.rows) for layer in sorted(values)]
+def arrays_of(embedding: SegmentEmbedding) -> list[NDArray[np.float32]]:
+    """Return every array of a segment's embedding, in a fixed order."""
+    by_layer = (embedding.sums, embedding.bos, embedding.rows)
+    return [values[layer] for values in by_layer for layer in sorted(values)]
 
 
-def bit_difference(one: SegmentEmbedding, other: SegmentEmbedding) -> float | None:
-    """None if two answers have the same bits, else their largest difference, which may be 0 (of -0) or infinite (of NaN or of shapes)."""
-    pairs = list(zip(arrays(one), arrays(other), strict=True))
+def bit_difference(alone: SegmentEmbedding, packed: SegmentEmbedding) -> float | None:
+    """Return the largest difference between two embeddings, or None if they have the same bits.
+
+    The difference may be 0 (of -0) or infinite (of NaN or of shapes).
+    """
+    pairs = list(zip(arrays_of(alone), arrays_of(packed), strict=True))
     if any(a.shape != b.shape for a, b in pairs):
         return float("inf")
-    found = [np.abs(a.astype(np.float64) - b).max() for a, b in pairs if a.tobytes() != b.tobytes()]
-    return float(np.nan_to_num(max(found), nan=np.inf)) if found else None
+    largest = [np.abs(a.astype(np.float64) - b).max() for a, b in pairs if a.tobytes() != b.tobytes()]
+    return float(np.nan_to_num(max(largest), nan=np.inf)) if largest else None
 
 
-def problems(ranks: Sequence[RankCheck], names: Sequence[str]) -> list[str]:
-    """Everything that is over a limit, a line for each."""
-    found = []
+def list_problems(ranks: Sequence[RankCheck], names: Sequence[str]) -> list[str]:
+    """Say everything that is over a limit, a line for each."""
+    lines = []
     for rank in ranks:
-        for one in rank.comparisons:
-            if not one.is_within:
-                figures = f"cosine {one.worst_cosine:.8f}, relative error {one.largest_relative_error:.1e}"
-                found.append(
-                    f"rank {rank.rank}: {one.kind} of layer {one.layer} is over the limit ({one.limits}): {figures}, worst {one.worst_protein}"
+        for comparison in rank.comparisons:
+            if not comparison.is_within:
+                cosine, error = comparison.worst_cosine, comparison.largest_relative_error
+                lines.append(
+                    f"rank {rank.rank}: {comparison.kind} of layer {comparison.layer} is over the limit "
+                    f"({comparison.limits}): cosine {cosine:.8f}, relative error {error:.1e}, "
+                    f"worst {comparison.worst_protein}"
                 )
         if rank.other_tokens:
-            found.append(f"rank {rank.rank}: tokens are not fair-esm's for {few(rank.other_tokens)}")
+            lines.append(
+                f"rank {rank.rank}: tokens are not fair-esm's for {count_and_name(rank.other_tokens)}"
+            )
         if rank.other_bits:
             largest = max(rank.other_bits.values())
-            found.append(
-                f"rank {rank.rank}: other bits in a pack than alone, by up to {largest:.1e}, for {few(list(rank.other_bits))}"
+            proteins = count_and_name(list(rank.other_bits))
+            lines.append(
+                f"rank {rank.rank}: other bits in a pack than alone, by up to {largest:.1e}, for {proteins}"
             )
-    for kind in dict.fromkeys(rank.kind_of_device for rank in ranks):
-        first, *others = (rank for rank in ranks if rank.kind_of_device == kind)
+    for device in dict.fromkeys(rank.kind_of_device for rank in ranks):
+        first, *others = (rank for rank in ranks if rank.kind_of_device == device)
         for rank in others:
-            differing = [
-                name for name, one, other in zip(names, first.bits, rank.bits, strict=True) if one != other
-            ]
+            bits = zip(names, first.bits, rank.bits, strict=True)
+            differing = [name for name, first_bits, rank_bits in bits if first_bits != rank_bits]
             if differing:
-                found.append(
-                    f"rank {rank.rank}: other bits than rank {first.rank} on the same kind of device ({kind}) for {few(differing)}"
+                lines.append(
+                    f"rank {rank.rank}: other bits than rank {first.rank} on the same kind of device "
+                    f"({device}) for {count_and_name(differing)}"
                 )
-    return found
+    return lines
 
 
-def few(names: Sequence[str]) -> str:
-    """Some names, and how many there are."""
-    return f"{len(names)} proteins: " + ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def count_and_name(proteins: Sequence[str]) -> str:
+    """Say how many proteins there are, and name the first three."""
+    return f"{len(proteins)} proteins: " + ", ".join(proteins[:3]) + (", ..." if len(proteins) > 3 else "")
 
 
-def table(ranks: Sequence[RankCheck]) -> str:
-    """A line for each representation of each rank, and one for its bits."""
-    rows = [
-        (
-            "rank",
-            "device",
-            "representation",
-            "worst cosine",
-            "median",
-            "error",
-            "difference",
-            "limit",
-            "",
-            "worst protein",
-        )
-    ]
+HEADINGS = (
+    "rank",
+    "device",
+    "representation",
+    "worst cosine",
+    "median",
+    "error",
+    "difference",
+    "limit",
+    "",
+    "worst protein",
+)
+
+
+def make_table(ranks: Sequence[RankCheck]) -> str:
+    """Return a line for each representation of each rank, and a line for the bits of each rank."""
+    rows: list[tuple[str, ...]] = [HEADINGS]
     for rank in ranks:
-        for one in rank.comparisons:
-            cosines = f"{one.worst_cosine:.8f}", f"{one.median_cosine:.8f}"
-            figures = *cosines, f"{one.largest_relative_error:.1e}", f"{one.largest_difference:.1e}"
-            verdict = str(one.limits), "ok" if one.is_within else "OVER"
-            rows.append(
-                (
-                    str(rank.rank),
-                    rank.device,
-                    f"{one.kind}, layer {one.layer}",
-                    *figures,
-                    *verdict,
-                    one.worst_protein,
-                )
+        rows += [
+            (
+                str(rank.rank),
+                rank.device,
+                f"{comparison.kind}, layer {comparison.layer}",
+                f"{comparison.worst_cosine:.8f}",
+                f"{comparison.median_cosine:.8f}",
+                f"{comparison.largest_relative_error:.1e}",
+                f"{comparison.largest_difference:.1e}",
+                str(comparison.limits),
+                "ok" if comparison.is_within else "OVER",
+                comparison.worst_protein,
             )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+            for comparison in rank.comparisons
+        ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
     for rank in ranks:
-        bits = (
-            f"other bits for {len(rank.other_bits)} proteins"
-            if rank.other_bits
-            else "the bits of each protein alone"
-        )
-        where = f"{rank.dtype}, {rank.kernels}, packs of {rank.toks_per_batch} tokens; fair-esm on {rank.fair_esm_device}"
+        bits = "the bits of each protein alone"
+        if rank.other_bits:
+            bits = f"other bits for {len(rank.other_bits)} proteins"
         lines.append(
-            f"rank {rank.rank} ({where}): {rank.num_answers} answers of {rank.num_packs} full packs in two orders: {bits}"
+            f"rank {rank.rank} ({rank.dtype}, {rank.kernels}, packs of {rank.toks_per_batch} tokens; "
+            f"fair-esm on {rank.fair_esm_device}): "
+            f"{rank.num_answers} answers of {rank.num_packs} full packs in two orders: {bits}"
         )
-    kinds = {rank.kind_of_device for rank in ranks}
+    devices = {rank.kind_of_device for rank in ranks}
     if len(ranks) > 1:
-        agree = all(len({rank.bits for rank in ranks if rank.kind_of_device == kind}) == 1 for kind in kinds)
-        among = "" if len(kinds) == 1 else f" within each of {len(kinds)} kinds of device"
+        agree = all(
+            len({rank.bits for rank in ranks if rank.kind_of_device == device}) == 1 for device in devices
+        )
+        among = "" if len(devices) == 1 else f" within each of {len(devices)} kinds of device"
         lines.append(f"all {len(ranks)} ranks: {'the same bits' if agree else 'OTHER BITS'}{among}")
     return "\n".join(lines)

@@ -1,11 +1,12 @@
-"""`job=selfcheck`: how far the numbers of these settings, weights and GPUs are from fair-esm's, on a sample of the user's own proteins.
+"""`job=selfcheck`: how far the numbers of these settings, weights and GPUs are from fair-esm's, on a sample.
 
-Two questions. *Are the numbers fair-esm's?* The configured path (device, dtype, attention, packs) against fair-esm's own module in fp32, built
-of the same tensors, on the tokens of fair-esm's own converter. *Same protein, same bits?* Each protein alone against the same protein in full
-packs, in two orders; and every rank against the other ranks on the same kind of device.
+Two questions. *Are the numbers fair-esm's?* The configured path (device, dtype, attention, packs) against
+fair-esm's own module in fp32, built of the same tensors, on the tokens of fair-esm's own converter. *Same
+protein, same bits?* Each protein alone against the same protein in full packs, in two orders; and every
+rank against the other ranks on the same kind of device.
 
-Every rank does all of it on its own device, one model after the other, so a device needs room for the larger of the two, not for both.
-Where fair-esm's does not fit all the same, it runs on the CPU.
+Every rank does all of it on its own device, one model after the other, so a device needs room for the
+larger of the two, not for both. Where fair-esm's does not fit all the same, it runs on the CPU.
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ from dist_esm.jobs.report import versions
 from dist_esm.jobs.selfcheck.compare import (
     Limits,
     RankCheck,
-    arrays,
+    arrays_of,
     bit_difference,
     compare,
-    problems,
-    table,
+    list_problems,
+    make_table,
 )
-from dist_esm.jobs.selfcheck.oracle import Theirs, fair_esm_answers, free_device, free_memory, wanted
-from dist_esm.jobs.selfcheck.sample import Sampled, choose, draw, segments_of
+from dist_esm.jobs.selfcheck.oracle import (
+    FairEsmResult,
+    compared_representations,
+    embed_with_fair_esm,
+    free_device,
+    free_memory,
+)
+from dist_esm.jobs.selfcheck.sample import SampledProtein, choose_sample, read_candidates, segments_of
 from dist_esm.jobs.setup import Setup, choose_setup, describe, find_inputs, load_engine
 from dist_esm.model.engine import Engine, is_out_of_memory
 from dist_esm.model.pool import combine
@@ -63,20 +70,22 @@ def selfcheck(config: Config, world: World) -> int:
     """
     files = world.all_or_none(find_inputs, config)
     setup = choose_setup(config, world)
-    proteins, num_seen, unread = sample_together(config, files, world)
+    proteins, num_seen, unread = agree_on_sample(config, files, world)
     began = time.monotonic()
-    own = world.all_or_none(own_answers, config, setup, proteins, world)
+    ours = world.all_or_none(embed_and_check_bits, config, setup, proteins, world)
     free = world.all_or_none(free_memory)
-    theirs = world.all_or_none(fair_esm_answers, config, setup.device, proteins, world, free)
-    mine = world.all_or_none(judge, config, setup, proteins, own, theirs, world, time.monotonic() - began)
+    theirs = world.all_or_none(embed_with_fair_esm, config, setup.device, proteins, world, free)
+    seconds = time.monotonic() - began
+    mine = world.all_or_none(compare_models, config, setup, proteins, ours, theirs, world, seconds)
     ranks: list[RankCheck] = world.all_gather(mine)
     if not world.is_main:
         return 0
-    found = problems(ranks, [named(one) for one in proteins])
-    write(config, setup, proteins, num_seen, unread, ranks, found)
+    over = list_problems(ranks, [describe_protein(protein) for protein in proteins])
+    write_selfcheck(config, setup, proteins, num_seen, unread, ranks, over)
+    sample = f"{len(proteins)} of {num_seen} proteins"
     lengths = f"{proteins[0].embedded} to {proteins[-1].embedded} residues"
     print(
-        f"{config.model.name} against fair-esm's own model in fp32: {len(proteins)} of {num_seen} proteins, {lengths}\n{table(ranks)}"
+        f"{config.model.name} against fair-esm's own model in fp32: {sample}, {lengths}\n{make_table(ranks)}"
     )
     if config.model.weights == RANDOM:
         print("WEIGHTS ARE RANDOM: this says nothing of real ones")
@@ -84,44 +93,49 @@ def selfcheck(config: Config, world: World) -> int:
         print(f"not read to its end: {line}")
     if len(unread) > MAX_UNREAD:
         print(f"and {len(unread) - MAX_UNREAD} more, all in selfcheck.json")
-    for line in found:
+    for line in over:
         print(f"over: {line}")
-    print("over the limits" if found else "ok: within the limits", flush=True)
-    return 1 if found else 0
+    print("over the limits" if over else "ok: within the limits", flush=True)
+    return 1 if over else 0
 
 
-def sample_together(
+def agree_on_sample(
     config: Config, files: list[FastaFile], world: World
-) -> tuple[list[Sampled], int, list[str]]:
-    """The sample, how many proteins it was drawn from, and what could not be read. Each rank reads its bin of the plan."""
+) -> tuple[list[SampledProtein], int, list[str]]:
+    """Draw the sample together: each rank reads its bin of the plan.
+
+    Returns
+    -------
+    the sample; how many proteins it was drawn from; a line for each unit that could not be read to its end
+    """
     plan = agree_on_plan(config, files, [], world)
-    sampler, unread = draw((plan.units[index] for index in plan.bins[world.rank]), files, config)
+    sampler, unread = read_candidates((plan.units[index] for index in plan.bins[world.rank]), files, config)
     told = world.all_gather((sampler.candidates(), sampler.num_seen, unread))
-    proteins = choose((one for kept, _, _ in told for one in kept), config.selfcheck.proteins)
+    candidates = (protein for kept, _, _ in told for protein in kept)
+    proteins = choose_sample(candidates, config.selfcheck.proteins)
     every_unread = sorted(line for _, _, lines in told for line in lines)
     if not proteins:
-        raise RefusedError(
-            [
-                f"input has no protein to check: {every_unread[0] if every_unread else 'all records are empty or left out'}"
-            ]
-        )
-    return proteins, sum(number for _, number, _ in told), every_unread
+        reason = every_unread[0] if every_unread else "all records are empty or left out"
+        raise RefusedError([f"input has no protein to check: {reason}"])
+    return proteins, sum(num_seen for _, num_seen, _ in told), every_unread
 
 
 @dataclass(frozen=True)
-class Own:
-    """What our forward answered."""
+class EngineResult:
+    """The embeddings by our own forward, and whether their bits depend on the company in a pack."""
 
     alone: list[list[SegmentEmbedding]]
-    """For each protein the answers of its segments, each embedded alone."""
+    """For each protein the embeddings of its segments, each embedded alone."""
     other_bits: dict[int, float]
-    """Index of a protein with other bits in some pack, and the largest difference."""
+    """Index of each protein with other bits in some pack, and the largest difference."""
     num_packs: int
     num_answers: int
     toks_per_batch: int
 
 
-def own_answers(config: Config, setup: Setup, proteins: Sequence[Sampled], world: World) -> Own:
+def embed_and_check_bits(
+    config: Config, setup: Setup, proteins: Sequence[SampledProtein], world: World
+) -> EngineResult:
     """Load the configured model, check its bits, and let it go.
 
     Raises
@@ -129,29 +143,31 @@ def own_answers(config: Config, setup: Setup, proteins: Sequence[Sampled], world
     ValueError
         If it does not fit.
     """
-
-    def work() -> Own:  # a frame of its own, so that nothing holds the model when its memory is given back
-        engine = load_engine(config, setup, world)
-        try:
-            return check_bits(engine, proteins)
-        finally:
-            engine.close()
-
     try:
-        return work()
+        return _load_and_check_bits(config, setup, proteins, world)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
     finally:
         free_device(setup.device)
-    raise ValueError(
-        f"{config.model.name} ran out of memory on {describe(setup.device)}: use a smaller toks_per_batch or truncation_seq_length"
-    )
+    remedy = "use a smaller toks_per_batch or truncation_seq_length"
+    raise ValueError(f"{config.model.name} ran out of memory on {describe(setup.device)}: {remedy}")
 
 
-def check_bits(engine: Engine, proteins: Sequence[Sampled]) -> Own:
+def _load_and_check_bits(
+    config: Config, setup: Setup, proteins: Sequence[SampledProtein], world: World
+) -> EngineResult:
+    """Hold the model in a frame of its own, so that nothing holds it when its memory is given back."""
+    engine = load_engine(config, setup, world)
+    try:
+        return check_bits(engine, proteins)
+    finally:
+        engine.close()
+
+
+def check_bits(engine: Engine, proteins: Sequence[SampledProtein]) -> EngineResult:
     """Embed each protein alone, then all of them in full packs in two orders, and compare."""
-    segments = [segment for number, one in enumerate(proteins) for segment in segments_of(number, one)]
+    segments = [segment for index, protein in enumerate(proteins) for segment in segments_of(index, protein)]
     alone: list[list[SegmentEmbedding]] = [[] for _ in proteins]
     for segment in segments:
         alone[segment.protein] += engine.run(Pack((segment,)))
@@ -159,17 +175,16 @@ def check_bits(engine: Engine, proteins: Sequence[Sampled]) -> Own:
     packs = [pack for order in (segments, other_order) for pack in full_packs(order, engine.toks_per_batch)]
     other_bits: dict[int, float] = {}
     for pack in packs:
-        for segment, answer in zip(pack.segments, engine.run(pack), strict=True):
-            difference = bit_difference(alone[segment.protein][segment.part], answer)
+        for segment, embedding in zip(pack.segments, engine.run(pack), strict=True):
+            difference = bit_difference(alone[segment.protein][segment.part], embedding)
             if difference is not None:
                 other_bits[segment.protein] = max(difference, other_bits.get(segment.protein, 0.0))
-    return Own(
-        alone, other_bits, len(packs), sum(len(pack.segments) for pack in packs), engine.toks_per_batch
-    )
+    num_answers = sum(len(pack.segments) for pack in packs)
+    return EngineResult(alone, other_bits, len(packs), num_answers, engine.toks_per_batch)
 
 
 def full_packs(segments: Sequence[Segment], capacity: int) -> list[Pack]:
-    """Packs of all segments, each filled up with more of the same segments, as in the midst of a long run."""
+    """Pack all segments, and fill each pack up with more of the same, as in the midst of a long run."""
     packer = Packer(capacity)
     packs = [pack for segment in segments for pack in packer.add(segment)]
     full = []
@@ -185,110 +200,113 @@ def full_packs(segments: Sequence[Segment], capacity: int) -> list[Pack]:
     return full
 
 
-def judge(
+def compare_models(
     config: Config,
     setup: Setup,
-    proteins: Sequence[Sampled],
-    own: Own,
-    theirs: Theirs,
+    proteins: Sequence[SampledProtein],
+    ours: EngineResult,
+    theirs: FairEsmResult,
     world: World,
     seconds: float,
 ) -> RankCheck:
-    """Compare what both models answered."""
-    names = [named(one) for one in proteins]
-    ours = [
-        combine(answers, one.embedded, wanted(config))
-        for answers, one in zip(own.alone, proteins, strict=True)
+    """Compare the embeddings by both models."""
+    names = [describe_protein(protein) for protein in proteins]
+    representations = compared_representations(config)
+    our_embeddings = [
+        combine(segments, protein.embedded, representations)
+        for segments, protein in zip(ours.alone, proteins, strict=True)
     ]
     comparisons = [
         compare(
-            kind,
+            include,
             layer,
             names,
-            [one[kind, layer] for one in ours],
-            [one[kind, layer] for one in theirs.vectors],
-            limits,
+            [embedding[include, layer] for embedding in our_embeddings],
+            [embedding[include, layer] for embedding in theirs.embeddings],
+            Limits.of(config.selfcheck, setup.dtype, include),
         )
-        for kind, layer in wanted(config)
-        for limits in (Limits.of(config.selfcheck, setup.dtype, kind),)
+        for include, layer in representations
     ]
-    is_gpu = setup.device.type == "cuda"
+    if setup.device.type == "cuda":
+        kind_of_device = torch.cuda.get_device_name(setup.device)
+    else:
+        kind_of_device = f"cpu with {torch.backends.cpu.get_cpu_capability()}"
     return RankCheck(
         rank=world.rank,
         host=world.host,
         device=describe(setup.device),
-        kind_of_device=torch.cuda.get_device_name(setup.device)
-        if is_gpu
-        else f"cpu with {torch.backends.cpu.get_cpu_capability()}",
+        kind_of_device=kind_of_device,
         dtype=str(setup.dtype).removeprefix("torch."),
         kernels=str(setup.kernels),
-        toks_per_batch=own.toks_per_batch,
+        toks_per_batch=ours.toks_per_batch,
         fair_esm_device=theirs.device,
         comparisons=tuple(comparisons),
-        num_packs=own.num_packs,
-        num_answers=own.num_answers,
-        other_bits={names[number]: difference for number, difference in own.other_bits.items()},
-        other_tokens=tuple(names[number] for number in theirs.other_tokens),
-        bits=tuple(digest(answers) for answers in own.alone),
+        num_packs=ours.num_packs,
+        num_answers=ours.num_answers,
+        other_bits={names[index]: difference for index, difference in ours.other_bits.items()},
+        other_tokens=tuple(names[index] for index in theirs.other_tokens),
+        bits=tuple(digest_of_bits(segments) for segments in ours.alone),
         seconds=round(seconds, 3),
     )
 
 
-def digest(answers: Sequence[SegmentEmbedding]) -> str:
-    """A fingerprint of the bits of a protein's answers."""
-    found = hashlib.sha256()
-    for answer in answers:
-        for values in arrays(answer):
-            found.update(values.tobytes())
-    return found.hexdigest()
+def digest_of_bits(segments: Sequence[SegmentEmbedding]) -> str:
+    """Digest the bits of a protein's embedding."""
+    digest = hashlib.sha256()
+    for segment in segments:
+        for values in arrays_of(segment):
+            digest.update(values.tobytes())
+    return digest.hexdigest()
 
 
-def named(one: Sampled) -> str:
-    """A protein in words."""
-    return f"{one.id} ({one.source}, {one.embedded} residues)"
+def describe_protein(protein: SampledProtein) -> str:
+    """Name a protein for people."""
+    return f"{protein.id} ({protein.source}, {protein.embedded} residues)"
 
 
-def write(
+def write_selfcheck(
     config: Config,
     setup: Setup,
-    proteins: Sequence[Sampled],
+    proteins: Sequence[SampledProtein],
     num_seen: int,
     unread: Sequence[str],
     ranks: Sequence[RankCheck],
-    found: Sequence[str],
+    over: Sequence[str],
 ) -> None:
     """Write `selfcheck.json`; a number that is not finite is null."""
+    includes = [include for include, _ in compared_representations(config)]
     content = {
-        "status": "over" if found else "ok",
-        "over": found,
+        "status": "over" if over else "ok",
+        "over": over,
         "model": {"weights_from": config.model.weights or str(locate(config.model)), **setup.provenance},
         "limits": {
-            kind.name: asdict(Limits.of(config.selfcheck, setup.dtype, kind)) for kind, _ in wanted(config)
+            include.name: asdict(Limits.of(config.selfcheck, setup.dtype, include)) for include in includes
         },
         "proteins_seen": num_seen,
         "not_read": unread,
         "sample": [
             {
-                "id": one.id,
-                "source": one.source,
-                "residues": one.length,
-                "embedded": one.embedded,
-                "segments": len(one.spans),
+                "id": protein.id,
+                "source": protein.source,
+                "residues": protein.length,
+                "embedded": protein.embedded,
+                "segments": len(protein.spans),
             }
-            for one in proteins
+            for protein in proteins
         ],
         "ranks": [asdict(rank) for rank in ranks],
         "config": plain_values(config),
         "versions": versions(),
     }
+    text = json.dumps(null_if_not_finite(content), indent=1, allow_nan=False)
     with atomically(config.output_dir / "selfcheck.json") as beside:
-        beside.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        beside.write_text(text + "\n", encoding="utf-8")
 
 
-def finite(value: Any) -> Any:
-    """Plain values, with None for numbers that JSON does not have."""
+def null_if_not_finite(value: Any) -> Any:
+    """Return plain values with None for each number that JSON does not have."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: null_if_not_finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
+        return [null_if_not_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

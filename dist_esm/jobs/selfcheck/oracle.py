@@ -1,7 +1,7 @@
-"""fair-esm's own model in fp32, as `job=selfcheck` asks it: on this rank's device if it fits there, else on the CPU.
+"""fair-esm's own model in fp32, for `job=selfcheck`: on this rank's device if it fits there, else on the CPU.
 
-Its parameters are the tensors that our model was made of, one by one under fair-esm's names, its tokens come from fair-esm's own batch
-converter, and a protein is a forward of its own, without padding.
+Its parameters are the tensors that our model is made of, under fair-esm's names. Its tokens come from
+fair-esm's own batch converter. A segment is a forward of its own, without padding.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_esm.config import Config, Include
 from dist_esm.distributed import World
 from dist_esm.fair_esm import fair_esm_hidden, fair_esm_model, fair_esm_tokens
-from dist_esm.jobs.selfcheck.sample import Sampled, segments_of
+from dist_esm.jobs.selfcheck.sample import SampledProtein, segments_of
 from dist_esm.jobs.setup import describe
 from dist_esm.model.engine import num_cores
 from dist_esm.model.esm2 import Architecture
@@ -33,28 +33,28 @@ log = logging.getLogger("dist_esm")
 
 
 @dataclass(frozen=True)
-class Theirs:
-    """What fair-esm's own model answered."""
+class FairEsmResult:
+    """The embeddings by fair-esm's own model."""
 
-    vectors: list[ProteinEmbedding]
+    embeddings: list[ProteinEmbedding]
     other_tokens: list[int]
     """Indices of the proteins whose tokens are not ours."""
     device: str
 
 
-def fair_esm_answers(
-    config: Config, device: torch.device, proteins: Sequence[Sampled], world: World, free: int | None
-) -> Theirs:
-    """Build fair-esm's model on the device, or on the CPU if it does not fit there, and ask it.
+def embed_with_fair_esm(
+    config: Config, device: torch.device, proteins: Sequence[SampledProtein], world: World, free: int | None
+) -> FairEsmResult:
+    """Build fair-esm's model on the device, or on the CPU if it does not fit there, and embed the sample.
 
     Parameters
     ----------
     config
         Checked configuration.
     device
-        Our model's.
+        The device of our model.
     proteins
-        What to ask for.
+        The sample.
     world
         The ranks, those of one host sharing its memory.
     free
@@ -66,90 +66,89 @@ def fair_esm_answers(
         If it does not fit on the CPU either.
     """
     torch.set_float32_matmul_precision("highest")  # no TF32, whatever the environment asks for
-    place = device
     if device.type == "cuda":
         try:
-            return ask_fair_esm(config, device, place, proteins)
+            return run_fair_esm(config, device, device, proteins)
         except torch.OutOfMemoryError:
-            place = torch.device("cpu")
+            pass  # the memory is given back outside the handler, whose traceback holds the model
         log.warning(
             "fair-esm's model in fp32 does not fit on %s: it runs on the CPU, which takes long",
             describe(device),
         )
         free_device(device)
-    longest = max(stop - start for one in proteins for start, stop, _, _ in one.spans)
+    longest = max(span.stop - span.start for protein in proteins for span in protein.spans)
     refuse_what_does_not_fit(needed_bytes(architecture(config.model), longest), free, longest, world)
     torch.set_num_threads(max(1, num_cores() // world.local_world_size))
-    return ask_fair_esm(config, device, place, proteins)
+    return run_fair_esm(config, device, torch.device("cpu"), proteins)
 
 
 @torch.inference_mode()
-def ask_fair_esm(
-    config: Config, device: torch.device, place: torch.device, proteins: Sequence[Sampled]
-) -> Theirs:
-    """Build fair-esm's model at a place, of the tensors that ours has on its device, and ask it."""
+def run_fair_esm(
+    config: Config, device: torch.device, oracle_device: torch.device, proteins: Sequence[SampledProtein]
+) -> FairEsmResult:
+    """Build fair-esm's model on `oracle_device`, of the tensors that ours has on `device`, and embed the sample."""
     arch = architecture(config.model)
-    model = fair_esm_model(
-        arch.num_layers, arch.embed_dim, arch.attention_heads, fair_esm_tensors(config.model, device), place
-    )
+    tensors = fair_esm_tensors(config.model, device)
+    model = fair_esm_model(arch.num_layers, arch.embed_dim, arch.attention_heads, tensors, oracle_device)
     other_tokens = [
-        number
-        for number, one in enumerate(proteins)
-        if any(not has_fair_esm_tokens(one, segment) for segment in segments_of(number, one))
+        index
+        for index, protein in enumerate(proteins)
+        if not all(has_fair_esm_tokens(protein, segment) for segment in segments_of(index, protein))
     ]
-    return Theirs(
-        [fair_esm_vectors(model, place, one, wanted(config)) for one in proteins],
-        other_tokens,
-        describe(place),
-    )
+    representations = compared_representations(config)
+    embeddings = [fair_esm_embedding(model, oracle_device, protein, representations) for protein in proteins]
+    return FairEsmResult(embeddings, other_tokens, describe(oracle_device))
 
 
-def has_fair_esm_tokens(one: Sampled, segment: Segment) -> bool:
-    """Whether fair-esm's converter makes the same tokens of a segment's residues."""
-    start, stop, _, _ = one.spans[segment.part]
-    return np.array_equal(fair_esm_tokens(one.residues[start:stop])[0].numpy(), segment.tokens)
+def has_fair_esm_tokens(protein: SampledProtein, segment: Segment) -> bool:
+    """Return whether fair-esm's converter makes the same tokens of a segment's residues."""
+    span = protein.spans[segment.part]
+    tokens_1T = fair_esm_tokens(protein.residues[span.start : span.stop])
+    return np.array_equal(tokens_1T[0].numpy(), segment.tokens)
 
 
-def fair_esm_vectors(
-    model: nn.Module, place: torch.device, one: Sampled, what: Sequence[tuple[Include, int]]
+def fair_esm_embedding(
+    model: nn.Module,
+    device: torch.device,
+    protein: SampledProtein,
+    representations: Sequence[tuple[Include, int]],
 ) -> ProteinEmbedding:
-    """A protein's representations by fair-esm's model, pooled as its own scripts do: `mean(0)` over the residues."""
-    layers = sorted({layer for _, layer in what})
-    parts = []
-    for start, stop, first, last in one.spans:
-        hidden = fair_esm_hidden(model, fair_esm_tokens(one.residues[start:stop]).to(place), layers)
-        parts.append(
-            {
-                layer: (x_TD[0].cpu(), x_TD[1 + first - start : 1 + last - start].cpu())
-                for layer, x_TD in hidden.items()
-            }
-        )
-    rows = {layer: torch.cat([part[layer][1] for part in parts]) for layer in layers}
+    """Embed a protein with fair-esm's model, pooled as its own scripts do: `mean(0)` over the residues."""
+    layers = sorted({layer for _, layer in representations})
+    bos: list[dict[int, Tensor]] = []
+    rows: list[dict[int, Tensor]] = []
+    for span in protein.spans:
+        tokens_1T = fair_esm_tokens(protein.residues[span.start : span.stop]).to(device)
+        hidden = fair_esm_hidden(model, tokens_1T, layers)
+        first, stop = 1 + span.keep_start - span.start, 1 + span.keep_stop - span.start  # BOS is row 0
+        bos.append({layer: x_TD[0].cpu() for layer, x_TD in hidden.items()})
+        rows.append({layer: x_TD[first:stop].cpu() for layer, x_TD in hidden.items()})
+    x_LD = {layer: torch.cat([segment[layer] for segment in rows]) for layer in layers}
     pooled = {
-        Include.mean: lambda layer: rows[layer].mean(0),
-        Include.bos: lambda layer: parts[0][layer][0],
-        Include.per_tok: rows.__getitem__,
+        Include.mean: lambda layer: x_LD[layer].mean(0),
+        Include.bos: lambda layer: bos[0][layer],
+        Include.per_tok: x_LD.__getitem__,
     }
-    return {(kind, layer): pooled[kind](layer).numpy() for kind, layer in what}
+    return {(include, layer): pooled[include](layer).numpy() for include, layer in representations}
 
 
-def wanted(config: Config) -> list[tuple[Include, int]]:
-    """Kinds and layers to compare: what is included, and the mean, which every output has."""
-    kinds = dict.fromkeys((Include.mean, *config.include))
-    return [(kind, layer) for kind in kinds for layer in config.resolved_layers()]
+def compared_representations(config: Config) -> list[tuple[Include, int]]:
+    """Return the representations to compare: those included, and the mean, which every output has."""
+    includes = dict.fromkeys((Include.mean, *config.include))
+    return [(include, layer) for include in includes for layer in config.resolved_layers()]
 
 
 def needed_bytes(arch: Architecture, num_residues: int) -> int:
-    """What fair-esm's model takes in fp32: its parameters, and for one forward about four attention matrices of a layer."""
+    """Return the bytes of fair-esm's model in fp32: its parameters, and about four attention matrices."""
     attention = 4 * arch.attention_heads * (num_residues + 2) ** 2
     return 4 * (sum(math.prod(shape) for shape in tensor_shapes(arch).values()) + attention)
 
 
 def free_memory() -> int | None:
-    """Bytes that this host can still give out; None where the system does not say."""
+    """Return the bytes that this host can still give out; None where the system does not say."""
     path = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text()) if path.is_file() else None
-    return int(found[1]) << 10 if found else None
+    available = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text()) if path.is_file() else None
+    return int(available[1]) << 10 if available else None
 
 
 def refuse_what_does_not_fit(needed: int, free: int | None, longest: int, world: World) -> None:
@@ -162,9 +161,10 @@ def refuse_what_does_not_fit(needed: int, free: int | None, longest: int, world:
     """
     if free is not None and needed * world.local_world_size > free:
         ranks = f" for each of {world.local_world_size} ranks" if world.local_world_size > 1 else ""
+        needs = f"needs {needed / 1e9:.1f} GB{ranks} with proteins of {longest} residues"
+        remedy = "check with fewer ranks, a smaller truncation_seq_length, or on a machine with more memory"
         raise ValueError(
-            f"fair-esm's model in fp32 needs {needed / 1e9:.1f} GB{ranks} with proteins of {longest} residues, {world.host} has {free / 1e9:.1f} GB free: "
-            f"check with fewer ranks, a smaller truncation_seq_length, or on a machine with more memory"
+            f"fair-esm's model in fp32 {needs}, {world.host} has {free / 1e9:.1f} GB free: {remedy}"
         )
 
 

@@ -1,8 +1,10 @@
-"""A sample of the input's proteins that is the same for any number of ranks: the shortest, the longest, the rest spread over lengths.
+"""A sample of the input's proteins: the shortest, the longest, and the rest spread over the lengths between.
 
-Proteins are told by a digest of their residues, so neither files nor their order decide which are taken, and none is taken twice. Those of
-about one length share a bucket, sixteen to a doubling, and of each bucket only the `size` lowest digests are kept: memory is a few
-thousand proteins at most, whatever the input. `choose` then takes one protein of each bucket in turn.
+It is the same for any number of ranks. A digest of its residues stands for a protein, so neither files nor
+their order decide which are taken, and none is taken twice. Proteins of about the same length share a
+bucket, sixteen to a doubling. Of each bucket only the `size` lowest digests are kept, so memory holds a
+few thousand proteins at most, whatever the input. `choose_sample` then takes a protein of each bucket in
+turn.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ BUCKETS_PER_DOUBLING = 16
 
 
 @dataclass(frozen=True, order=True)
-class Sampled:
+class SampledProtein:
     """A protein that may be in the sample."""
 
     key: bytes
-    """Digest of what is embedded."""
+    """Digest of the residues that are embedded."""
     source: str
     """Its file, as outputs name it."""
-    number: int
+    place: int
     """Its place among the proteins of its unit that get an embedding, from 0."""
     id: str
     length: int
@@ -40,106 +42,110 @@ class Sampled:
     residues: bytes
     """These residues."""
     spans: tuple[Span, ...]
-    """Of each of its segments."""
+    """The span of each of its segments."""
 
 
 class Sampler:
-    """Keeps what `choose` may take of the proteins that pass by.
+    """Keeps those of the proteins that pass by which `choose_sample` may take.
 
     Parameters
     ----------
     size
-        Proteins wanted.
+        Proteins of the sample.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.num_seen = 0
-        self._kept: dict[int, dict[bytes, Sampled]] = {}
-        self._ends: tuple[Sampled, Sampled] | None = None
+        self._kept: dict[int, dict[bytes, SampledProtein]] = {}
+        self._ends: tuple[SampledProtein, SampledProtein] | None = None
 
-    def add(self, one: Sampled) -> None:
+    def add(self, protein: SampledProtein) -> None:
         """Let a protein pass by."""
         self.num_seen += 1
-        kept = self._kept.setdefault(bucket(one.embedded), {})
-        kept[one.key] = min(one, kept.get(one.key, one))
+        kept = self._kept.setdefault(bucket(protein.embedded), {})
+        kept[protein.key] = min(protein, kept.get(protein.key, protein))
         if len(kept) > self.size:
             del kept[max(kept)]
-        shortest, longest = self._ends or (one, one)
-        self._ends = min(shortest, one, key=_by_length), max(longest, one, key=_by_length)
+        shortest, longest = self._ends or (protein, protein)
+        self._ends = min(shortest, protein, key=_by_length), max(longest, protein, key=_by_length)
 
-    def candidates(self) -> list[Sampled]:
-        """What was kept."""
-        return [*(self._ends or ()), *(one for kept in self._kept.values() for one in kept.values())]
+    def candidates(self) -> list[SampledProtein]:
+        """Return the proteins that were kept."""
+        kept = (protein for proteins in self._kept.values() for protein in proteins.values())
+        return [*(self._ends or ()), *kept]
 
 
-def draw(units: Iterable[Unit], files: Sequence[FastaFile], config: Config) -> tuple[Sampler, list[str]]:
+def read_candidates(
+    units: Iterable[Unit], files: Sequence[FastaFile], config: Config
+) -> tuple[Sampler, list[str]]:
     """Read units as `job=embed` does, residue policy, truncation and windows included.
 
     Returns
     -------
-    the sampler that saw every protein that gets an embedding; a line for each unit that could not be read to its end
+    the sampler that saw every protein that gets an embedding; a line for each unit that was not read to its end
     """
     sampler = Sampler(config.selfcheck.proteins)
-    problems = []
+    unread = []
     for unit in units:
         problem = as_value(_read, unit, files[unit.file], config, sampler)
         if problem is not None:
-            problems.append(f"{files[unit.file].path}: {' '.join(str(problem).split())}")
-    return sampler, problems
+            unread.append(f"{files[unit.file].path}: {' '.join(str(problem).split())}")
+    return sampler, unread
 
 
 def _read(unit: Unit, file: FastaFile, config: Config, sampler: Sampler) -> None:
-    number = 0
-    for protein in read_proteins(unit, config.residues):
-        shaped, _, spans = apply_length_policy(protein, config)
+    place = 0
+    for record in read_proteins(unit, config.residues):
+        protein, _, spans = apply_length_policy(record, config)
         if spans:
-            residues = shaped.residues[: max(span.stop for span in spans)]
-            embedded = num_embedded(spans)
-            key = hashlib.blake2b(residues, digest_size=16).digest()
+            residues = protein.residues[: max(span.stop for span in spans)]
             sampler.add(
-                Sampled(
-                    key,
-                    file.source,
-                    number,
-                    shaped.id,
-                    len(shaped.residues),
-                    embedded,
-                    residues,
-                    tuple(spans),
+                SampledProtein(
+                    key=hashlib.blake2b(residues, digest_size=16).digest(),
+                    source=file.source,
+                    place=place,
+                    id=protein.id,
+                    length=len(protein.residues),
+                    embedded=num_embedded(spans),
+                    residues=residues,
+                    spans=tuple(spans),
                 )
             )
-            number += 1
+            place += 1
 
 
-def choose(candidates: Iterable[Sampled], size: int) -> list[Sampled]:
-    """At most `size` distinct proteins of those that any number of samplers of this size kept, the shortest first."""
-    distinct: dict[bytes, Sampled] = {}
-    for one in candidates:
-        distinct[one.key] = min(one, distinct.get(one.key, one))
-    everything = sorted(distinct.values(), key=_by_length)
-    if len(everything) <= size:
-        return everything
-    chosen = [everything[-1], everything[0]][:size]
-    buckets: dict[int, list[Sampled]] = {}
-    for one in sorted(everything[1:-1]):
-        buckets.setdefault(bucket(one.embedded), []).append(one)
-    for turn in zip_longest(*(buckets[number] for number in sorted(buckets))):
-        row = [one for one in turn if one is not None]
+def choose_sample(candidates: Iterable[SampledProtein], size: int) -> list[SampledProtein]:
+    """Choose at most `size` distinct proteins, the shortest first.
+
+    The candidates are those that any number of samplers of this size kept.
+    """
+    distinct: dict[bytes, SampledProtein] = {}
+    for protein in candidates:
+        distinct[protein.key] = min(protein, distinct.get(protein.key, protein))
+    by_length = sorted(distinct.values(), key=_by_length)
+    if len(by_length) <= size:
+        return by_length
+    chosen = [by_length[-1], by_length[0]][:size]
+    buckets: dict[int, list[SampledProtein]] = {}
+    for protein in sorted(by_length[1:-1]):
+        buckets.setdefault(bucket(protein.embedded), []).append(protein)
+    for turn in zip_longest(*(buckets[length] for length in sorted(buckets))):
+        row = [protein for protein in turn if protein is not None]
         room = size - len(chosen)
         chosen += row if len(row) <= room else [row[index * len(row) // room] for index in range(room)]
     return sorted(chosen, key=_by_length)
 
 
-def segments_of(number: int, one: Sampled) -> list[Segment]:
-    """What the forward sees of a protein."""
-    return make_segments(number, one.residues, one.spans)
+def segments_of(protein_index: int, protein: SampledProtein) -> list[Segment]:
+    """Cut a protein into the segments that the forward sees; they carry its index in the sample."""
+    return make_segments(protein_index, protein.residues, protein.spans)
 
 
 def bucket(num_residues: int) -> int:
-    """The bucket of a length."""
+    """Return the bucket of a length."""
     return int(BUCKETS_PER_DOUBLING * math.log2(num_residues))
 
 
-def _by_length(one: Sampled) -> tuple[int, Sampled]:
-    return one.embedded, one
+def _by_length(protein: SampledProtein) -> tuple[int, SampledProtein]:
+    return protein.embedded, protein

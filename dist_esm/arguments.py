@@ -1,0 +1,342 @@
+"""The words of the command line, read before Hydra sees them: what is plain is taken, the rest explained.
+
+Hydra's grammar is made for sweeps and nested values. It refuses paths such as `it's.fasta`, reads `20240501`
+as a number, and takes a key that is given twice, `+key` and `hydra.key` without a word. So text (`input`,
+`output_dir`, `model.weights`) never passes through that grammar, and every other value is checked here against
+the type of its key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import glob
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from dist_esm.config import Config, Job, conf_dir, no_choice, unknown_model
+
+EXAMPLES = {
+    "toks_per_batch": "8192",
+    "selfcheck.min_cosine": "0.999",
+    "selfcheck.max_relative_error": "1e-5",
+}
+"""Values to show for keys whose default is null."""
+NO_VALUE = ("null", "none")
+TRUTH = ("true", "false", "yes", "no", "y", "n", "on", "off", "1", "0")
+"""Words that OmegaConf takes as a truth value."""
+REMEDIES = {
+    "--nogpu": "write device=cpu",
+    "--multirun": "one call is one run; a list is written in brackets, as include=[mean,bos]",
+    "-m": "one call is one run; a list is written in brackets, as include=[mean,bos]",
+    "--config-path": "write --config-dir DIR",
+    "-cd": "write --config-dir DIR",
+    "-cn": "write --config-name NAME",
+}
+"""What does the same as an option of esm-extract or Hydra."""
+
+
+def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Tell options from `key=value` words, in any order.
+
+    Raises
+    ------
+    ValueError
+        If an option is unknown; the message names the key or option that does the same.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("--cfg", action="store_true")
+    parser.add_argument("--config-dir")
+    parser.add_argument("--config-name", default="config")
+    parser.add_argument("overrides", nargs="*")
+    try:
+        options, unknown = parser.parse_known_intermixed_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    if unknown:
+        words = list(argv or ())
+        at = next((index for index, word in enumerate(words) if word == unknown[0]), len(words))
+        raise ValueError(no_option(unknown[0], words[at + 1 :]))
+    return options
+
+
+def no_option(option: str, following: Sequence[str]) -> str:
+    """Say in one line what to write in place of an option, given the words that follow it."""
+    name, equals, value = option.partition("=")
+    key = name.lstrip("-").replace("-", "_")
+    values = [value] if equals else []
+    for word in following if not equals else ():
+        if "=" in word or (word.startswith("-") and not word[1:].isdigit()):
+            break
+        values.append(word)
+    hint = key_types().get(key)
+    if name in REMEDIES:
+        remedy = REMEDIES[name]
+    elif hint is None:
+        options = ["--help", "--version", "--cfg", "--config-dir", "--config-name"]
+        near = difflib.get_close_matches(name, options, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "write keys as key=value, and see --help"
+    elif get_origin(hint) is list or (key == "input" and len(values) > 1):
+        remedy = f"write {key}=[{','.join(values) or 'VALUE,...'}]"
+    elif hint is bool and not values:
+        remedy = f"write {key}=true"
+    else:
+        remedy = f"write {key}={values[0] if values else 'VALUE'}"
+    given = " ".join([option, *values]) if hint is not None and not equals else option
+    return f"{given} is no option: {remedy}"
+
+
+def key_types(schema: type[Any] = Config, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every key by its dotted name; a group of keys has the type of its dataclass."""
+    types: dict[str, Any] = {}
+    for name, hint in get_type_hints(schema).items():
+        types[prefix + name] = hint
+        if hasattr(hint, "__dataclass_fields__"):
+            types |= key_types(hint, f"{prefix}{name}.")
+    return types
+
+
+def is_text(hint: Any) -> bool:
+    """Return whether a key's value is text, taken as it stands: a path or a name."""
+    return hint is Any or bool({str, Path} & {hint, *get_args(hint)})
+
+
+Text = str | list[str] | None
+
+
+def read_words(words: Sequence[str], config_dir: str | None = None) -> tuple[list[str], dict[str, Text]]:
+    """Read the `key=value` words.
+
+    Parameters
+    ----------
+    words
+        As the shell gave them.
+    config_dir
+        The folder of the user's own configuration, whose folders are groups that Hydra knows.
+
+    Returns
+    -------
+    overrides that Hydra's grammar reads as they are meant; text by key, for after Hydra
+
+    Raises
+    ------
+    ValueError
+        One line that names the key, its value and what to write.
+    """
+    types = key_types()
+    given: dict[str, str] = {}
+    inputs: list[str] = []
+    overrides: list[str] = []
+    for word in words:
+        if "=" not in word:
+            raise ValueError(no_key_value(word, words))
+        key, value = split_word(word, types, config_dir)
+        if key == "input":
+            inputs.append(value)
+        elif key in given:
+            raise ValueError(f"{key} is given twice: {key}={given[key]} and {key}={value}: give it once")
+        given[key] = value
+    texts: dict[str, Text] = {}
+    if inputs:
+        texts["input"] = read_inputs(inputs)
+    for key, value in given.items():
+        if key == "input":
+            continue
+        hint = types.get(key)
+        if key == "model":
+            overrides.append(f"model={model_name(value, config_dir)}")
+        elif hint is None:
+            overrides.append(f"{key}={value}")
+        elif is_text(hint):
+            texts[key] = read_text(key, value, is_optional=NoneType in get_args(hint))
+        else:
+            overrides.append(f"{key}={read_value(key, hint, value)}")
+    return overrides, texts
+
+
+def split_word(word: str, types: Mapping[str, Any], config_dir: str | None) -> tuple[str, str]:
+    """Split a word into a key that there is, and its value."""
+    signed, _, value = word.partition("=")
+    key = signed.lstrip("+~")
+    if key == "hydra.searchpath" and config_dir:
+        raise ValueError(f"{word} does nothing beside --config-dir: leave it out")
+    if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
+        raise ValueError(f"{word} does nothing here: leave it out; a run writes to output_dir alone")
+    is_group = bool(config_dir and key and (Path(config_dir) / key).is_dir())
+    if key not in types and not is_group and key != "hydra.searchpath":
+        if os.path.lexists(word):
+            raise ValueError(f"{key!r} is no key: write {shown('input', word)}")
+        raise ValueError(no_key(key, types))
+    if signed.startswith("~"):
+        raise ValueError(f"{word}: a key cannot be taken out: leave it out for its default")
+    if signed.startswith("+") and not is_group:
+        raise ValueError(f"{word}: {key} is a key already: write {shown(key, value)}")
+    return (signed if is_group else key), value
+
+
+def no_key(key: str, types: Mapping[str, Any]) -> str:
+    """Say in one line that there is no such key, and which may be meant."""
+    near = difflib.get_close_matches(key.strip().lower(), types, n=1)
+    leaves = [name for name in types if name.rpartition(".")[2] == key.strip().lower()]
+    guess = (leaves if len(leaves) == 1 else near)[:1]
+    return f"{key!r} is no key" + (f": did you mean {guess[0]}?" if guess else ": see --help for the keys")
+
+
+def no_key_value(word: str, words: Sequence[str]) -> str:
+    """Say in one line what to write in place of a word without a key."""
+    types = key_types()
+    key = word.lstrip("+~")
+    if word != key and key in types:
+        remedy = f"leave {key} out for its default"
+    elif os.path.lexists(word):
+        keyed = [other.partition("=")[2] for other in words if other.startswith("input=")]
+        paths = [path[1:-1] if is_in_brackets(path) else path for path in keyed]
+        paths += [other for other in words if "=" not in other and os.path.lexists(other)]
+        remedy = f"write {shown('input', paths[0] if len(paths) == 1 else '[' + ','.join(paths) + ']')}"
+    elif word in Job.__members__:
+        remedy = f"write job={word}"
+    elif word in model_names(None):
+        remedy = f"write model={word}"
+    elif word in types:
+        remedy = f"write {word}=VALUE, and see --help"
+    else:
+        remedy = "for example input=proteins/"
+    return f"{word!r} is not key=value: {remedy}"
+
+
+def shown(key: str, value: str) -> str:
+    """Write a word as a shell takes it."""
+    word = f"{key}={value}"
+    return word if re.fullmatch(r"[\w./,:@%+=\[\]~^-]*", word, re.ASCII) else shlex.quote(word)
+
+
+def model_names(config_dir: str | None) -> list[str]:
+    """Return the models that there are, those of the user's own configuration included."""
+    folders = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
+    return [path.stem for folder in folders for path in sorted((folder / "model").glob("*.yaml"))]
+
+
+def model_name(value: str, config_dir: str | None) -> str:
+    """Return the name of a model that there is."""
+    name = unquoted(value)
+    if name not in model_names(config_dir):
+        raise ValueError(unknown_model(name, model_names(config_dir)))
+    return name
+
+
+def unquoted(text: str) -> str:
+    """Take off the quotes or backslashes that Hydra's grammar would want."""
+    quoted = re.fullmatch(r"""\s*(["'])(.*)\1\s*""", text, re.DOTALL)
+    if quoted:
+        return quoted[2].replace("\\" + quoted[1], quoted[1])
+    return re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", text.strip())
+
+
+def read_text(key: str, text: str, is_optional: bool = False) -> str | None:
+    """Read a path or a name: as it stands if it is there, else without quotes and with `$NAME` filled in."""
+    if os.path.lexists(text):
+        return text
+    text = unquoted(text)
+    if not text:
+        raise ValueError(f"{key} is empty: write {key}=PATH, or leave it out for its default")
+    if text.lower() in NO_VALUE and key != "input":
+        if is_optional and text.lower() == "null":
+            return None
+        remedy = f"write {key}=null" if is_optional else f"leave it out, or write {key}=./{text}"
+        raise ValueError(f"{key}={text} names nothing: {remedy}")
+    return text if os.path.lexists(text) else os.path.expandvars(text)
+
+
+def read_inputs(values: Sequence[str]) -> str | list[str]:
+    """Read the values of `input`, a list or not, to a path or a list of paths."""
+    lists = [read_list(value) for value in values]
+    if len(values) == 1 and lists[0] is None:
+        return str(read_text("input", values[0]))
+    paths: list[str] = []
+    for value, items in zip(values, lists, strict=True):
+        paths += [str(read_text("input", item)) for item in ([value] if items is None else items)]
+    return paths
+
+
+def read_list(value: str) -> list[str] | None:
+    """Return the paths of a list, with brackets or, where each is there, without; None if it is no list."""
+    if os.path.lexists(value) or re.fullmatch(r"""\s*(["']).*\1\s*""", value, re.DOTALL):
+        return None
+    text = value.strip()
+    if is_in_brackets(text):
+        item = r"""\s*((["'])(?:\\.|(?!\2).)*\2|(?:\\.|[^,\\])*)\s*(?:,|$)"""
+        return [match[1] for match in re.finditer(item, text[1:-1], re.DOTALL) if match[1].strip()]
+    parts = text.split(",")
+    if len(parts) == 1 or glob.has_magic(text):
+        return None
+    if all(os.path.lexists(os.path.expanduser(os.path.expandvars(part))) for part in parts):
+        return parts
+    raise ValueError(f"input={value} does not exist: a list is written {shown('input', f'[{text}]')}")
+
+
+def is_in_brackets(text: str) -> bool:
+    """Return whether the first bracket is closed by the last, as in `[a,b]` and not in `[ab]*[0-9]`."""
+    depth = 0
+    for index, letter in enumerate(text):
+        depth += (letter == "[") - (letter == "]")
+        if depth == 0:
+            return index == len(text) - 1 and index > 0
+    return False
+
+
+def read_value(key: str, hint: Any, value: str) -> str:
+    """Check a value against the type of its key, and write it as Hydra's grammar reads it.
+
+    Raises
+    ------
+    ValueError
+        If it is none of that type.
+    """
+    if "${" in value:  # looked up by OmegaConf, which checks it
+        return value
+    text = unquoted(value)
+    if hasattr(hint, "__dataclass_fields__"):
+        first = next(name for name in key_types() if name.startswith(f"{key}."))
+        raise ValueError(f"{key}={value}: {key} is a group of keys: write for example {first}=VALUE")
+    if get_origin(hint) is list:
+        (item_type,) = get_args(hint)
+        items = re.split(r"[\s,]+", text[1:-1] if is_in_brackets(text) else text)
+        return f"[{','.join(read_value(key, item_type, item) for item in items if item)}]"
+    choices = get_args(hint)
+    if NoneType in choices:
+        if text.lower() == "null":
+            return "null"
+        if text.lower() in NO_VALUE:
+            raise ValueError(f"{key}={value} is no value: write {key}=null")
+        hint = next(choice for choice in choices if choice is not NoneType)
+    if issubclass(hint, Enum):
+        if text not in hint.__members__:
+            raise ValueError(no_choice(hint, key, text))
+    elif hint is bool:
+        if text.lower() not in TRUTH:
+            raise ValueError(f"{key}={value} is neither true nor false: write {key}=true or {key}=false")
+    else:
+        read_number(key, hint, text, NoneType in choices)
+    return text
+
+
+def read_number(key: str, hint: type[int] | type[float], text: str, is_optional: bool) -> None:
+    """Refuse text that is no number of a type."""
+    try:
+        hint(text)
+    except ValueError:
+        default: Any = Config()
+        for name in key.split("."):
+            default = getattr(default, name)
+        example = EXAMPLES.get(key, default[0] if isinstance(default, list) else default)
+        sort = "a whole number" if hint is int else "a number"
+        remedy = f"for example {key}={example}" + (f", or {key}=null" if is_optional else "")
+        raise ValueError(f"{key}={text} is not {sort}: {remedy}") from None
