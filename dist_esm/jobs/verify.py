@@ -89,7 +89,7 @@ def verify(config: Config, world: World) -> int:
         problems = [f"{type(found).__name__}: {found}"] if isinstance(found, Exception) else found
         findings += [Finding(path, problem) for problem in problems]
         num_proteins += entry["sequences"]
-    told = world.all_gather((findings, len(mine), num_proteins))
+    told = world.all_gather((findings, len(mine), num_proteins), Finding)
     if not world.is_main:
         return 0
     everything = sorted(

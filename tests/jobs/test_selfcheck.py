@@ -19,7 +19,7 @@ from dist_esm import Embedder
 from dist_esm.config import Config, Include, ModelConfig, SelfcheckConfig
 from dist_esm.distributed import World
 from dist_esm.jobs.selfcheck.compare import Limits, compare, list_problems, make_table
-from dist_esm.jobs.selfcheck.job import check_bits, compare_models, full_packs, describe_protein
+from dist_esm.jobs.selfcheck.job import check_bits, compare_models, describe_protein, full_packs
 from dist_esm.jobs.selfcheck.oracle import (
     embed_with_fair_esm,
     has_fair_esm_tokens,

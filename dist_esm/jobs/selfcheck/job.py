@@ -27,6 +27,7 @@ from dist_esm.config import Config, plain_values
 from dist_esm.distributed import RefusedError, World
 from dist_esm.jobs.report import versions
 from dist_esm.jobs.selfcheck.compare import (
+    Comparison,
     Limits,
     RankCheck,
     arrays_of,
@@ -42,7 +43,13 @@ from dist_esm.jobs.selfcheck.oracle import (
     free_device,
     free_memory,
 )
-from dist_esm.jobs.selfcheck.sample import SampledProtein, choose_sample, read_candidates, segments_of
+from dist_esm.jobs.selfcheck.sample import (
+    SampledProtein,
+    choose_sample,
+    read_candidates,
+    segments_of,
+    with_spans,
+)
 from dist_esm.jobs.setup import Setup, choose_setup, describe, find_inputs, load_engine
 from dist_esm.model.engine import Engine, is_out_of_memory
 from dist_esm.model.pool import combine
@@ -77,7 +84,7 @@ def selfcheck(config: Config, world: World) -> int:
     theirs = world.all_or_none(embed_with_fair_esm, config, setup.device, proteins, world, free)
     seconds = time.monotonic() - began
     mine = world.all_or_none(compare_models, config, setup, proteins, ours, theirs, world, seconds)
-    ranks: list[RankCheck] = world.all_gather(mine)
+    ranks: list[RankCheck] = world.all_gather(mine, RankCheck, Comparison, Limits)
     if not world.is_main:
         return 0
     over = list_problems(ranks, [describe_protein(protein) for protein in proteins])
@@ -110,8 +117,8 @@ def agree_on_sample(
     """
     plan = agree_on_plan(config, files, [], world)
     sampler, unread = read_candidates((plan.units[index] for index in plan.bins[world.rank]), files, config)
-    told = world.all_gather((sampler.candidates(), sampler.num_seen, unread))
-    candidates = (protein for kept, _, _ in told for protein in kept)
+    told = world.all_gather((sampler.candidates(), sampler.num_seen, unread), SampledProtein)
+    candidates = (with_spans(protein) for kept, _, _ in told for protein in kept)
     proteins = choose_sample(candidates, config.selfcheck.proteins)
     every_unread = sorted(line for _, _, lines in told for line in lines)
     if not proteins:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from dist_esm.attempt import as_value
@@ -43,6 +43,11 @@ class SampledProtein:
     """These residues."""
     spans: tuple[Span, ...]
     """The span of each of its segments."""
+
+
+def with_spans(protein: SampledProtein) -> SampledProtein:
+    """Restore a protein that another rank sent: its spans came as lists."""
+    return replace(protein, spans=tuple(Span(*span) for span in protein.spans))
 
 
 class Sampler:
