@@ -46,7 +46,7 @@ from benchmarks.peers import PEERS, Means, fair_esm
 from benchmarks.proteins import Protein, as_records, load_proteins, make_packs, make_segments, num_tokens
 from dist_esm.attempt import as_value
 from dist_esm.cli import compose_config
-from dist_esm.model.engine import AHEAD, Engine, Submitted, make_engine
+from dist_esm.model.engine import AHEAD, Engine, Submitted, build_engine
 from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels
 from dist_esm.model.weights import architecture, fair_esm_tensors
 from dist_esm.types import Pack
@@ -222,7 +222,7 @@ def per_call(bench: Bench, work: Callable[[], object], least: float = 1.0) -> fl
 
 def kernel_loop(bench: Bench) -> None:
     """Time dist_esm without reading and writing."""
-    engine = make_engine(bench.config, bench.device, bench.dtype, bench.kernels)
+    engine = build_engine(bench.config, bench.device, bench.dtype, bench.kernels)
     engine.warm_up()
     checked = bench.checked()
     embeddings = engine.run(Pack(tuple(make_segments(checked))))

@@ -5,7 +5,7 @@ tokens
     `dist_esm.fasta.tokens.tokenize` and fair-esm's `Alphabet.encode` with BOS and EOS put around it, on
     random proteins of 350 residues. The tokens are compared first. Aim: 100 times fair-esm on one core.
 count
-    `dist_esm.fasta.slices.count`, which counts records, residues, the attention's work and lines, and
+    `dist_esm.fasta.slices.count_records`, which counts records, residues, the attention's work and lines, and
     Biopython's two parsers, which sum up records and residues, on one generated plain FASTA file (lines of
     60, headers like UniRef's). Reading the file and doing nothing is the bound. All of them must find the
     same counts. Aim: 10 times `SeqIO.parse`.
@@ -91,10 +91,10 @@ def count_nothing(path: str) -> None:
 
 def count_ours(path: str) -> tuple[int, int]:
     """Count records and residues with this tool's scan."""
-    from dist_esm.fasta.blocks import whole
-    from dist_esm.fasta.slices import count
+    from dist_esm.fasta.blocks import whole_file
+    from dist_esm.fasta.slices import count_records
 
-    counted = count(whole(Path(path)), 1022)
+    counted = count_records(whole_file(Path(path)), 1022)
     return counted.sequences, counted.residues
 
 
@@ -165,7 +165,7 @@ def measure_read(path: str, reader: str, repeats: int) -> dict[str, Any]:
             return lambda *_: None
 
     config = Config(input=path, model=ModelConfig("none", 33, 1280, 20), unit_share=1.0)
-    plan = agree_on_plan(config, find_files([path]), World(None, 0, 1, 0, 1))
+    plan = agree_on_plan(config, find_files([path]), [], World(None, 0, 1, 0, 1))
     (unit,) = plan.units
 
     def only_parse() -> int:
@@ -181,15 +181,11 @@ def measure_read(path: str, reader: str, repeats: int) -> dict[str, Any]:
 
     def in_thread() -> int:
         stop, collector = Stop(), cast(Collector, Nobody())
-        failures = Failures(plan.units, 1, 0, stop)
-        thread = Reader(plan.units, plan.files, config, TOKS_PER_BATCH, collector, failures, stop)
-        thread.start()
+        failures = Failures(1, 0, stop)
         num_tokens = 0
-        while (pack := thread.packs.get()) is not None:
-            num_tokens += pack.num_tokens
-        thread.join()
-        if thread.crash is not None:
-            raise thread.crash
+        with Reader(plan.units, plan.files, config, TOKS_PER_BATCH, collector, failures, 0, stop) as thread:
+            while (pack := thread.next_pack()) is not None:
+                num_tokens += pack.num_tokens
         return num_tokens - 2 * unit.count.sequences
 
     base = peak_mib()

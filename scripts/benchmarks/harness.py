@@ -50,7 +50,7 @@ Child = Callable[..., dict[str, Any]]
 """A measurement that can run in a process of its own: it takes and returns what JSON can hold."""
 
 
-def make_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
+def make_parser(doc: str | None, repeats: int | None = None) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks have.
 
     Parameters
@@ -58,14 +58,15 @@ def make_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
     doc
         The script's docstring, shown as it stands by `--help`.
     repeats
-        Default of `--repeats`.
+        Default of `--repeats`; None: there is no such option, because nothing is timed.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--repeats", type=int, default=repeats, help="timed runs of each measurement (%(default)s)"
-    )
+    if repeats is not None:
+        parser.add_argument(
+            "--repeats", type=int, default=repeats, help="timed runs of each measurement (%(default)s)"
+        )
     parser.add_argument("--json", type=Path, help="write the JSON of the last line to this file, too")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     return parser
@@ -85,7 +86,7 @@ def parse_options(parser: argparse.ArgumentParser, children: Sequence[Child] = (
         (measure,) = (child for child in children if child.__name__ == name)
         print(json.dumps(measure(**json.loads(arguments))))
         raise SystemExit
-    if options.repeats < 1:
+    if getattr(options, "repeats", 1) < 1:
         parser.error(f"--repeats={options.repeats} is too few: use 1 or more")
     return options
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 from benchmarks.harness import cpu_seconds, peak_mib
 from dist_esm.config import Config
 from dist_esm.distributed import World
-from dist_esm.jobs import embed
+from dist_esm.jobs.embed import run
 from dist_esm.jobs.setup import Setup
 from dist_esm.model.engine import Engine
 from dist_esm.types import Pack, Segment, SegmentEmbedding
@@ -140,9 +140,7 @@ def run_without_model(config: Config, engine: StandInEngine) -> RunCost:
         planned.append((time.perf_counter() - began, peak_mib(), cpu_seconds()))
         return cast(Engine, engine)
 
-    # SEAM: `run(config, world, make_engine)` in place of the two lines below, once `run` takes it.
-    embed.load_engine = make_engine  # type: ignore[attr-defined]
-    exit_code = embed.run(config, World(None, 0, 1, 0, 1))
+    exit_code = run(config, World(None, 0, 1, 0, 1), make_engine)
     seconds = time.perf_counter() - began
     report = json.loads((config.output_dir / "report.json").read_text(encoding="utf-8"))
     if exit_code != 0 or report["status"] != "complete":
