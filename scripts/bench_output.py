@@ -39,9 +39,8 @@ from dist_esm.config import Config, Format, Include, ModelConfig, SaveDtype
 from dist_esm.distributed import World
 from dist_esm.jobs.embed import join_cut_files, journal_writer
 from dist_esm.jobs.report import make_report
-from dist_esm.jobs.setup import make_output_dir
 from dist_esm.model.engine import num_cores
-from dist_esm.outputs.journal import Journal, new_launch, write_settings
+from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.pipeline.worker import embed_units
 from dist_esm.planning.agree import agree_on_plan
 from dist_esm.planning.inputs import find_files
@@ -152,22 +151,20 @@ def run(
     config = Config(input=str(inputs), output_dir=out, model=model, **settings)
     world = World(None, 0, 1, 0, 1)
     files = find_files(config.input_list())
-    make_output_dir(out)
-    write_settings(out, {})
-    journal = Journal(out, new_launch(), 0)
-    plan = agree_on_plan(config, files, world)
-    units = [plan.units[index] for index in plan.bins[0]]
-    device: Any = PacedDevice(pace, dtype)
-    before = cpu_seconds()
-    result = embed_units(units, files, config, device, 0, Stop(), {}, journal_writer(journal, plan))
-    began = time.monotonic()
-    summary = RankSummary(
-        0, "", "", "COMPLETED", result.seconds, result.num_tokens, 0, 0, result.waits, {}, result.outcomes
-    )
-    joined = join_cut_files(config, plan, [summary], journal, world)
-    joining = time.monotonic() - began
-    journal.close()
-    cpu = cpu_seconds() - before
+    with OutputDir.open(config, {}, world) as output_dir:
+        plan = agree_on_plan(config, files, world)
+        units = [plan.units[index] for index in plan.bins[0]]
+        device: Any = PacedDevice(pace, dtype)
+        before = cpu_seconds()
+        record = journal_writer(output_dir.journal, plan)
+        result = embed_units(units, files, config, device, 0, Stop(), output_dir.scratch, {}, record)
+        began = time.monotonic()
+        summary = RankSummary(
+            0, "", "", "COMPLETED", result.seconds, result.num_tokens, 0, 0, result.waits, {}, result.outcomes
+        )
+        joined = join_cut_files(config, plan, [summary], output_dir, world)
+        joining = time.monotonic() - began
+        cpu = cpu_seconds() - before
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     report = make_report(plan, [summary], joined, None, 0.0, 0.0)
     assert report.status == "complete"

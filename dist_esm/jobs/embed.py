@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import IO, Any
 
-from dist_esm.atomic import atomically, commit_together
+from dist_esm.atomic import commit_together
 from dist_esm.attempt import as_value
 from dist_esm.config import Config, to_dict
 from dist_esm.distributed import World
@@ -27,20 +23,8 @@ from dist_esm.jobs.setup import Setup, choose_setup, describe, find_inputs, load
 from dist_esm.model.engine import Engine
 from dist_esm.model.weights import locate
 from dist_esm.outputs.formats.registry import write_output
-from dist_esm.outputs.journal import (
-    Entry,
-    Journal,
-    check_settings,
-    clean,
-    entry_of,
-    finished_outputs,
-    lock,
-    make_scratch,
-    new_launch,
-    start_over,
-    write_settings,
-)
-from dist_esm.outputs.journal import read as read_journal
+from dist_esm.outputs.journal import Entry, Journal, entry_of
+from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.outputs.shards import join
 from dist_esm.pipeline.worker import embed_units
 from dist_esm.planning.agree import agree_on_plan, since
@@ -69,18 +53,18 @@ def run(config: Config, world: World) -> int:
     started = loaded = time.monotonic()
     files = world.all_or_none(find_inputs, config)
     setup = choose_setup(config, world)
-    with output_directory(config, setup, world) as (journal, scratch):
-        entries = read_journal(config.output_dir) if config.resume else []
-        plan = agree_on_plan(config, files, world, entries)
+    with OutputDir.open(config, setup.settings, world) as out:
+        plan = agree_on_plan(config, files, world, out.entries)
+        world.all_or_none(out.record_inputs, plan.files)
         units = [plan.units[index] for index in plan.bins[world.rank]]
         stop, mine = Stop(), account(world, setup, WorkerStatus.FAILED)
         try:
             engine = world.all_or_none(lambda: load_engine(config, setup, world) if units else None)
             loaded = time.monotonic()
-            mine = embed_bin(config, setup, world, plan, units, engine, journal, scratch, stop)
+            mine = embed_bin(config, setup, world, plan, units, engine, out, stop)
             if not stop.at_once:
                 ranks = world.all_gather(mine)
-                joined = join_cut_files(config, plan, ranks, journal, scratch, world)
+                joined = join_cut_files(config, plan, ranks, out, world)
         except KeyboardInterrupt as interrupt:  # while there is no engine yet, or no longer
             stop.set(str(interrupt), at_once=True)
         if stop.at_once:
@@ -89,7 +73,7 @@ def run(config: Config, world: World) -> int:
             return int(stop.at_once)  # a rank that was interrupted alone must not look as if it were done
         now = time.monotonic()
         reason = stop.reason or (None if stop.at_once else world.stop_reason())
-        return conclude(config, setup, plan, ranks, joined, journal, reason, now - started, now - loaded)
+        return conclude(config, setup, plan, ranks, joined, out, reason, now - started, now - loaded)
 
 
 def embed_bin(
@@ -99,8 +83,7 @@ def embed_bin(
     plan: Plan,
     units: list[Unit],
     engine: Engine | None,
-    journal: Journal,
-    scratch: Path,
+    out: OutputDir,
     stop: Stop,
 ) -> RankSummary:
     """Embed this rank's units, and wait until all ranks have done so or the run is to end at once."""
@@ -118,9 +101,9 @@ def embed_bin(
                 engine,
                 world.rank,
                 stop,
-                scratch,
+                out.scratch,
                 setup.provenance,
-                journal_writer(journal, plan),
+                journal_writer(out.journal, plan),
             )
             engine.close()
         if stop.reason is not None and not stop.at_once:
@@ -160,51 +143,20 @@ def account(
     return RankSummary(world.rank, world.host, describe(setup.device), status.name, *work)
 
 
-@contextmanager
-def output_directory(config: Config, setup: Setup, world: World) -> Iterator[tuple[Journal, Path]]:
-    """Hold the output directory, refuse to mix settings in it, clear what killed runs left, and open this rank's journal."""
-    held = world.all_or_none(lambda: hold(config, setup.settings) if world.is_main else None)
-    (launch, *_) = world.exchange(new_launch())
-    journal = Journal(config.output_dir, launch, world.rank)
-    scratch = world.all_or_none(make_scratch, config.output_dir, launch, world.rank)
-    try:
-        yield journal, scratch
-    finally:
-        with suppress(OSError):  # what an error left there stays for the next launch to remove
-            scratch.rmdir()
-        journal.close()
-        if held is not None:
-            held.close()
-
-
-def hold(config: Config, settings: dict[str, Any]) -> IO[str]:
-    """Rank 0's part of `output_directory`."""
-    held = lock(config.output_dir)
-    check_settings(config.output_dir, settings, config.resume)
-    if not config.resume:
-        there = finished_outputs(config.output_dir)
-        if there:
-            shown = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
-            log.warning(
-                "resume=false: starting over, %d finished outputs in %s are removed: %s",
-                len(there),
-                config.output_dir,
-                shown,
-            )
-        start_over(config.output_dir)
-    write_settings(config.output_dir, settings)
-    clean(config.output_dir, (one.path for entry in read_journal(config.output_dir) for one in entry.written))
-    return held
-
-
 def journal_writer(journal: Journal, plan: Plan) -> Callable[[Sequence[UnitResult]], None]:
     """What records finished units."""
 
     def entry(result: UnitResult) -> Entry:
-        pieces = [plan.unit(result.file, result.ordinal).slice]
-        output = str(plan.files[result.file].output)
+        units = plan.units_of(result.file)
         return entry_of(
-            output, pieces, [result.digest], list(result.pieces), result.tally, result.rank, result.seconds
+            plan.files[result.file],
+            [units[result.ordinal]],
+            len(units),
+            [result.digest],
+            list(result.pieces),
+            result.tally,
+            result.rank,
+            result.seconds,
         )
 
     def record(results: Sequence[UnitResult]) -> None:
@@ -214,7 +166,7 @@ def journal_writer(journal: Journal, plan: Plan) -> Callable[[Sequence[UnitResul
 
 
 def join_cut_files(
-    config: Config, plan: Plan, ranks: list[RankSummary], journal: Journal, scratch: Path, world: World
+    config: Config, plan: Plan, ranks: list[RankSummary], out: OutputDir, world: World
 ) -> dict[int, JoinedFile | Failure]:
     """Join the pieces of every file that was cut, is whole again and is small enough for one output; the ranks share the files."""
     outcomes = [*plan.done, *(outcome for rank in ranks for outcome in rank.outcomes)]
@@ -232,20 +184,20 @@ def join_cut_files(
     joined: dict[int, JoinedFile | Failure] = {}
     for file in ready[world.rank :: world.world_size]:
         parts = [results[file][ordinal] for ordinal in sorted(results[file])]
-        output = as_value(join_file, config, plan, file, parts, journal, scratch)
+        output = as_value(join_file, config, plan, file, parts, out)
         joined[file] = (
             Failure.of(plan.files[file].path, output, world.rank) if isinstance(output, Exception) else output
         )
     return {**plan.joined, **{file: end for ends in world.all_gather(joined) for file, end in ends.items()}}
 
 
-def join_file(
-    config: Config, plan: Plan, file: int, parts: list[UnitResult], journal: Journal, scratch: Path
-) -> JoinedFile:
+def join_file(config: Config, plan: Plan, file: int, parts: list[UnitResult], out: OutputDir) -> JoinedFile:
     """Make one output of a file's pieces, record it, and remove the pieces."""
     paths = [config.output_dir / part.pieces[0].path for part in parts]
-    with join(paths, scratch) as embeddings:
-        output = write_output(config.format, embeddings, config.output_dir / plan.files[file].output, scratch)
+    with join(paths, out.scratch) as embeddings:
+        output = write_output(
+            config.format, embeddings, config.output_dir / plan.files[file].output, out.scratch
+        )
         duplicate_ids = len(embeddings.rows) - len(set(embeddings.ids))
     (written,) = commit_together([output], config.output_dir)
     if isinstance(written, Exception):
@@ -254,23 +206,19 @@ def join_file(
     for part in parts:
         tally.add(part.tally)
     tally.duplicate_ids = duplicate_ids
-    slices = [unit.slice for unit in plan.units_of(file)]
-    seconds = sum(part.seconds for part in parts)
-    digests = [part.digest for part in parts]
-    journal.append(
-        [
-            entry_of(
-                str(plan.files[file].output),
-                slices,
-                digests,
-                [written],
-                tally,
-                journal.rank,
-                seconds,
-                is_joined=True,
-            )
-        ]
+    units = plan.units_of(file)
+    entry = entry_of(
+        plan.files[file],
+        units,
+        len(units),
+        [part.digest for part in parts],
+        [written],
+        tally,
+        out.rank,
+        sum(part.seconds for part in parts),
+        is_joined=True,
     )
+    out.journal.append([entry])
     for path in paths:
         path.unlink(missing_ok=True)
     return JoinedFile(written, duplicate_ids)
@@ -282,7 +230,7 @@ def conclude(
     plan: Plan,
     ranks: list[RankSummary],
     joined: Mapping[int, JoinedFile | Failure],
-    journal: Journal,
+    out: OutputDir,
     reason: str | None,
     seconds: float,
     embedding_seconds: float,
@@ -292,7 +240,7 @@ def conclude(
     if reason is not None:
         # Ranks that died can no longer say what they finished; what they journaled still stands.
         known = {(outcome.file, outcome.ordinal) for rank in ranks for outcome in rank.outcomes}
-        found, joined_since = since(read_journal(config.output_dir, journal.launch), plan)
+        found, joined_since = since(out.entries_of_this_launch(), plan)
         others = [result for result in found if (result.file, result.ordinal) not in known]
         joined = {**joined, **joined_since}
     report = make_report(plan, ranks, joined, reason, seconds, embedding_seconds, others)
@@ -306,8 +254,6 @@ def conclude(
     report.kernels = str(setup.kernels)
     report.versions = versions()
     try:
-        with atomically(config.output_dir / ".dist_esm" / "config.json") as beside:
-            beside.write_text(json.dumps(report.config, indent=1) + "\n", encoding="utf-8")
         write_report(report, config.output_dir)
     except OSError as error:
         report.status, report.reason = (

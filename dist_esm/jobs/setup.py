@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_esm.atomic import atomically
 from dist_esm.config import Config, to_dict
 from dist_esm.distributed import World
 from dist_esm.model.engine import Engine, default_toks_per_batch, make_engine, num_cores
 from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, choose_kernels
 from dist_esm.model.weights import RANDOM, architecture, fetch, weights_id
 from dist_esm.outputs.formats.registry import FORMATS
+from dist_esm.outputs.output_dir import make_output_dir
 from dist_esm.planning.inputs import find_files, refuse_nested
 from dist_esm.types import FastaFile
 
@@ -88,26 +86,6 @@ def choose_setup(config: Config, world: World) -> Setup:
     }
     del settings["dist_esm"]
     return Setup(device, dtype, kernels, provenance, settings)
-
-
-def make_output_dir(output_dir: Path) -> None:
-    """Create the output directory and try to write to it.
-
-    Raises
-    ------
-    ValueError
-        If it cannot be written to.
-    """
-    scratch = output_dir / ".dist_esm"
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        with atomically(scratch / f"writable.{os.getpid()}") as beside:
-            beside.write_text("")
-        (scratch / f"writable.{os.getpid()}").unlink()
-    except OSError as error:
-        raise ValueError(
-            f"output_dir={output_dir} cannot be written to ({error.strerror}): name a directory that can"
-        ) from None
 
 
 def load_engine(config: Config, setup: Setup, world: World) -> Engine:

@@ -124,7 +124,7 @@ def write_built(settings: OutputSettings, file: FastaFile, unit: Unit, piece: Ou
         )
     if unit.is_whole:
         return write_output(settings.format, embeddings, stem, settings.scratch)
-    shards = settings.output_dir / ".dist_esm" / "pieces"
+    shards = settings.output_dir / ".dist_esm" / "shards"
     return write_shard(embeddings, shards / f"{file.output}.{unit.ordinal:06d}.pt", settings.scratch)
 
 

@@ -20,10 +20,10 @@ from dist_esm.atomic import read_back
 from dist_esm.config import Config, ModelConfig
 from dist_esm.distributed import World
 from dist_esm.fasta.blocks import digest, whole
-from dist_esm.jobs.embed import join_cut_files
+from dist_esm.jobs.embed import join_cut_files, journal_writer
 from dist_esm.jobs.report import Report, make_report
-from dist_esm.jobs.setup import make_output_dir
-from dist_esm.outputs.journal import Entry, Journal, make_scratch, new_launch, write_settings
+from dist_esm.outputs.journal import Entry
+from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.pipeline.worker import embed_units
 from dist_esm.planning.agree import agree_on_plan
 from dist_esm.planning.inputs import find_files
@@ -216,37 +216,42 @@ def embed_directory(
     config = make_config(inputs, output_dir, **overrides)
     world = World(None, 0, 1, 0, 1)
     files = find_files(config.input_list())
-    make_output_dir(output_dir)
-    write_settings(output_dir, {})
-    journal = Journal(output_dir, new_launch(), 0)
-    scratch = make_scratch(output_dir, journal.launch, 0)
-    plan = agree_on_plan(config, files, world)
-    after_plan()
-    assert config.toks_per_batch is not None
-    engine = StandIn(
-        config.resolved_layers(),
-        any(kind.name == "per_tok" for kind in config.include),
-        config.toks_per_batch,
-        poison,
-    )
-    stop = Stop()
-    result = embed_units(
-        [plan.units[index] for index in plan.bins[0]], plan.files, config, engine, 0, stop, scratch
-    )  # type: ignore[arg-type]
-    summary = RankSummary(
-        0,
-        "host",
-        "stand-in",
-        "COMPLETED",
-        result.seconds,
-        result.num_tokens,
-        result.num_split_packs,
-        0,
-        result.waits,
-        {},
-        result.outcomes,
-    )
-    joined = join_cut_files(config, plan, [summary], journal, scratch, world)
+    with OutputDir.open(config, {}, world) as out:
+        plan = agree_on_plan(config, files, world)
+        out.record_inputs(plan.files)
+        after_plan()
+        assert config.toks_per_batch is not None
+        engine = StandIn(
+            config.resolved_layers(),
+            any(kind.name == "per_tok" for kind in config.include),
+            config.toks_per_batch,
+            poison,
+        )
+        stop = Stop()
+        result = embed_units(
+            [plan.units[index] for index in plan.bins[0]],
+            plan.files,
+            config,
+            engine,  # type: ignore[arg-type]
+            0,
+            stop,
+            out.scratch,
+            record=journal_writer(out.journal, plan),
+        )
+        summary = RankSummary(
+            0,
+            "host",
+            "stand-in",
+            "COMPLETED",
+            result.seconds,
+            result.num_tokens,
+            result.num_split_packs,
+            0,
+            result.waits,
+            {},
+            result.outcomes,
+        )
+        joined = join_cut_files(config, plan, [summary], out, world)
     return Embedded(make_report(plan, [summary], joined, stop.reason, 0.0, 0.0), plan, engine, output_dir)
 
 
@@ -254,7 +259,11 @@ def journal_of(source: Path, output: Path) -> dict[str, Entry]:
     """What a run that keeps a journal would have in it of an output just below `output_dir`, by the output's name."""
     written = read_back(output.parent, Path(output.name))
     assert written is not None
-    return {output.name: Entry(output.stem, [(0, None)], [digest(whole(source))], [written], Tally(), 0, 1.0)}
+    return {
+        output.name: Entry(
+            output.stem, source.name, [(0, None)], [digest(whole(source))], [written], Tally(), 0, 1.0
+        )
+    }
 
 
 def accounts_add_up(report: Report) -> bool:

@@ -76,6 +76,8 @@ def test_only_what_is_missing_or_damaged_is_done_again_by_any_number_of_ranks(
     }
     assert digests(out) == digests(finished / "out")
     assert not leftover.exists()
+    launches = {path.name.split(".")[0] for path in (out / ".dist_esm" / "journal").iterdir()}
+    assert launches == {f"{number:020d}" for number in (1, 2)}, "all ranks of a launch have its number"
     assert all(path.exists() for path in of_others)
     again = run(folder, checkpoint_8m)
     assert set(resumed(folder).values()) == {True}
@@ -177,7 +179,7 @@ def test_a_second_run_in_the_same_directory_is_refused(folder, checkpoint_8m):
 def test_every_torn_line_is_passed_over(tmp_path):
     (tmp_path / ".dist_esm" / "journal").mkdir(parents=True)
     entries = [
-        Entry(f"{i}_ESM", [(0, None)], ["d"], [WrittenFile("a", 1, "s")], Tally({"ok": i}), 0, 1.0)
+        Entry(f"{i}_ESM", f"{i}.fasta", [(0, None)], ["d"], [WrittenFile("a", 1, "s")], Tally({"ok": i}), 0, 1.0)
         for i in range(3)
     ]
     whole = b"".join(encode(entry) for entry in entries)
