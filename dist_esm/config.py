@@ -350,8 +350,8 @@ def check(config: Config) -> None:
         if value is not None and value < least:
             raise ValueError(f"{key}={value} is too small: use {least} or more")
     if not config.heartbeat_timeout >= LEAST_HEARTBEAT:
-        limit = f"use {LEAST_HEARTBEAT:g} seconds or more"
-        raise ValueError(f"heartbeat_timeout={config.heartbeat_timeout} is too small: {limit}")
+        remedy = f"use {LEAST_HEARTBEAT:g} seconds or more"
+        raise ValueError(f"heartbeat_timeout={config.heartbeat_timeout} is too small: {remedy}")
     if not 0 < config.unit_share <= 1:
         raise ValueError(f"unit_share={config.unit_share} is not a share: use a number above 0 and up to 1")
     if config.long is Long.window:

@@ -538,7 +538,7 @@ def put_bytes(store: Store, key: str, value: bytes) -> None:
     """Put a value of any size into the store, in chunks; it is there once its key is."""
     chunks = [value[start : start + CHUNK_BYTES] for start in range(0, len(value), CHUNK_BYTES)]
     for index, chunk in enumerate(chunks):
-        store.set(f"{key}/chunk/{index}", chunk)
+        store.set(f"{key}/chunk/{index}", chunk)  # type: ignore[arg-type]  # bytes are what it keeps
     store.set(key, str(len(chunks)))
 
 

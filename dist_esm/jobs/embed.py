@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
-from dist_esm.atomic import atomically, commit_together
+from dist_esm.atomic import commit_together
 from dist_esm.attempt import as_value
 from dist_esm.config import Config
 from dist_esm.distributed import LostRankError, World
@@ -26,7 +25,6 @@ from dist_esm.jobs.setup import MakeEngine, Setup, choose_setup, describe, find_
 from dist_esm.model.engine import Engine
 from dist_esm.outputs.formats.write import write_output
 from dist_esm.outputs.journal import Entry, entry_of
-from dist_esm.outputs.journal import read as read_journal
 from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.outputs.shards import join_shards
 from dist_esm.pipeline.worker import Destination, embed_units
@@ -189,10 +187,10 @@ def journal_writer(plan: Plan, out: OutputDir) -> Callable[[Sequence[UnitResult]
     """A function that puts finished units into this rank's journal."""
 
     def entry(result: UnitResult) -> Entry:
-        file, unit = plan.files[result.file], plan.unit(result.file, result.ordinal)
         return entry_of(
-            file,
-            [unit.slice],
+            plan.files[result.file],
+            [plan.unit(result.file, result.ordinal)],
+            len(plan.units_of(result.file)),
             [result.text_digest],
             list(result.files),
             result.tally,
@@ -279,11 +277,19 @@ def join_file(
     for shard in shards:
         tally.add(shard.tally)
     tally.duplicate_ids = duplicate_ids
-    slices = [unit.slice for unit in plan.units_of(file)]
+    units = plan.units_of(file)
     digests = [shard.text_digest for shard in shards]
     seconds = sum(shard.seconds for shard in shards)
     entry = entry_of(
-        plan.files[file], slices, digests, [written], tally, out.journal.rank, seconds, is_joined=True
+        plan.files[file],
+        units,
+        len(units),
+        digests,
+        [written],
+        tally,
+        out.rank,
+        seconds,
+        is_joined=True,
     )
     out.journal.append([entry])
     for path in paths:
@@ -307,15 +313,13 @@ def conclude(
     if reason is not None:
         # Ranks that died can no longer say what they finished; what they journaled still stands.
         known = {(outcome.file, outcome.ordinal) for rank in ranks for outcome in rank.outcomes}
-        journaled, joined_since = results_in_journal(read_journal(out.path, out.launch), plan)
+        journaled, joined_since = results_in_journal(out.entries_of_this_launch(), plan)
         others = [result for result in journaled if (result.file, result.ordinal) not in known]
         joined = {**joined, **joined_since}
     report = make_report(plan, ranks, joined, reason, now - clock.began, now - clock.loaded, others)
     fail_what_vanished(report, out.path)
     describe_run(report, config, setup, out)
     try:
-        with atomically(out.path / ".dist_esm" / "config.json", out.scratch) as beside:
-            beside.write_text(json.dumps(report.config, indent=1) + "\n", encoding="utf-8")
         write_report(report, out.path, out.scratch)
     except OSError as error:
         report.status = "aborted"

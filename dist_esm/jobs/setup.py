@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ParamSpec
 
 import torch
 
-from dist_esm.atomic import atomically
 from dist_esm.config import Config, plain_values
 from dist_esm.distributed import World
 from dist_esm.model import NUMERICS
@@ -21,6 +17,7 @@ from dist_esm.model.engine import Engine, build_engine, default_toks_per_batch, 
 from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, choose_kernels
 from dist_esm.model.weights import RANDOM, architecture, fetch, weights_id
 from dist_esm.outputs.formats.registry import FORMATS
+from dist_esm.outputs.output_dir import make_output_dir
 from dist_esm.planning.inputs import find_files, refuse_nested
 from dist_esm.types import FastaFile
 from dist_esm.version import code_version
@@ -41,9 +38,6 @@ def find_inputs(config: Config) -> list[FastaFile]:
     if FORMATS[config.format.name].is_folder:
         refuse_nested(files)
     return files
-
-
-MakeEngine = Callable[[Config, "Setup", World], Engine]
 
 
 @dataclass(frozen=True)
@@ -122,27 +116,6 @@ def settings_of(
         "attention": kernels.attention,
         "linear": kernels.linear.name,
     }
-
-
-def make_output_dir(output_dir: Path) -> None:
-    """Create the output directory and try to write to it.
-
-    Raises
-    ------
-    ValueError
-        If it cannot be written to.
-    """
-    scratch = output_dir / ".dist_esm"
-    probe = scratch / f"writable.{socket.gethostname()}.{os.getpid()}"  # hosts may share the directory
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        with atomically(probe) as beside:
-            beside.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"output_dir={output_dir} cannot be written to ({error.strerror}): name a directory that can"
-        ) from None
 
 
 def load_engine(config: Config, setup: Setup, world: World) -> Engine:

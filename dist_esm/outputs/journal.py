@@ -1,4 +1,4 @@
-"""What is finished, for which input and under which settings: the append-only record that makes a run resumable.
+"""The append-only record of finished units, which makes a run resumable.
 
 A unit is done when its output is in place under its final name and its line here is on disk, in that order. Every rank of every
 launch appends to a file of its own, so nothing is ever written after a line that a kill tore. A line counts only if its checksum
@@ -8,33 +8,30 @@ is right; it stands for work only as long as the input's text has the same diges
 from __future__ import annotations
 
 import errno
-import fcntl
-import glob
 import json
 import os
-import shutil
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dist_esm.atomic import atomically, discard, is_leftover, read_back, remove
-from dist_esm.types import Slice, Tally, WrittenFile
+from dist_esm.atomic import read_back
+from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, check_fields, version_of
+from dist_esm.types import FastaFile, Tally, Unit, WrittenFile
 
-LOCK_SECONDS = 5.0
 ROOM_SECONDS = 2.0
-REPORTS = ("report.json", "failed_files.txt", "verify.json")
-SETTINGS = ("settings.json", "config.json")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One finished unit, or one cut file whose pieces were joined."""
+    """One finished unit, or one cut file whose shards were joined."""
 
     output: str
     """The file's output without suffix, which names it whatever became of the input's own path."""
+    source: str
+    """The input's path relative to the common root of the inputs. Version 1 did not keep it: there it is made from `output`."""
     slices: list[tuple[int, int | None]]
     """Text that it covers, as (start, stop) in decompressed bytes: one slice of a unit, all of them of a joined file."""
     digests: list[str]
@@ -44,20 +41,70 @@ class Entry:
     rank: int
     seconds: float
     is_joined: bool = False
+    is_last: bool | None = None
+    """The text of its file ends with it. Version 1 did not keep it: there it is None unless the slices tell."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it covers all of its file."""
+        return self.is_joined or (self.slices[0][0] == 0 and self.is_last is True)
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether what was written is no output yet, but what one unit contributes to it."""
+        return all(file.path.startswith(".dist_esm/") for file in self.written)
+
+
+def entry_of(
+    file: FastaFile,
+    units: Sequence[Unit],
+    num_units: int,
+    digests: list[str],
+    written: list[WrittenFile],
+    tally: Tally,
+    rank: int,
+    seconds: float,
+    is_joined: bool = False,
+) -> Entry:
+    """Make the entry of units of a file.
+
+    Parameters
+    ----------
+    file
+        The input.
+    units
+        Those that it covers, in order.
+    num_units
+        How many the file has.
+    digests, written, tally, rank, seconds, is_joined
+        As in `Entry`.
+    """
+    slices = [(unit.slice.start, unit.slice.stop) for unit in units]
+    is_last = units[-1].ordinal == num_units - 1
+    return Entry(
+        str(file.output), file.source, slices, digests, written, tally, rank, seconds, is_joined, is_last
+    )
 
 
 def folder(output_dir: Path) -> Path:
-    """Where the journal's files are."""
+    """Return the folder of the journal's files."""
     return output_dir / ".dist_esm" / "journal"
 
 
 class Journal:
-    """This rank's part of the journal, for appending. A directory that is gone is an error of the unit at hand, not a new journal."""
+    """This rank's part of the journal, for appending. A folder that is gone is an error of the unit at hand, not a new journal.
 
-    def __init__(self, output_dir: Path, launch: str, rank: int) -> None:
-        self.launch = launch
+    Parameters
+    ----------
+    output_dir
+        Of the run.
+    launch, rank
+        Name the file.
+    """
+
+    def __init__(self, output_dir: Path, launch: int, rank: int) -> None:
         self.rank = rank
-        self.path = folder(output_dir) / f"{launch}.{rank:05d}.jsonl"
+        self.path = folder(output_dir) / f"{launch:020d}.{rank:05d}.jsonl"
         self._file: IO[bytes] | None = None
         self._is_torn = False
 
@@ -77,18 +124,18 @@ class Journal:
             )
         deadline = time.monotonic() + ROOM_SECONDS
         while not self._write(b"".join(map(encode, entries))):
-            # A full disk: a piece that is being written may fail and give its room back.
+            # A full disk: an output that is being written may fail and give its room back.
             if time.monotonic() > deadline:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             time.sleep(0.05)
         os.fsync(self._file.fileno())
 
     def _write(self, lines: bytes) -> bool:
-        """Whether there was room for lines; what a torn one left is closed before the next."""
+        """Write lines; return whether there was room. What a torn line left is closed before the next."""
         assert self._file is not None
-        whole = b"\n" + lines if self._is_torn else lines
+        block = b"\n" + lines if self._is_torn else lines
         try:
-            self._is_torn = self._file.write(whole) != len(whole)
+            self._is_torn = self._file.write(block) != len(block)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -102,151 +149,62 @@ class Journal:
 
 
 def encode(entry: Entry) -> bytes:
-    """One line: JSON, a tab, and its CRC-32."""
-    text = json.dumps(asdict(entry), separators=(",", ":")).encode()
+    """Return one line: JSON, a tab, and its CRC-32."""
+    text = json.dumps({"format": FORMAT_VERSION, **asdict(entry)}, separators=(",", ":")).encode()
     return text + b"\t%08x\n" % zlib.crc32(text)
 
 
-def read(output_dir: Path, launch: str | None = None) -> list[Entry]:
-    """All entries of all launches, or of one, the oldest first; torn and damaged lines are passed over."""
-    entries = []
-    for path in sorted(folder(output_dir).glob(f"{launch or '*'}.*.jsonl")):
-        for line in path.read_bytes().split(b"\n"):
-            text, _, checksum = line.rpartition(b"\t")
-            if not text or checksum != b"%08x" % zlib.crc32(text):
-                continue
-            fields = json.loads(text)
-            fields["slices"] = [(start, stop) for start, stop in fields["slices"]]
-            fields["written"] = [WrittenFile(**one) for one in fields["written"]]
-            entries.append(Entry(**{**fields, "tally": Tally(**fields["tally"])}))
-    return entries
+def read(output_dir: Path, launch: int | None = None) -> list[Entry]:
+    """Read the entries of all launches, or of one, the oldest launch first. Torn and damaged lines are passed over.
+
+    Raises
+    ------
+    ValueError
+        If a whole line cannot be understood, in one line that names the file: it may be of a later version.
+    """
+    pattern = "*.jsonl" if launch is None else f"{launch:020d}.*.jsonl"
+    return [entry for path in sorted(folder(output_dir).glob(pattern)) for entry in _entries(path)]
+
+
+def _entries(path: Path) -> Iterator[Entry]:
+    for line in path.read_bytes().split(b"\n"):
+        text, _, checksum = line.rpartition(b"\t")
+        if text and checksum == b"%08x" % zlib.crc32(text):
+            yield _decode(text, path)
+
+
+def _decode(text: bytes, path: Path) -> Entry:
+    """Turn the JSON of a line, whose checksum is right, into an entry."""
+    try:
+        content: dict[str, Any] = json.loads(text)
+    except ValueError:
+        raise ValueError(f"{path} has a line that is no JSON: {REMEDY}") from None
+    version = version_of(content, path)
+    content.pop("format", None)
+    if version == 1:
+        content |= _missing_in_version_1(content)
+    check_fields(Entry, content, path)
+    check_fields(Tally, content["tally"], path)
+    if not all(type(content[name]) is list and content[name] for name in ("slices", "digests", "written")):
+        raise ValueError(f"{path} has a line without slices, digests or outputs: {REMEDY}")
+    for written in content["written"]:
+        check_fields(WrittenFile, written, path)
+    try:
+        content["slices"] = [(int(start), stop) for start, stop in content["slices"]]
+    except (TypeError, ValueError):
+        raise ValueError(f"{path} has a line with slices {content['slices']!r}: {REMEDY}") from None
+    content["written"] = [WrittenFile(**written) for written in content["written"]]
+    return Entry(**{**content, "tally": Tally(**content["tally"])})
+
+
+def _missing_in_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that a line of version 1 lacks. The suffix of its input is not known, and `.fasta` stands for it."""
+    output, slices = content.get("output"), content.get("slices")
+    source = f"{output.removesuffix('_ESM')}.fasta" if isinstance(output, str) else None
+    ends = bool(content.get("is_joined")) or (isinstance(slices, list) and slices[-1:] == [[0, None]])
+    return {"source": source, "is_last": True if ends else None}
 
 
 def is_intact(entry: Entry, output_dir: Path) -> bool:
-    """Whether all outputs of an entry are there with the bytes that were written."""
-    return all(read_back(output_dir, Path(one.path)) == one for one in entry.written)
-
-
-def new_launch() -> str:
-    """A name for this launch that sorts after the names of earlier ones."""
-    return f"{time.time_ns():020d}"
-
-
-def check_settings(output_dir: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Refuse to mix settings in one output directory.
-
-    Raises
-    ------
-    ValueError
-        One line that names what changed, if `resume` is set and the directory holds work done under other settings.
-    """
-    path = output_dir / ".dist_esm" / "settings.json"
-    if not resume or not path.exists() or not read(output_dir):
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(settings))
-    changed = [
-        f"{key}={before.get(key)!r} before, {now.get(key)!r} now"
-        for key in {**before, **now}
-        if before.get(key) != now.get(key)
-    ]
-    if changed:
-        remedy = "name another output_dir, or start over with resume=false"
-        raise ValueError(
-            f"output_dir={output_dir} holds embeddings made under other settings ({'; '.join(changed)}): {remedy}"
-        )
-
-
-def write_settings(output_dir: Path, settings: dict[str, Any]) -> None:
-    """Record the settings that the journal's work is done under."""
-    folder(output_dir).mkdir(parents=True, exist_ok=True)
-    with atomically(output_dir / ".dist_esm" / "settings.json") as beside:
-        beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-
-
-def finished_outputs(output_dir: Path) -> list[str]:
-    """The outputs that the journal lists and that are there, relative to `output_dir`."""
-    listed = dict.fromkeys(one.path for entry in read(output_dir) for one in entry.written)
-    return [path for path in listed if (output_dir / path).exists()]
-
-
-def start_over(output_dir: Path) -> None:
-    """Forget all that was done: remove what speaks of it, the outputs that the journal lists, and the journal, in this order."""
-    for name in REPORTS:
-        (output_dir / name).unlink(missing_ok=True)
-    for path in finished_outputs(output_dir):
-        remove(output_dir / path)
-    for entry in read(output_dir):
-        stem = output_dir / entry.output
-        for pattern in (".records.tsv", ".part*.records.tsv"):
-            for notes in stem.parent.glob(glob.escape(stem.name) + pattern):
-                notes.unlink()
-    for journal in folder(output_dir).glob("*.jsonl"):
-        journal.unlink()
-
-
-def clean(output_dir: Path, kept: Iterable[str]) -> None:
-    """Remove temporary files that a killed run left, and pieces that no entry speaks of. `kept` are paths relative to `output_dir`."""
-    shutil.rmtree(output_dir / ".dist_esm" / "scratch", ignore_errors=True)
-    for folder_of, names in ((output_dir, REPORTS), (output_dir / ".dist_esm", SETTINGS)):
-        for path in folder_of.glob(".*.tmp"):
-            if is_leftover(path, names):
-                discard(path)
-    known = set(kept)
-    for path in (output_dir / ".dist_esm" / "pieces").rglob("*.pt"):
-        if str(path.relative_to(output_dir)) not in known:
-            path.unlink()
-
-
-def make_scratch(output_dir: Path, launch: str, rank: int) -> Path:
-    """Make the folder that only this rank of this launch writes to."""
-    scratch = output_dir / ".dist_esm" / "scratch" / f"{launch}.{rank:05d}"
-    scratch.mkdir(parents=True)
-    return scratch
-
-
-def lock(output_dir: Path) -> IO[str]:
-    """Hold the directory for this run until the file that is returned is closed or the process ends.
-
-    Raises
-    ------
-    ValueError
-        If another run holds it, after a wait in which a run that is being killed may end.
-    """
-    file = open(output_dir / ".dist_esm" / "lock", "w", encoding="utf-8")  # noqa: SIM115 - the caller holds it
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.close()
-                raise ValueError(
-                    f"output_dir={output_dir} is in use by another run: wait for its end, or name another output_dir"
-                ) from None
-            time.sleep(0.2)
-        else:
-            return file
-
-
-def entry_of(
-    output,
-    slices: Sequence[Slice],
-    digests: list[str],
-    written: list[WrittenFile],
-    tally: Tally,
-    rank: int,
-    seconds: float,
-    is_joined: bool = False,
-) -> Entry:
-    """An entry for slices of a file."""
-    return Entry(
-        str(output.output) if hasattr(output, "output") else output,
-        [(one.start, one.stop) for one in slices],
-        digests,
-        written,
-        tally,
-        rank,
-        seconds,
-        is_joined,
-    )
+    """Return whether all outputs of an entry are there with the bytes that were written."""
+    return all(read_back(output_dir, Path(written.path)) == written for written in entry.written)

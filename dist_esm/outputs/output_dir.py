@@ -1,32 +1,340 @@
-from contextlib import contextmanager
+"""An output directory in the hands of one launch: locked, checked against other settings, cleaned, its journal read once.
 
-from dist_esm.outputs.journal import *
-from dist_esm.outputs.journal import read as read_journal
+Below it, ``.dist_esm`` holds what is not an output:
+
+========================  =====================================================================================
+``lock``                  held by rank 0 while a launch works
+``settings.json``         what one directory must not mix, for a resume to compare
+``config.json``           the whole configuration of the last launch
+``journal/``              a file for each launch and rank: what is finished
+``launches/``             a file for each launch: the inputs that it was given
+``shards/``               what units of cut files contribute, until it is joined
+``scratch/``              a folder for each launch and rank: files that are not committed yet
+========================  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from dist_esm.atomic import atomically, discard, is_leftover, remove
+from dist_esm.config import Config, plain_values
+from dist_esm.outputs import journal, launches
+from dist_esm.outputs.format_version import FORMAT_VERSION, read_json, version_of
+from dist_esm.outputs.journal import Entry, Journal
+from dist_esm.types import FastaFile, WrittenFile
+
+if TYPE_CHECKING:
+    from dist_esm.distributed import World
+
+log = logging.getLogger("dist_esm")
+
+LOCK_SECONDS = 5.0
+"""A run that is being killed has so long to end."""
+REPORTS = ("report.json", "failed_files.txt", "verify.json")
+"""Files at the top of the directory that speak of what was done."""
+SHARDS = ("shards", "pieces")
+"""Folder of shards; version 1 had the second."""
 
 
 class OutputDir:
+    """What one rank of one launch knows and owns of the output directory.
+
+    Attributes
+    ----------
+    path : Path
+        The directory.
+    launch : int
+        Number of this launch; later launches have higher ones.
+    entries : list of Entry
+        What the journal said at the start, the oldest first; [] under ``resume=false``.
+    journal : Journal
+        This rank's, for appending.
+    scratch : Path
+        A folder that only this rank of this launch writes.
+    shards : Path
+        Where shards wait to be joined.
+    """
+
+    def __init__(self, path: Path, launch: int, rank: int, entries: Sequence[Entry]) -> None:
+        self.path = path
+        self.launch = launch
+        self.rank = rank
+        self.entries = list(entries)
+        self.journal = Journal(path, launch, rank)
+        self.scratch = inside(path) / "scratch" / f"{launch:020d}.{rank:05d}"
+        self.shards = inside(path) / SHARDS[0]
+
     @classmethod
     @contextmanager
-    def open(cls, config, settings, world):
-        self = cls()
-        self.path = config.output_dir
+    def open(cls, config: Config, settings: dict[str, Any], world: World) -> Iterator[OutputDir]:
+        """Take the directory for a launch. All ranks call it: all get it, or all are refused.
 
-        def hold():
-            held = lock(config.output_dir)
-            check_settings(config.output_dir, settings, config.resume)
-            if not config.resume:
-                start_over(config.output_dir)
-            write_settings(config.output_dir, settings)
-            return held
+        Parameters
+        ----------
+        config
+            Its `output_dir` is opened, to go on from what is there or, under `resume=false`, to start over.
+        settings
+            All that one directory must not mix.
+        world
+            The ranks; the first holds the lock, and cleans.
 
-        held = world.all_or_none(lambda: hold() if world.is_main else None)
-        (launch, *_) = world.exchange(new_launch())
-        self.launch = launch
-        self.scratch = world.all_or_none(make_scratch, config.output_dir, launch, world.rank)
-        self.entries = read_journal(config.output_dir) if config.resume else []
-        self.journal = Journal(config.output_dir, launch, world.rank)
-        yield self
+        Raises
+        ------
+        RefusedError
+            On every rank, if the directory cannot be written, another launch holds it, it holds work done under other settings, or
+            what is in it cannot be understood.
+        """
+        with ExitStack() as held:
+            prepared = world.all_or_none(_prepare, config, settings, world.is_main, held)
+            launch = int(world.exchange(str(prepared[0]) if prepared else "")[0])
+            opened = world.all_or_none(cls._enter, config, launch, world.rank, prepared and prepared[1])
+            try:
+                yield opened
+            finally:
+                opened._leave()
+
+    @classmethod
+    def _enter(cls, config: Config, launch: int, rank: int, entries: list[Entry] | None) -> OutputDir:
+        if entries is None:
+            entries = journal.read(config.output_dir) if config.resume else []
+        opened = cls(config.output_dir, launch, rank, entries)
+        opened.scratch.mkdir(parents=True)
+        return opened
+
+    def _leave(self) -> None:
         self.journal.close()
+        with suppress(OSError):  # what an error left in there stays for the next launch to remove
+            self.scratch.rmdir()
+            self.scratch.parent.rmdir()
 
-    def record_inputs(self, files):
-        pass
+    def record_inputs(self, files: Sequence[FastaFile]) -> None:
+        """Write down, on rank 0, which inputs this launch was given, in input order.
+
+        Raises
+        ------
+        OSError
+            On rank 0, if it cannot be written.
+        """
+        if self.rank == 0:
+            launches.record_inputs(self.path, self.launch, files, self.scratch)
+
+    def entries_of_this_launch(self) -> list[Entry]:
+        """Read what all ranks of this launch have finished so far."""
+        return journal.read(self.path, self.launch)
+
+
+def inside(output_dir: Path) -> Path:
+    """Return the folder of an output directory that holds what is not an output."""
+    return output_dir / ".dist_esm"
+
+
+def make_output_dir(output_dir: Path) -> None:
+    """Create the output directory and try to write to it.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be written to.
+    """
+    probe = inside(output_dir) / f"writable.{uuid.uuid4().hex}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={output_dir} cannot be written to ({error.strerror}): name a directory that can"
+        ) from None
+
+
+def _prepare(
+    config: Config, settings: dict[str, Any], is_main: bool, held: ExitStack
+) -> tuple[int, list[Entry]] | None:
+    """Rank 0's part of `OutputDir.open`: returns the launch's number and what the journal says. None on other ranks."""
+    if not is_main:
+        return None
+    output_dir = config.output_dir
+    make_output_dir(output_dir)
+    held.enter_context(lock(output_dir))
+    launch = launches.next_launch(output_dir)
+    entries = journal.read(output_dir)
+    if config.resume:
+        check_settings(output_dir, settings, entries)
+    else:
+        start_over(output_dir, entries)
+        entries = []
+    clean(output_dir, entries)
+    journal.folder(output_dir).mkdir(exist_ok=True)
+    _write_json(inside(output_dir) / "settings.json", {"format": FORMAT_VERSION, "settings": settings})
+    _write_json(inside(output_dir) / "config.json", plain_values(config))
+    return launch, entries
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomically(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def lock(output_dir: Path) -> Iterator[None]:
+    """Hold the directory for this launch until the block or the process ends.
+
+    Raises
+    ------
+    ValueError
+        If another launch holds it, after a wait in which one that is being killed may end.
+    """
+    try:
+        held = FileLock(inside(output_dir) / "lock", timeout=LOCK_SECONDS)
+        held.acquire()
+    except Timeout:
+        raise ValueError(
+            f"output_dir={output_dir} is in use by another run: wait for its end, or name another output_dir"
+        ) from None
+    except NotImplementedError:
+        raise ValueError(
+            f"output_dir={output_dir} is on a file system without locks: name a directory on another"
+        ) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def read_settings(output_dir: Path) -> dict[str, Any] | None:
+    """Read the settings that the work in a directory was done under; None if none was begun.
+
+    Raises
+    ------
+    ValueError
+        If they cannot be understood.
+    """
+    path = inside(output_dir) / "settings.json"
+    if not path.exists():
+        return None
+    content = read_json(path)
+    is_bare = (
+        isinstance(content, dict) and "settings" not in content
+    )  # version 1, whose `format` is the outputs'
+    if not is_bare:
+        version_of(content, path)
+    settings: dict[str, Any] = content if is_bare else content["settings"]
+    return settings
+
+
+def check_settings(output_dir: Path, settings: dict[str, Any], entries: Sequence[Entry]) -> None:
+    """Refuse to mix settings in one output directory.
+
+    Parameters
+    ----------
+    output_dir
+        The directory.
+    settings
+        Of the launch that begins.
+    entries
+        What the journal says is done; without any, there is nothing to mix with.
+
+    Raises
+    ------
+    ValueError
+        If the work was done under other settings, in one line that names what changed.
+    """
+    recorded = read_settings(output_dir)
+    if recorded is None or not entries:
+        return
+    # Before numerics had a version of their own they were the first.
+    before = {"numerics": 1, **recorded}
+    now = {"numerics": 1, **json.loads(json.dumps(settings))}
+    changed = [
+        f"{key}={before.get(key)!r} before, {now.get(key)!r} now"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        remedy = "name another output_dir, or start over with resume=false"
+        raise ValueError(
+            f"output_dir={output_dir} holds embeddings made under other settings ({'; '.join(changed)}): {remedy}"
+        )
+
+
+def start_over(output_dir: Path, entries: Sequence[Entry]) -> None:
+    """Forget all that was done: remove what speaks of it, the outputs that the journal lists, and the journal, in this order."""
+    listed = dict.fromkeys(
+        written.path for entry in entries if not entry.is_shard for written in entry.written
+    )
+    outputs = [path for path in listed if (output_dir / path).exists()]
+    if outputs:
+        shown = ", ".join(outputs[:3]) + (", ..." if len(outputs) > 3 else "")
+        log.warning(
+            "resume=false: starting over, %d finished outputs in %s are removed: %s",
+            len(outputs),
+            output_dir,
+            shown,
+        )
+    for name in REPORTS:
+        (output_dir / name).unlink(missing_ok=True)
+    for path in outputs:
+        remove(output_dir / path)
+    for entry in entries:
+        stem = output_dir / entry.output
+        for pattern in (".records.tsv", ".part*.records.tsv"):
+            for records_tsv in stem.parent.glob(glob.escape(stem.name) + pattern):
+                records_tsv.unlink()
+    for record in [*launches.launch_files(output_dir), *journal.folder(output_dir).glob("*.jsonl")]:
+        record.unlink()
+
+
+def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
+    """Remove what dead launches left: their scratch folders, and shards that nothing will be made of.
+
+    Nothing else is touched: neither files of others that look temporary, nor a directory of another run below this one.
+
+    Parameters
+    ----------
+    output_dir
+        The directory, which the caller holds.
+    entries
+        What the journal says.
+    """
+    shutil.rmtree(inside(output_dir) / "scratch", ignore_errors=True)
+    for folder, names in ((output_dir, REPORTS), (inside(output_dir), ("settings.json", "config.json"))):
+        for path in folder.glob(".*.tmp"):
+            if is_leftover(path, names):
+                discard(path)
+    kept = _shards_to_join(output_dir, entries)
+    for folder in (inside(output_dir) / name for name in SHARDS):
+        for path in folder.rglob("*.pt"):
+            if str(path.relative_to(output_dir)) not in kept:
+                path.unlink()
+
+
+def _shards_to_join(output_dir: Path, entries: Sequence[Entry]) -> set[str]:
+    """Return the paths of shards that an entry speaks of and that are not joined already. A kill may come before joined shards are removed."""
+    joined = {
+        (entry.output, text)
+        for entry in entries
+        if entry.is_joined and _is_there(output_dir, entry.written[0])
+        for text in zip(entry.slices, entry.digests, strict=True)
+    }
+    return {
+        written.path
+        for entry in entries
+        if entry.is_shard and (entry.output, (entry.slices[0], entry.digests[0])) not in joined
+        for written in entry.written
+    }
+
+
+def _is_there(output_dir: Path, written: WrittenFile) -> bool:
+    path = output_dir / written.path
+    return path.is_dir() or (path.is_file() and path.stat().st_size == written.num_bytes)

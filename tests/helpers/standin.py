@@ -283,7 +283,14 @@ def journal_of(source: Path, output: Path) -> dict[str, Entry]:
     assert written is not None
     return {
         output.name: Entry(
-            output.stem, [(0, None)], [text_digest(whole_file(source))], [written], Tally(), 0, 1.0
+            output.stem,
+            source.name,
+            [(0, None)],
+            [text_digest(whole_file(source))],
+            [written],
+            Tally(),
+            0,
+            1.0,
         )
     }
 

@@ -75,6 +75,8 @@ def test_only_what_is_missing_or_damaged_is_done_again_by_any_number_of_ranks(
     }
     assert digests(out) == digests(finished / "out")
     assert not leftover.exists()
+    launches = {path.name.split(".")[0] for path in (out / ".dist_esm" / "journal").iterdir()}
+    assert launches == {f"{number:020d}" for number in (1, 2)}, "all ranks of a launch have its number"
     assert all(path.exists() for path in of_others)
     again = run(folder, checkpoint_8m)
     assert set(resumed(folder).values()) == {True}

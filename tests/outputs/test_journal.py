@@ -9,7 +9,9 @@ from dist_esm.types import Tally, WrittenFile
 def test_every_torn_line_is_passed_over(tmp_path):
     (tmp_path / ".dist_esm" / "journal").mkdir(parents=True)
     entries = [
-        Entry(f"{i}_ESM", [(0, None)], ["d"], [WrittenFile("a", 1, "s")], Tally({"ok": i}), 0, 1.0)
+        Entry(
+            f"{i}_ESM", f"{i}.fasta", [(0, None)], ["d"], [WrittenFile("a", 1, "s")], Tally({"ok": i}), 0, 1.0
+        )
         for i in range(3)
     ]
     whole = b"".join(encode(entry) for entry in entries)

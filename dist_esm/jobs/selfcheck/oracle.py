@@ -25,9 +25,8 @@ from dist_esm.jobs.selfcheck.sample import SampledProtein, segments_of
 from dist_esm.jobs.setup import describe
 from dist_esm.model.engine import num_cores
 from dist_esm.model.esm2 import Architecture
-from dist_esm.model.pool import ProteinEmbedding
 from dist_esm.model.weights import architecture, fair_esm_tensors, tensor_shapes
-from dist_esm.types import Segment
+from dist_esm.types import ProteinEmbedding, Segment
 
 log = logging.getLogger("dist_esm")
 

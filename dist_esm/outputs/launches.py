@@ -1,0 +1,84 @@
+"""The launches of one output directory: their numbers, and the inputs that each was given.
+
+A launch's number is one more than the highest on disk, so that launches are in order whatever the clocks of their hosts say. Version 1
+named them by time, in as many digits: these sort first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dist_esm.atomic import atomically
+from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, read_json, version_of
+from dist_esm.types import FastaFile
+
+_NUMBER = re.compile(r"(\d+)\.")
+
+
+class LaunchInput(NamedTuple):
+    """An input file of a launch."""
+
+    path: str
+    """As the launch found it."""
+    source: str
+    """Relative to the common root of the launch's inputs."""
+    output: str
+    """Its output relative to `output_dir`, without suffix."""
+
+
+def folder(output_dir: Path) -> Path:
+    """Return the folder that has a file for each launch."""
+    return output_dir / ".dist_esm" / "launches"
+
+
+def next_launch(output_dir: Path) -> int:
+    """Return the number of a new launch, from 1. Only whoever holds the directory may ask."""
+    inside = output_dir / ".dist_esm"
+    names = [path.name for name in ("journal", "launches", "scratch") for path in (inside / name).glob("*.*")]
+    matches = filter(None, map(_NUMBER.match, names))
+    return max((int(match[1]) for match in matches), default=0) + 1
+
+
+def record_inputs(output_dir: Path, launch: int, files: Sequence[FastaFile], scratch: Path) -> None:
+    """Write down the inputs of a launch, in input order.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    inputs = [LaunchInput(str(file.path), file.source, str(file.output))._asdict() for file in files]
+    content = {
+        "format": FORMAT_VERSION,
+        "launch": launch,
+        "dist_esm": version("dist_esm"),
+        "inputs": inputs,
+    }
+    with atomically(folder(output_dir) / f"{launch:020d}.json", scratch) as temporary:
+        temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def read_inputs(path: Path) -> list[LaunchInput]:
+    """Read the inputs of a launch from its file, in input order.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be understood.
+    """
+    content: Any = read_json(path)
+    version_of(content, path)
+    try:
+        return [LaunchInput(**item) for item in content["inputs"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be understood ({error}): {REMEDY}") from None
+
+
+def launch_files(output_dir: Path) -> list[Path]:
+    """Return the files of all launches that were planned, the oldest first."""
+    return sorted(folder(output_dir).glob("*.json"))
