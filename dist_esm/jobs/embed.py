@@ -320,7 +320,8 @@ def conclude(
     fail_what_vanished(report, out.path)
     describe_run(report, config, setup, out)
     try:
-        write_report(report, out.path, out.scratch)
+        # Where output_dir was removed under way, its report is written all the same.
+        write_report(report, out.path, out.scratch if out.scratch.is_dir() else None)
     except OSError as error:
         report.status = "aborted"
         report.reason = f"the report cannot be written to {out.path} ({error.strerror})"

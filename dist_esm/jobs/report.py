@@ -292,7 +292,7 @@ def write_running_report(plan: Plan, out: OutputDir, setup: Setup, config: Confi
     write_json(report, out.path, out.scratch)
 
 
-def write_report(report: Report, output_dir: Path, scratch: Path) -> None:
+def write_report(report: Report, output_dir: Path, scratch: Path | None = None) -> None:
     """Write report.json, and failed_files.txt with a line ``path|error_type|error_message`` for each
     failure."""
     lines = [f"{failure.path}|{failure.error_type}|{failure.error_message}\n" for failure in report.failed]
@@ -302,7 +302,7 @@ def write_report(report: Report, output_dir: Path, scratch: Path) -> None:
     write_json(report, output_dir, scratch)
 
 
-def write_json(report: Report, output_dir: Path, scratch: Path) -> None:
+def write_json(report: Report, output_dir: Path, scratch: Path | None) -> None:
     """Write report.json."""
     content = {"format_version": FORMAT_VERSION, **asdict(report)}
     for entry in content["files"]:

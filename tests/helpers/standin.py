@@ -275,10 +275,7 @@ def embed_directory(
 
 
 def journal_of(source: Path, output: Path) -> dict[str, Entry]:
-    """The journal's entry of an output just below `output_dir`, by the output's name.
-
-    The stand-in's run keeps no journal.
-    """
+    """The entry of an output just below `output_dir`, as if its present bytes had been written, by its name."""
     written = read_back(output.parent, Path(output.name))
     assert written is not None
     return {

@@ -10,7 +10,6 @@ import zlib
 from pathlib import Path
 
 import pytest
-from standin import embed_directory, make_config
 
 from dist_esm.config import Config
 from dist_esm.distributed import RefusedError, World
@@ -21,6 +20,7 @@ from dist_esm.outputs.output_dir import OutputDir, read_settings
 from dist_esm.planning.agree import agree_on_plan
 from dist_esm.planning.inputs import find_files
 from dist_esm.types import Tally, WrittenFile
+from helpers.standin import embed_directory, make_config
 
 # A directory as version 1 left it: the text of one input, its output, its line in the journal, and the settings.
 TEXT_V1 = b">a\nMKTAY\n"
@@ -174,16 +174,16 @@ def cut_and_joined(tmp_path, monkeypatch) -> tuple[Path, Path]:
     monkeypatch.setattr("dist_esm.planning.units.MIN_UNIT_BYTES", 64)
     (tmp_path / "a.fasta").write_text("".join(f">p{i}\n{'ACDEFGHIKL' * (1 + i % 5)}\n" for i in range(40)))
     out, copy = tmp_path / "out", tmp_path / "copy"
-    join = embed.join
+    join = embed.join_shards
 
     def copy_and_join(paths, scratch):
         shutil.copytree(out / ".dist_esm" / "shards", copy)
         return join(paths, scratch)
 
-    monkeypatch.setattr(embed, "join", copy_and_join)
+    monkeypatch.setattr(embed, "join_shards", copy_and_join)
     run = embed_directory(tmp_path / "a.fasta", out, unit_share=0.1)
     assert run.report.files[0].units > 2
-    monkeypatch.setattr(embed, "join", join)
+    monkeypatch.setattr(embed, "join_shards", join)
     assert not list((out / ".dist_esm" / "shards").rglob("*.pt"))
     return out, copy
 
@@ -214,7 +214,7 @@ def test_shards_that_are_not_joined_yet_or_whose_output_is_gone_are_kept(tmp_pat
     )
     with open_alone(out) as opened:
         config = make_config(str(tmp_path / "a.fasta"), out, unit_share=0.1)
-        plan = agree_on_plan(config, find_files(config.input_list()), World(None, 0, 1, 0, 1), opened.entries)
+        plan = agree_on_plan(config, find_files(config.input_list()), opened.entries, World(None, 0, 1, 0, 1))
         assert len(plan.done) == len(plan.units) == len(names)
         assert plan.bins == ((),)
 
@@ -230,7 +230,7 @@ def test_a_directory_of_version_1_is_gone_on_with(tmp_path):
         assert (entry.output, entry.source, entry.is_last) == ("viruses/a_ESM", "viruses/a.fasta", True)
         assert entry.tally == Tally({"ok": 1}, residues=5)
         config = make_config(str(tmp_path / "in"), out)
-        plan = agree_on_plan(config, find_files(config.input_list()), World(None, 0, 1, 0, 1), opened.entries)
+        plan = agree_on_plan(config, find_files(config.input_list()), opened.entries, World(None, 0, 1, 0, 1))
         assert [str(plan.files[result.file].output) for result in plan.done] == ["viruses/a_ESM"]
         assert [str(plan.files[plan.units[index].file].output) for index in plan.bins[0]] == ["b_ESM"]
         opened.journal.append([entry_for("b_ESM", "b_ESM.pt", is_last=True)])

@@ -59,7 +59,7 @@ def test_dedupe_changes_no_bit_and_its_saving_is_counted(tmp_path, overrides):
 def test_dedupe_forgets_old_answers_and_stays_right(tmp_path, monkeypatch):
     module = sys.modules[Reader.__module__]
     monkeypatch.setattr(
-        module, "DEDUPE_BYTES", 16 * (module.LEADER_BYTES + 24)
+        module, "DEDUPE_BYTES", 16 * (module.KEPT_BYTES + 24)
     )  # room for 16 answers of one vector of 6 numbers
     rng = random.Random(0)
     records = [(f"r{i}", random_sequence(3 + rng.randrange(40))) for i in range(400)]

@@ -30,6 +30,8 @@ from helpers.outputs import (
 )
 from helpers.standin import embed_directory
 
+REPORTS = ("report.json", "failed_files.txt")
+
 
 def test_fair_esm_leaves_a_file_for_each_protein_as_esm_extract_does(tmp_path):
     folder = embed_text(tmp_path, Format.fair_esm, **EVERYTHING)
@@ -57,7 +59,7 @@ def test_fair_esm_leaves_a_file_for_each_protein_as_esm_extract_does(tmp_path):
 def test_no_id_leaves_the_folder_and_every_name_is_safe_anywhere_and_can_be_read_back(tmp_path):
     folder = embed_text(tmp_path, Format.fair_esm)
     assert {
-        name for name in everything_below(tmp_path / "out") if not name.startswith((".dist_esm", "a_ESM"))
+        name for name in everything_below(tmp_path / "out") if not name.startswith((".dist_esm", "a_ESM", *REPORTS))
     } == set()
     assert {name for name in everything_below(tmp_path) if not name.startswith(("in", "out"))} == set()
     names = [
@@ -192,9 +194,9 @@ def test_a_folder_is_replaced_whole_and_only_if_it_is_ours(tmp_path):
     (tmp_path / "in" / "a.fasta").write_text(">only\nMKT\n")
     assert not embed_directory(tmp_path / "in", tmp_path / "out", format=Format.fair_esm).report.failed
     assert everything_below(folder) == {"only.pt", "ids.tsv", "provenance.json"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_ESM", ".dist_esm"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_ESM", ".dist_esm", *REPORTS}
     (folder / "thesis").mkdir()
     run = embed_directory(tmp_path / "in", tmp_path / "out", format=Format.fair_esm)
     assert "is no folder of embeddings alone" in run.failure("a.fasta")
     assert (folder / "thesis").is_dir()
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_ESM", ".dist_esm"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_ESM", ".dist_esm", *REPORTS}

@@ -34,7 +34,7 @@ from helpers.standin import WIDTH
 
 def test_h5_is_flat_in_file_order_and_says_the_ids(tmp_path):
     with h5py.File(embed_text(tmp_path, Format.h5), "r") as file:
-        assert file.attrs["model_name"] == ""  # the stand-in has no provenance
+        assert file.attrs["model_name"] == "stand-in"
         names = list(file)
         assert all(isinstance(dataset, h5py.Dataset) for dataset in file.values())
         assert (names[0], names[1], names[4:8]) == (
