@@ -22,6 +22,7 @@ from dist_esm.distributed import World
 from dist_esm.fasta.blocks import digest, whole
 from dist_esm.jobs.embed import join_cut_files, journal_writer
 from dist_esm.jobs.report import Report, make_report
+from dist_esm.outputs.finished import FinishedFile
 from dist_esm.outputs.journal import Entry
 from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.pipeline.worker import embed_units
@@ -255,15 +256,13 @@ def embed_directory(
     return Embedded(make_report(plan, [summary], joined, stop.reason, 0.0, 0.0), plan, engine, output_dir)
 
 
-def journal_of(source: Path, output: Path) -> dict[str, Entry]:
-    """What a run that keeps a journal would have in it of an output just below `output_dir`, by the output's name."""
+def finished_of(source: Path, output: Path) -> FinishedFile:
+    """What a run would have in its journal of an output just below `output_dir`, as the output is now."""
     written = read_back(output.parent, Path(output.name))
     assert written is not None
-    return {
-        output.name: Entry(
-            output.stem, source.name, [(0, None)], [digest(whole(source))], [written], Tally(), 0, 1.0
-        )
-    }
+    text = digest(whole(source))
+    entry = Entry(output.stem, source.name, [(0, None)], [text], [written], Tally(), 0, 1.0, is_last=True)
+    return FinishedFile((entry,))
 
 
 def accounts_add_up(report: Report) -> bool:
