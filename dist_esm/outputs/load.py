@@ -1,20 +1,21 @@
-"""OutputTable read back, the same for every format: one output, or all of a run in input order."""
+"""Embeddings read back, the same for every format: one output, or all that runs left in one directory."""
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.attempt import as_value
+from dist_esm.outputs import journal, launches
+from dist_esm.outputs.finished import finished_files
 from dist_esm.outputs.formats.base import About, Opened
 from dist_esm.outputs.formats.registry import FORMATS, format_at
 
@@ -22,50 +23,77 @@ MAX_OPEN = 8
 """Outputs that are kept open at a time."""
 
 
-def load(path: str | os.PathLike[str]) -> EmbeddingSet:
-    """OutputTable of one output, or of a whole run.
+def load(path: str | os.PathLike[str], run: Literal["all", "last"] = "all") -> EmbeddingSet:
+    """Load the embeddings of one output, or of a whole output directory.
 
     Parameters
     ----------
     path
-        An `output_dir` with its ``report.json``: all files that are embedded, in input order. Or one output of any format: a file, or
-        a folder of ``format=fair_esm``.
+        An `output_dir`, whether its last run has ended or not: every input file that its journal has as finished. Or one output of any
+        format: a file, or a folder of ``format=fair_esm``.
+    run
+        Of an `output_dir`: `all` for the files of all runs into it, in the order of their paths relative to the common root of their
+        inputs; `last` for the inputs of the last run alone, in input order, whichever run embedded them.
 
     Returns
     -------
     EmbeddingSet
-        Nothing but the report is read until it is asked for.
+        Of N proteins. A file that was embedded anew counts once, as it was embedded last. Nothing but the journal is read until it is
+        asked for.
 
     Raises
     ------
     ValueError
-        If that is no output, in one line that names the path and the remedy.
+        If that is no output, or a journal that cannot be understood, in one line that names the path and the remedy.
+
+    Examples
+    --------
+    >>> from dist_esm import load
+    >>> proteins = load("embeddings")  # doctest: +SKIP
+    >>> len(proteins), proteins.ids[0]  # doctest: +SKIP
+    (28, 'P12345')
+    >>> proteins.vectors.shape  # doctest: +SKIP
+    (28, 1280)
+    >>> proteins["P12345"].shape  # doctest: +SKIP
+    (1280,)
     """
     path = Path(path)
+    if run not in ("all", "last"):
+        raise ValueError(f"run={run!r} is neither 'all' nor 'last'")
     if not path.exists():
         raise ValueError(f"{path} is not there: name an output_dir or one output in it")
-    report = path / "report.json"
-    if report.is_file():
-        files = as_value(lambda: json.loads(report.read_text(encoding="utf-8"))["files"])
-        if isinstance(files, Exception):
-            raise ValueError(
-                f"{report} is no report of dist_esm ({type(files).__name__}): run again, or name one output"
-            )
-        return EmbeddingSet([path / output for entry in files for output in entry["outputs"]])
-    if format_at(path) is None:
-        if path.is_dir():
-            marks = [
-                output_format.codec.marks[0] for output_format in FORMATS.values() if output_format.is_folder
-            ]
-            raise ValueError(
-                f"{path} has neither a report.json nor an {' or '.join(marks)}: "
-                "name the output_dir of a run that has ended, or one output"
-            )
-        suffixes = ", ".join(filter(None, (output_format.suffix for output_format in FORMATS.values())))
+    if journal.folder(path).is_dir():
+        return EmbeddingSet([path / output for output in _outputs_of(path, run)])
+    if format_at(path) is not None:
+        return EmbeddingSet([path])
+    if path.is_dir():
+        marks = [
+            output_format.codec.marks[0] for output_format in FORMATS.values() if output_format.is_folder
+        ]
         raise ValueError(
-            f"{path} is no output of dist_esm: name an output_dir, or a file that ends in {suffixes}"
+            f"{path} has neither a journal in .dist_esm nor an {' or '.join(marks)}: "
+            "name the output_dir of a run, or one output"
         )
-    return EmbeddingSet([path])
+    suffixes = ", ".join(filter(None, (output_format.suffix for output_format in FORMATS.values())))
+    raise ValueError(
+        f"{path} is no output of dist_esm: name an output_dir, or a file that ends in {suffixes}"
+    )
+
+
+def _outputs_of(output_dir: Path, run: str) -> list[str]:
+    """Return the outputs of a directory, relative to it, in order."""
+    finished = finished_files(journal.read(output_dir))
+    if run == "all":
+        files = list(finished.values())
+    else:
+        recorded = launches.launch_files(output_dir)
+        if not recorded:
+            raise ValueError(
+                f"{output_dir} does not say which inputs its last run had: run again, or use run='all'"
+            )
+        inputs = launches.read_inputs(recorded[-1])
+        files = [finished[item.output] for item in inputs if item.output in finished]
+    return [written.path for file in files for written in file.written]
 
 
 def open_output(path: Path) -> Opened:
@@ -90,16 +118,39 @@ def open_output(path: Path) -> Opened:
     return opened
 
 
-class EmbeddingSet:
-    """N proteins in input order, from one output or many. It reads what is asked for when it is asked for, and is for one thread.
+def settings_of(about: About) -> tuple[dict[str, Any], dict[str, list[int]], int]:
+    """Return what outputs that are read together must share: all but the code, which tells its numerics apart."""
+    # Before numerics had a version of their own they were the first.
+    provenance = {"numerics": 1, **about.provenance}
+    return {key: value for key, value in provenance.items() if key != "dist_esm"}, about.kinds, about.width
 
-    ``set[3]`` and ``set["P12345"]`` are a protein's vector, shape (D,); of an id that is there more than once, the first's, and `positions` names
-    all of them. ProteinEmbedding are the mean over residues of the last requested layer; `vectors_of` has the others.
+
+class EmbeddingSet:
+    """Embeddings of N proteins in input order, from one output or many.
+
+    Numbers are read when they are asked for. ``proteins[3]`` and ``proteins["P12345"]`` are a protein's vector, shape (D,): the mean
+    over residues of the last requested layer; `vectors_of` has the other representations. Of an id that is there more than once it is
+    the first's, and `positions` gives all of them. One set is for one thread.
 
     Parameters
     ----------
     outputs
-        Paths of the outputs, in order.
+        Paths of the outputs, in order; `load` finds them.
+
+    Raises
+    ------
+    ValueError
+        By whatever reads numbers, if an output is gone, is damaged, or was made under other settings than the first.
+
+    Examples
+    --------
+    >>> proteins = load("embeddings")  # doctest: +SKIP
+    >>> "P12345" in proteins  # doctest: +SKIP
+    True
+    >>> proteins.vectors_of("bos", 33).shape  # doctest: +SKIP
+    (28, 1280)
+    >>> proteins.residues("P12345").shape  # doctest: +SKIP
+    (335, 1280)
     """
 
     def __init__(self, outputs: Sequence[Path]) -> None:
@@ -124,17 +175,17 @@ class EmbeddingSet:
 
     @cached_property
     def ids(self) -> list[str]:
-        """Ids, duplicates included."""
+        """Ids of the N proteins, duplicates included."""
         return [protein for _, ids, _ in self._index for protein in ids]
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Residues that each embedding is of."""
+        """Residues that each embedding was made of, N of them."""
         return [length for _, _, lengths in self._index for length in lengths]
 
     @property
     def headers(self) -> list[str]:
-        """Whole headers. Read from disk each time."""
+        """Whole header lines of the N proteins; read from disk each time."""
         return [
             header for output in range(len(self._outputs)) for header in self._opened(output).records()[1]
         ]
@@ -146,17 +197,17 @@ class EmbeddingSet:
 
     @cached_property
     def vectors(self) -> NDArray[np.float32]:
-        """All vectors, shape (N, D): the mean of the last requested layer. Read once and kept."""
+        """All vectors, float32 of shape (N, D): the mean over residues of the last requested layer. Read once and kept."""
         return self.vectors_of("mean", self.about.main_layer)
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Model, weights' hash and settings that the numbers depend on."""
+        """Model, weights' hash and settings that the numbers depend on, as the first output has them."""
         return self.about.provenance
 
     @property
     def about(self) -> About:
-        """What the outputs say of themselves; `kinds` are the representations that are there.
+        """All that the first output says of itself; its `kinds` are the representations that are there.
 
         Raises
         ------
@@ -170,7 +221,24 @@ class EmbeddingSet:
         return self._index[0][0]
 
     def vectors_of(self, kind: str, layer: int) -> NDArray[np.float32]:
-        """All vectors of a kind, `mean` or `bos`, and a layer, shape (N, D)."""
+        """Return all vectors of one representation.
+
+        Parameters
+        ----------
+        kind
+            `mean` or `bos`.
+        layer
+            One of those that were requested, counted from the embedding layer, 0.
+
+        Returns
+        -------
+        float32 array, shape (N, D)
+
+        Raises
+        ------
+        ValueError
+            If it was not asked for when the proteins were embedded, or is `per_tok`.
+        """
         if kind == "per_tok":
             raise ValueError("per_tok is not one vector for each protein: use residues(id)")
         self._check(kind, layer)
@@ -180,7 +248,18 @@ class EmbeddingSet:
         return rows
 
     def residues(self, protein: str | SupportsIndex, layer: int | None = None) -> NDArray[np.float32]:
-        """A protein's per-residue representations, shape (L, D); of the last requested layer if none is named.
+        """Return a protein's per-residue representations.
+
+        Parameters
+        ----------
+        protein
+            Its id or its position.
+        layer
+            Of those that were requested; None: the last.
+
+        Returns
+        -------
+        float32 array, shape (L, D)
 
         Raises
         ------
@@ -193,7 +272,13 @@ class EmbeddingSet:
         return self._opened(output).residues(layer, position).astype(np.float32)
 
     def positions(self, protein: str) -> list[int]:
-        """All positions of an id."""
+        """Return all positions of an id, counted from 0.
+
+        Raises
+        ------
+        KeyError
+            If there is none.
+        """
         if protein not in self._positions:
             raise KeyError(protein)
         return list(self._positions[protein])
@@ -202,14 +287,14 @@ class EmbeddingSet:
         kinds = self.about.kinds
         if layer not in kinds.get(kind, []):
             there = ", ".join(
-                f"{one} of layer {number}" for one, layers in kinds.items() for number in layers
+                f"{name} of layer {known}" for name, layers in kinds.items() for known in layers
             )
             raise ValueError(
                 f"{kind} of layer {layer} is not there, but {there}: embed with include=[{kind}] and repr_layers=[{layer}]"
             )
 
     def _find(self, protein: str | SupportsIndex) -> tuple[int, int]:
-        """An output and the position in it."""
+        """Find the output of a protein and its position in it."""
         if isinstance(protein, str):
             position = self.positions(protein)[0]
         else:
@@ -230,7 +315,7 @@ class EmbeddingSet:
 
     @cached_property
     def _index(self) -> list[tuple[About, list[str], list[int]]]:
-        """What each output says of itself, its ids and lengths; each is opened once."""
+        """For each output what it says of itself, its ids and its lengths; each is opened once."""
         index: list[tuple[About, list[str], list[int]]] = []
         for output, path in enumerate(self._outputs):
             opened = self._opened(output)

@@ -24,6 +24,7 @@ from dist_esm.fasta.blocks import text_digest, whole_file
 from dist_esm.jobs.embed import run
 from dist_esm.jobs.report import FileReport
 from dist_esm.jobs.setup import Setup
+from dist_esm.outputs.finished import FinishedFile
 from dist_esm.outputs.journal import Entry
 from dist_esm.planning.agree import agree_on_plan
 from dist_esm.planning.inputs import find_files
@@ -274,22 +275,13 @@ def embed_directory(
     return Embedded(ReportRead.of(output_dir), plan, engine, output_dir)
 
 
-def journal_of(source: Path, output: Path) -> dict[str, Entry]:
-    """The entry of an output just below `output_dir`, as if its present bytes had been written, by its name."""
+def finished_of(source: Path, output: Path) -> FinishedFile:
+    """What a run would have in its journal of an output just below `output_dir`, as the output is now."""
     written = read_back(output.parent, Path(output.name))
     assert written is not None
-    return {
-        output.name: Entry(
-            output.stem,
-            source.name,
-            [(0, None)],
-            [text_digest(whole_file(source))],
-            [written],
-            Tally(),
-            0,
-            1.0,
-        )
-    }
+    text = text_digest(whole_file(source))
+    entry = Entry(output.stem, source.name, [(0, None)], [text], [written], Tally(), 0, 1.0, is_last=True)
+    return FinishedFile((entry,))
 
 
 def accounts_add_up(report: ReportRead) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_esm import load
 from dist_esm.config import Format, Include
 from dist_esm.jobs.verify import check_file
 from dist_esm.planning.inputs import find_files
@@ -16,10 +17,10 @@ from helpers.command import MODEL, run_ranks
 from helpers.data import PROTEINS
 from helpers.fasta import write_fasta
 from helpers.outputs import EVERYTHING, embed_text
-from helpers.standin import embed_directory, journal_of, make_config
+from helpers.standin import embed_directory, finished_of, make_config
 
 
-def verify(inputs: Path, out: Path, num_ranks: int | None = None):
+def verify(inputs: Path | str, out: Path, num_ranks: int | None = None):
     return run_ranks(num_ranks, f"input={inputs}", f"output_dir={out}", "job=verify")
 
 
@@ -60,16 +61,40 @@ def test_a_finished_directory_is_well_until_something_is_wrong(tmp_path, checkpo
     }
     assert set(findings) == {"bad.fasta", "late.fasta", "large.fasta", "medium.faa", "tiny.fas"}
     assert findings["bad.fasta"].startswith("failed: FastaError: line 1")
-    assert findings["late.fasta"] == "not in report.json: it was not part of the run"
+    assert findings["late.fasta"] == "not in the journal: no run has finished it"
     assert findings["large.fasta"] == "large_ESM.pt is missing"
     assert "with another checksum than" in findings["medium.faa"]
     assert findings["tiny.fas"] == "2 proteins, 3 are expected"
     (tmp_path / "in" / "late.fasta").unlink()
-    (out / "report.json").write_text("{}")
+    (out / ".dist_esm" / "config.json").write_text('{"mood": "good"}')
     refused = verify(tmp_path / "in", out)
     assert refused.returncode == 1
-    assert "report.json is no report of this version (KeyError: 'config'): run again" in refused.stderr
+    assert "config.json is no configuration of this version (ConfigKeyError: Key 'mood'" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_two_runs_into_one_directory_are_read_back_both_and_each_is_verified_alone(tmp_path, checkpoint_8m):
+    """Whatever a report says: the second run's knows nothing of the first, and may be gone or old."""
+    out = tmp_path / "out"
+    settings = [MODEL, f"model.weights={checkpoint_8m}"]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.fasta").write_text(f">{name}\nMKTAY\n")
+        assert run_ranks(None, f"input={tmp_path / name}", f"output_dir={out}", *settings).returncode == 0
+    assert load(out).ids == ["one", "two"]
+    assert load(out, run="last").ids == ["two"]
+    assert verify(tmp_path / "two", out).stdout == (
+        "not checked: 1 files of other runs, which input does not name: one.fasta\n"
+        "ok: 1 files, 1 proteins checked, 0 findings\n"
+    )
+    assert json.loads((out / "verify.json").read_text())["other_runs"] == ["one.fasta"]
+    both = verify(f"[{tmp_path / 'one'},{tmp_path / 'two'}]", out)
+    assert (both.returncode, both.stdout) == (0, "ok: 2 files, 2 proteins checked, 0 findings\n")
+    (out / "report.json").unlink()
+    (out / "failed_files.txt").unlink()
+    alone = verify(tmp_path / "one" / "one.fasta", out)
+    assert alone.returncode == 0, "as after the death of rank 0, which writes the report"
+    assert load(out).ids == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -143,9 +168,7 @@ def test_an_output_that_was_wrong_when_it_was_written_is_found(tmp_path, fault):
 
     def findings() -> list[str]:
         config = make_config(str(tmp_path / "in"), tmp_path / "out", include=[Include.mean, Include.per_tok])
-        return list(
-            check_file(run.plan.files[0], ["a_ESM.pt"], journal_of(tmp_path / "in" / "a.fasta", path), config)
-        )
+        return list(check_file(run.plan.files[0], finished_of(tmp_path / "in" / "a.fasta", path), config))
 
     assert findings() == []
     content = torch.load(path, weights_only=True)
@@ -163,8 +186,7 @@ def test_verify_finds_every_record_in_its_place(tmp_path, kind):
         list(
             check_file(
                 find_files(config.input_list())[0],
-                [path.name],
-                journal_of(tmp_path / "in" / "a.fasta", path),
+                finished_of(tmp_path / "in" / "a.fasta", path),
                 config,
             )
         )

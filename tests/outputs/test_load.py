@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -20,8 +21,9 @@ from safetensors import safe_open
 
 from dist_esm import load
 from dist_esm.config import Format, Include, SaveDtype
-from dist_esm.jobs.report import write_report
 from dist_esm.outputs.formats.registry import FORMATS
+from dist_esm.outputs.journal import Entry, encode
+from dist_esm.types import Tally, WrittenFile
 from helpers.compare import assert_same
 from helpers.outputs import (
     EVERYTHING,
@@ -143,7 +145,6 @@ def test_a_run_reads_back_in_input_order_from_joined_files_parts_and_folders(tmp
     run = embed_directory(
         inputs, tmp_path / "out", format=kind, include=ALL_KINDS, unit_share=0.05, max_proteins_per_output=10
     )
-    write_report(run.report, tmp_path / "out")
     assert [len(entry.outputs) for entry in run.report.files][:2] == [1, 1]
     assert len(run.report.files[2].outputs) >= 3
     assert run.report.files[0].units > 1
@@ -177,12 +178,12 @@ def test_what_is_no_output_is_refused_with_path_and_remedy(tmp_path):
             (tmp_path / f"torn{output_format.suffix}").write_bytes(b"\x10 this is torn")
     torch.save({"proteins": ["a"], "data": [torch.zeros(3)]}, tmp_path / "other.pt")
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "report.json").write_text("{}")
+    (tmp_path / "bad" / "report.json").write_text('{"files": []}')
     for name, remedy in {
         "nowhere": "is not there: name an output_dir",
-        "empty": "neither a report.json nor an ids.tsv",
+        "empty": "neither a journal in .dist_esm nor an ids.tsv",
         "notes.txt": r"is no output of dist_esm: name an output_dir, or a file that ends in .pt, .h5",
-        "bad": "report.json is no report of dist_esm",
+        "bad": "neither a journal in .dist_esm nor an ids.tsv",
     }.items():
         with pytest.raises(ValueError, match=rf"{name}.*{remedy}") as caught:
             load(tmp_path / name)
@@ -198,9 +199,7 @@ def test_what_is_no_output_is_refused_with_path_and_remedy(tmp_path):
 def test_an_output_of_a_run_that_is_gone_is_named_and_other_settings_are_not_mixed_in(tmp_path):
     for name, provenance in (("a", PROVENANCE), ("b", {**PROVENANCE, "weights": "sha256:4567"})):
         write_table(Format.pt, table_of(SEQUENCES, provenance), tmp_path / name)
-    (tmp_path / "report.json").write_text(
-        json.dumps({"files": [{"outputs": ["a.pt"]}, {"outputs": ["b.pt"]}]})
-    )
+    write_journal(tmp_path, "a.pt", "b.pt")
     with pytest.raises(ValueError, match=r"b.pt and .*a.pt were made under different settings"):
         load(tmp_path).vectors  # noqa: B018 - read for its error
     os.unlink(tmp_path / "b.pt")
@@ -209,8 +208,69 @@ def test_an_output_of_a_run_that_is_gone_is_named_and_other_settings_are_not_mix
 
 
 def test_a_run_without_outputs_is_empty_and_says_so(tmp_path):
-    (tmp_path / "report.json").write_text('{"files": []}')
+    write_journal(tmp_path)
     back = load(tmp_path)
     assert (len(back), back.ids, back.lengths) == (0, [], [])
     with pytest.raises(ValueError, match=r"no outputs.*see failed_files.txt"):
         back.vectors  # noqa: B018 - read for its error
+
+
+def write_journal(output_dir: Path, *outputs: str) -> None:
+    """What a run leaves that says what is finished, of outputs of one input each."""
+    lines = [
+        Entry(
+            name,
+            f"{name}.fasta",
+            [(0, None)],
+            ["d"],
+            [WrittenFile(name, 1, "s")],
+            Tally(),
+            0,
+            1.0,
+            is_last=True,
+        )
+        for name in outputs
+    ]
+    folder = output_dir / ".dist_esm" / "journal"
+    folder.mkdir(parents=True)
+    (folder / "00000000000000000001.00000.jsonl").write_bytes(b"".join(map(encode, lines)))
+
+
+def test_outputs_of_different_code_with_the_same_numerics_are_read_together(tmp_path):
+    """Before numerics had a version they were the first."""
+    versions = ({"dist_esm": "0.1.0"}, {"dist_esm": "0.2.0+g1a2b3c4", "numerics": 1}, {"numerics": 2})
+    for name, code in zip("abc", versions, strict=True):
+        write_table(Format.pt, table_of(SEQUENCES, {**PROVENANCE, **code}), tmp_path / name)
+    write_journal(tmp_path, "a.pt", "b.pt")
+    assert len(load(tmp_path)) == 2 * len(SEQUENCES)
+    shutil.rmtree(tmp_path / ".dist_esm")
+    write_journal(tmp_path, "b.pt", "c.pt")
+    with pytest.raises(ValueError, match=r"c.pt and .*b.pt were made under different settings"):
+        load(tmp_path).ids  # noqa: B018 - read for its error
+
+
+def test_a_directory_is_read_by_its_journal_whatever_a_report_says(tmp_path):
+    """Files of all launches, each once, as it was embedded last; the last launch's inputs alone if so asked."""
+    inputs, out = tmp_path / "in", tmp_path / "out"
+    inputs.mkdir()
+    for name in "ab":
+        (inputs / f"{name}.fasta").write_text(f">{name}\nMKTAY\n")
+    embed_directory(inputs, out)
+    (inputs / "b.fasta").unlink()
+    (inputs / "a.fasta").write_text(">anew\nMKTAYI\n")
+    (inputs / "c.fasta").write_text(">c\nMKW\n")
+    embed_directory(inputs, out)
+    assert load(out).ids == ["anew", "b", "c"], "the report knows a and b alone"
+    assert_same(load(out)["anew"], expected_mean("MKTAYI"))
+    assert load(out, run="last").ids == ["anew", "c"]
+    with pytest.raises(ValueError, match="run='first' is neither"):
+        load(out, run="first")
+    (out / "report.json").unlink()
+    assert load(out).ids == ["anew", "b", "c"]
+    shutil.rmtree(out / ".dist_esm" / "launches")
+    with pytest.raises(ValueError, match="does not say which inputs its last run had"):
+        load(out, run="last")
+    (journal,) = (out / ".dist_esm" / "journal").glob("*2.00000.jsonl")
+    journal.write_text("")
+    (out / "report.json").write_text(json.dumps({"status": "complete", "files": [{"outputs": ["c_ESM.pt"]}]}))
+    assert "c" not in load(out).ids, "a report that says more than the journal is not believed"

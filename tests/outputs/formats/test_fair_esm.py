@@ -59,7 +59,9 @@ def test_fair_esm_leaves_a_file_for_each_protein_as_esm_extract_does(tmp_path):
 def test_no_id_leaves_the_folder_and_every_name_is_safe_anywhere_and_can_be_read_back(tmp_path):
     folder = embed_text(tmp_path, Format.fair_esm)
     assert {
-        name for name in everything_below(tmp_path / "out") if not name.startswith((".dist_esm", "a_ESM", *REPORTS))
+        name
+        for name in everything_below(tmp_path / "out")
+        if not name.startswith((".dist_esm", "a_ESM", *REPORTS))
     } == set()
     assert {name for name in everything_below(tmp_path) if not name.startswith(("in", "out"))} == set()
     names = [
