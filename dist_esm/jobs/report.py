@@ -352,8 +352,8 @@ def summary(report: Report, output_dir: Path) -> str:
     if report.reason:
         lines.append(f"stopped: {report.reason}")
         lines.append("what is embedded is kept: run the same command again to go on from there")
-    for failure in report.failed[:MAX_SHOWN]:
-        lines.append(f"failed: {failure.path}: {failure.error_type}: {failure.error_message}")
+    shown = report.failed[:MAX_SHOWN]
+    lines += [f"failed: {failure.path}: {failure.error_type}: {failure.error_message}" for failure in shown]
     if len(report.failed) > MAX_SHOWN:
         lines.append(f"and {len(report.failed) - MAX_SHOWN} more failures, all in failed_files.txt")
     if report.not_attempted:

@@ -339,9 +339,3 @@ class EmbeddingSet:
         for position, protein in enumerate(self.ids):
             positions.setdefault(protein, []).append(position)
         return positions
-
-
-def settings_of(about: About) -> tuple[dict[str, Any], dict[str, list[int]], int]:
-    """Return what outputs that are read together must share: all but the code, which tells its numerics apart."""
-    settings = {key: value for key, value in about.provenance.items() if key != "dist_esm"}
-    return settings, about.kinds, about.width

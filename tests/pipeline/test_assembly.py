@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ class Feed:
         self.assembly.add_records([read])
         if duplicate_of in (None, index):
             borders = [0, 1, len(residues)] if num_segments == 2 else [0, len(residues)]
-            for part, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+            for part, (start, stop) in enumerate(pairwise(borders)):
                 tokens = np.zeros(stop - start + 2, np.uint8)
                 self.waiting.append((Segment(index, part, tokens, (0, stop - start)), record["residues"]))
 
