@@ -11,6 +11,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from enum import EnumType
 from functools import cache
 from itertools import pairwise
@@ -162,24 +163,15 @@ def compose_config(
     >>> compose_config(["input=proteins/", "include=mean,bos"]).include
     [<Include.mean: 'mean'>, <Include.bos: 'bos'>]
     """
+    config_name = config_name.removesuffix(".yaml")
     if config_dir and not Path(config_dir).is_dir():
         raise ValueError(
             f"--config-dir {config_dir} is not a directory: name the one that holds {config_name}.yaml"
         )
     overrides, texts = read_words(words, config_dir)
-    if config_dir:
-        overrides.append(f"hydra.searchpath=['file://{conf_dir()}']")
     folder = Path(config_dir or conf_dir()).resolve()
-    ConfigStore.instance().store(name="schema", node=Config)
     try:
-        with warnings.catch_warnings(), initialize_config_dir(str(folder), version_base="1.3"):
-            warnings.filterwarnings("ignore", "In .*Defaults list is missing `_self_`")
-            composed = compose(config_name, overrides=overrides)
-        if OmegaConf.get_type(composed) is not Config:
-            raise ValueError(
-                f"{folder / config_name}.yaml does not start from the defaults: "
-                "write 'defaults: [config, _self_]' at its beginning"
-            )
+        composed = compose_files(folder, config_name, overrides)
         texts = {key: looked_up(composed, key, text) for key, text in texts.items()}
         for key, text in texts.items():
             OmegaConf.update(composed, key, escaped(text))
@@ -189,6 +181,8 @@ def compose_config(
         config = OmegaConf.to_object(composed)
     except yaml.YAMLError as error:
         raise ValueError(yaml_problem(error)) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{folder / config_name}.yaml is not UTF-8: save it as UTF-8") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error, folder, config_name)) from None
     assert isinstance(config, Config)
@@ -196,6 +190,33 @@ def compose_config(
         group, _, name = key.rpartition(".")
         setattr(getattr(config, group) if group else config, name, text)
     return fill_in(config)
+
+
+def compose_files(folder: Path, config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose a configuration file and what it starts from, as Hydra does.
+
+    Raises
+    ------
+    ValueError
+        If it does not start from the defaults, or sets what only Hydra's own application has.
+    """
+    path = folder / f"{config_name}.yaml"
+    searchpath = []
+    if folder != conf_dir():
+        ours = str(conf_dir()).replace("'", "\\'")
+        searchpath = [f"hydra.searchpath=['file://{ours}']"]
+        for key in ("run", "sweep", "job", "launcher", "sweeper", "output_subdir", "mode"):
+            line, _ = find_in_yaml(path, f"hydra.{key}")
+            if line:
+                raise ValueError(f"{path}, line {line}: hydra.{key} does nothing here: leave it out")
+    ConfigStore.instance().store(name="schema", node=Config)
+    with warnings.catch_warnings(), initialize_config_dir(str(folder), version_base="1.3"):
+        warnings.filterwarnings("ignore", "In .*Defaults list is missing `_self_`")
+        composed = compose(config_name, overrides=[*overrides, *searchpath])
+    if OmegaConf.get_type(composed) is not Config:
+        remedy = "write 'defaults: [config, _self_]' at its beginning"
+        raise ValueError(f"{path} does not start from the defaults: {remedy}")
+    return composed
 
 
 def looked_up(composed: DictConfig, key: str, text: Any) -> Any:
@@ -269,22 +290,34 @@ def explain(error: Exception, folder: Path, config_name: str) -> str:
     raised = re.match(r"In '(?P<name>[^']*)': .*\n(?P<problem>.*)\n\s*full_key: (?P<key>[\w.]*)", str(error))
     if raised is None:
         key = getattr(error, "full_key", None)
-        return f"{key}: {text}" if key else text
+        where = "" if folder == conf_dir() else f"{folder / config_name}.yaml: "
+        return where + (f"{key}: {text}" if key else text)
     path, key = folder / f"{raised['name']}.yaml", raised["key"]
+    if not key:  # text where a group of keys is wanted
+        groups = [name for name, hint in key_types().items() if is_dataclass(hint)]
+        key = next((name for name in groups if find_in_yaml(path, name)[1] is not None), "")
     line, value = find_in_yaml(path, key)
-    where = f"{path}, line {line}" if line else str(path)
-    types = key_types()
-    if key not in types:
-        return f"{where}: {no_key(key, types)}"
-    if value is not None and not is_text(types[key]):
-        try:
-            read_value(key, types[key], value)
-        except ValueError as problem:
-            return f"{where}: {problem}".replace(f"{key}=", f"{key}: ")
-        return f"{where}: {key}: write a list, as {key}: [{value}]"
-    if value is not None:
-        return f'{where}: {key}: {value} is read as a number or a truth value: write {key}: "{value}"'
-    return f"{where}: {key}: {raised['problem']}"
+    if key and key not in key_types():
+        problem = no_key(key, key_types())
+    else:
+        problem = raised["problem"] if value is None else yaml_value_problem(key, value)
+    return f"{path}{f', line {line}' if line else ''}: {problem if key in problem else f'{key}: {problem}'}"
+
+
+def yaml_value_problem(key: str, value: str) -> str:
+    """Say in one line what is wrong with a scalar in a configuration file, and what to write."""
+    hint = key_types().get(key)
+    if key == "model":
+        return f"model: {value} is chosen in the defaults list: write 'override model: {value}' there"
+    if is_dataclass(hint):
+        return f"{key}: {value}: {key} is a group of keys: write them below it, indented"
+    if is_text(hint):
+        return f'{key}: {value} is read as a number or a truth value: write {key}: "{value}"'
+    try:
+        read_value(key, hint, value)
+    except ValueError as problem:
+        return str(problem).replace(f"{key}=", f"{key}: ")
+    return f"{key}: write a list, as {key}: [{value}]"
 
 
 NOISE = (
@@ -330,7 +363,8 @@ def find_in_yaml(path: Path, key: str) -> tuple[int | None, str | None]:
     """Return the line of a key in a file, from 1, and its value if that is a scalar."""
     if not path.is_file():
         return None, None
-    node = yaml.compose(path.read_text(encoding="utf-8"))
+    with path.open(encoding="utf-8") as file:
+        node = yaml.compose(file)
     line = None
     for name in key.split("."):
         pairs = node.value if isinstance(node, yaml.MappingNode) else []

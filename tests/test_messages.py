@@ -542,6 +542,26 @@ YAML = {
         ', line 3: output_dir: 2024 is read as a number or a truth value: write output_dir: "2024"',
         START + 'output_dir: "2024"\n',
     ),
+    START + "hydra:\n  run:\n    dir: x\n": (
+        ", line 4: hydra.run does nothing here: leave it out",
+        START,
+    ),
+    START + "model: esm2_t6_8M_UR50D\n": (
+        ", line 3: model: esm2_t6_8M_UR50D is chosen in the defaults list: "
+        "write 'override model: esm2_t6_8M_UR50D' there",
+        "defaults: [config, {override model: esm2_t6_8M_UR50D}, _self_]\ninput: a.fa\n",
+    ),
+    START + "residues: fix\n": (
+        ", line 3: residues: fix: residues is a group of keys: write them below it, indented",
+        START + "residues:\n  lower_case: fix\n",
+    ),
+    START + "dtype: fp32\ndtype: bf16\n": (
+        ", line 4: this is no YAML: found duplicate key dtype",
+        START + "dtype: bf16\n",
+    ),
+    START + "input: ${nope}\n": (", line 3: this is no YAML: found duplicate key input", START),
+    START + "toks_per_batch: ${nope}\n": (": toks_per_batch: Interpolation key 'nope' not found", START),
+    "- a\n": (": primary config 'mine' must be a DictConfig, got ListConfig", START),
     "input: a.fa\n": (
         " does not start from the defaults: write 'defaults: [config, _self_]' at its beginning",
         START,
