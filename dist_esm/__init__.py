@@ -1,6 +1,12 @@
 """Data-parallel ESM-2 protein embeddings with torch.distributed.
 
-The command is ``python -m dist_esm``, under torchrun for more than one device; see README.md.
+The command is ``python -m dist_esm``, under torchrun for more than one device; see README.md. In a notebook:
+
+>>> from dist_esm import Embedder, load
+>>> Embedder("esm2_t33_650M_UR50D").embed(["MKTAYIAKQR"]).shape  # doctest: +SKIP
+(1, 1280)
+>>> load("embeddings/").vectors.shape  # doctest: +SKIP
+(10000, 2560)
 """
 
 from __future__ import annotations
@@ -37,7 +43,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch, which takes seconds to import, comes when it is first asked for."""
+    """Import what needs torch, which takes seconds, when it is first asked for."""
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

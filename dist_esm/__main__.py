@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dist_esm.arguments import read_options
-from dist_esm.cli import HELP, compose_config, config_text
-from dist_esm.config import Config, Job, check, conf_dir
+from dist_esm.cli import compose_config, config_text, help_text
+from dist_esm.config import Config, Job, check
 from dist_esm.stop import on_signals
 from dist_esm.version import code_version
 
@@ -29,11 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = read_options(sys.argv[1:] if argv is None else argv)
         if options.help:
-            text = HELP + "".join(
-                f"  {line}\n"
-                for line in (conf_dir() / "config.yaml").read_text().splitlines()
-                if not line.startswith("#")
-            )
+            text = help_text()
         elif options.version:
             text = f"dist_esm {code_version()}\n"
         else:

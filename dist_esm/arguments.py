@@ -2,8 +2,8 @@
 
 Hydra's grammar is made for sweeps and nested values. It refuses paths such as `it's.fasta`, reads `20240501`
 as a number, and takes a key that is given twice, `+key` and `hydra.key` without a word. So text (`input`,
-`output_dir`, `model.weights`) never passes through that grammar, and every other value is checked here against
-the type of its key.
+`output_dir`, `model.weights`) never passes through that grammar, and every other value is checked here
+against the type of its key.
 """
 
 from __future__ import annotations
@@ -40,6 +40,17 @@ REMEDIES = {
     "-cn": "write --config-name NAME",
 }
 """What does the same as an option of esm-extract or Hydra."""
+TORCHRUN = (
+    "--nproc",
+    "--nnodes",
+    "--node",
+    "--rdzv",
+    "--master",
+    "--standalone",
+    "--max-restarts",
+    "--max_restarts",
+)
+"""Beginnings of torchrun's own options."""
 
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,6 +91,8 @@ def no_option(option: str, following: Sequence[str]) -> str:
     hint = key_types().get(key)
     if name in REMEDIES:
         remedy = REMEDIES[name]
+    elif name.startswith(TORCHRUN):
+        remedy = "it is torchrun's, write it before -m dist_esm"
     elif hint is None:
         options = ["--help", "--version", "--cfg", "--config-dir", "--config-name"]
         near = difflib.get_close_matches(name, options, n=1)
@@ -227,6 +240,11 @@ def model_names(config_dir: str | None) -> list[str]:
 def model_name(value: str, config_dir: str | None) -> str:
     """Return the name of a model that there is."""
     name = unquoted(value)
+    if os.path.isfile(value):
+        stem = Path(value).stem
+        model = stem if stem in model_names(config_dir) else "NAME"
+        remedy = f"write model={model} {shown('model.weights', value)}"
+        raise ValueError(f"model={value} is a file, not the name of a model: {remedy}")
     if name not in model_names(config_dir):
         raise ValueError(unknown_model(name, model_names(config_dir)))
     return name
@@ -274,11 +292,13 @@ def read_list(value: str) -> list[str] | None:
     if is_in_brackets(text):
         item = r"""\s*((["'])(?:\\.|(?!\2).)*\2|(?:\\.|[^,\\])*)\s*(?:,|$)"""
         return [match[1] for match in re.finditer(item, text[1:-1], re.DOTALL) if match[1].strip()]
-    parts = text.split(",")
-    if len(parts) == 1 or glob.has_magic(text):
+    parts = [part for part in re.split(r"," if "," in text else r"\s+", text) if part]
+    if parts in ([], [text]) or glob.has_magic(text):
         return None
     if all(os.path.lexists(os.path.expanduser(os.path.expandvars(part))) for part in parts):
         return parts
+    if "," not in text:
+        return None
     raise ValueError(f"input={value} does not exist: a list is written {shown('input', f'[{text}]')}")
 
 
@@ -324,11 +344,11 @@ def read_value(key: str, hint: Any, value: str) -> str:
         if text.lower() not in TRUTH:
             raise ValueError(f"{key}={value} is neither true nor false: write {key}=true or {key}=false")
     else:
-        read_number(key, hint, text, NoneType in choices)
+        refuse_unless_number(key, hint, text, NoneType in choices)
     return text
 
 
-def read_number(key: str, hint: type[int] | type[float], text: str, is_optional: bool) -> None:
+def refuse_unless_number(key: str, hint: type[int] | type[float], text: str, is_optional: bool) -> None:
     """Refuse text that is no number of a type."""
     try:
         hint(text)

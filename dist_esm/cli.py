@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
 import json
 import os
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
+from dataclasses import is_dataclass
+from enum import EnumType
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
@@ -18,8 +25,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_esm.arguments import is_text, key_types, no_key, read_value, read_words
-from dist_esm.config import Config, conf_dir, plain_values, unknown_model
+from dist_esm.arguments import is_text, key_types, model_names, no_key, read_value, read_words
+from dist_esm.config import Config, by_layers, conf_dir, plain_values, unknown_model
 
 HELP = """\
 usage: torchrun --nproc_per_node=N -m dist_esm input=PATH [key=value ...]
@@ -27,9 +34,15 @@ usage: torchrun --nproc_per_node=N -m dist_esm input=PATH [key=value ...]
 
 Embed proteins with ESM-2 on every GPU torchrun starts a rank for, or on one device without torchrun.
 
+examples:
+  torchrun --nproc_per_node=4 -m dist_esm input=proteins/ output_dir=embeddings/
+  python -m dist_esm input=[a.fasta,b.fasta.gz] model=esm2_t33_650M_UR50D repr_layers=33 include=mean,per_tok
+  python -m dist_esm input=proteins/ model=esm2_t6_8M_UR50D device=cpu job=selfcheck
+
 jobs:
   job=embed      the default: embed the input into output_dir, or go on from what earlier launches finished
-  job=selfcheck  compare the numbers of these settings, weights and GPUs with fair-esm's own fp32 model, on a sample of the input
+  job=selfcheck  compare the numbers of these settings, weights and GPUs with fair-esm's own fp32 model,
+                 on a sample of the input
   job=verify     check a finished output_dir against the input
 
 options:
@@ -37,10 +50,95 @@ options:
   --version      the version
   --cfg          print the configuration that would run, and stop
   --config-dir DIR --config-name NAME
-                 start from NAME.yaml in DIR instead of the defaults
-
-keys and defaults:
+                 start from NAME.yaml in DIR instead of the defaults; it begins with
+                 'defaults: [config, _self_]'
 """
+HELP_GROUPS = {
+    "input and outputs": ("input", "output_dir", "format", "save_dtype", "include", "repr_layers"),
+    "model and device": ("model", "dtype", "device", "attention", "linear", "toks_per_batch"),
+    "proteins": ("truncation_seq_length", "long", "window_overlap", "residues", "dedupe"),
+    "the run": (
+        "job",
+        "resume",
+        "assign_by",
+        "unit_share",
+        "max_proteins_per_output",
+        "max_consecutive_failures",
+        "selfcheck",
+    ),
+}
+MEANING_COLUMN, HELP_WIDTH = 34, 110
+
+
+def help_text() -> str:
+    """Return the help: what to write, then every key with its default, its meaning and its choices."""
+    lines = []
+    for title, keys in HELP_GROUPS.items():
+        lines += ["", f"{title}:"]
+        for key in keys:
+            lines += [line for name in keys_of(key) for line in key_help(name)]
+    return HELP + "\n".join(lines) + "\n"
+
+
+def keys_of(key: str) -> list[str]:
+    """Return a key and the keys of its group that a user may set."""
+    fixed = {"model.name", "model.num_layers", "model.embed_dim", "model.attention_heads"}
+    group = [name for name in key_types() if name.startswith(f"{key}.") and name not in fixed]
+    return group if key in ("residues", "selfcheck") else [key, *group]
+
+
+def key_help(key: str) -> list[str]:
+    """Return the lines of the help that tell a key."""
+    group, _, name = key.rpartition(".")
+    schema = key_types()[group] if group else Config
+    default = plain_values(Config(input="PATH"))
+    for part in key.split("."):
+        default = default[part]
+    hint = key_types()[key]
+    if key == "model":
+        default = next(entry.model for entry in default_entries() if "model" in entry)
+        choices = sorted(model_names(None), key=by_layers)
+    else:
+        hints = (hint, *get_args(hint))
+        choices = [member for part in hints if isinstance(part, EnumType) for member in part.__members__]
+    meaning = meanings(schema)[name]
+    if choices:
+        meaning += f" One of {', '.join(choices)}."
+    left = f"  {key}={shown_default(default)}"
+    lines = textwrap.wrap(" ".join(meaning.split()), HELP_WIDTH - MEANING_COLUMN)
+    if len(left) >= MEANING_COLUMN:
+        lines.insert(0, "")
+    rest = [" " * MEANING_COLUMN + line for line in lines[1:]]
+    return [f"{left:<{MEANING_COLUMN}}{lines[0]}".rstrip(), *rest]
+
+
+def default_entries() -> list[Any]:
+    """Return the entries of our defaults list that choose a group's file."""
+    return [
+        entry
+        for entry in OmegaConf.load(conf_dir() / "config.yaml").defaults
+        if isinstance(entry, DictConfig)
+    ]
+
+
+def shown_default(value: Any) -> str:
+    """Write a default as it is written on the command line."""
+    return json.dumps(value).replace('"', "").replace(" ", "")
+
+
+@cache
+def meanings(schema: type[Any]) -> dict[str, str]:
+    """Return the text under each field of a dataclass, as its source has it."""
+    (definition,) = ast.parse(inspect.getsource(schema)).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: str(text.value.value)
+        for field, text in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
 
 
 def compose_config(
@@ -65,24 +163,15 @@ def compose_config(
     >>> compose_config(["input=proteins/", "include=mean,bos"]).include
     [<Include.mean: 'mean'>, <Include.bos: 'bos'>]
     """
+    config_name = config_name.removesuffix(".yaml")
     if config_dir and not Path(config_dir).is_dir():
         raise ValueError(
             f"--config-dir {config_dir} is not a directory: name the one that holds {config_name}.yaml"
         )
     overrides, texts = read_words(words, config_dir)
-    if config_dir:
-        overrides.append(f"hydra.searchpath=['file://{conf_dir()}']")
     folder = Path(config_dir or conf_dir()).resolve()
-    ConfigStore.instance().store(name="schema", node=Config)
     try:
-        with warnings.catch_warnings(), initialize_config_dir(str(folder), version_base="1.3"):
-            warnings.filterwarnings("ignore", "In .*Defaults list is missing `_self_`")
-            composed = compose(config_name, overrides=overrides)
-        if OmegaConf.get_type(composed) is not Config:
-            raise ValueError(
-                f"{folder / config_name}.yaml does not start from the defaults: "
-                "write 'defaults: [config, _self_]' at its beginning"
-            )
+        composed = compose_files(folder, config_name, overrides)
         texts = {key: looked_up(composed, key, text) for key, text in texts.items()}
         for key, text in texts.items():
             OmegaConf.update(composed, key, escaped(text))
@@ -92,14 +181,42 @@ def compose_config(
         config = OmegaConf.to_object(composed)
     except yaml.YAMLError as error:
         raise ValueError(yaml_problem(error)) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{folder / config_name}.yaml is not UTF-8: save it as UTF-8") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error, folder, config_name)) from None
     assert isinstance(config, Config)
     for key, text in texts.items():
         group, _, name = key.rpartition(".")
-        value = Path(text) if key == "output_dir" and isinstance(text, str) else text
-        setattr(getattr(config, group) if group else config, name, value)
+        setattr(getattr(config, group) if group else config, name, text)
     return fill_in(config)
+
+
+def compose_files(folder: Path, config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose a configuration file and what it starts from, as Hydra does.
+
+    Raises
+    ------
+    ValueError
+        If it does not start from the defaults, or sets what only Hydra's own application has.
+    """
+    path = folder / f"{config_name}.yaml"
+    searchpath = []
+    if folder != conf_dir():
+        ours = str(conf_dir()).replace("'", "\\'")
+        searchpath = [f"hydra.searchpath=['file://{ours}']"]
+        for key in ("run", "sweep", "job", "launcher", "sweeper", "output_subdir", "mode"):
+            line, _ = find_in_yaml(path, f"hydra.{key}")
+            if line:
+                raise ValueError(f"{path}, line {line}: hydra.{key} does nothing here: leave it out")
+    ConfigStore.instance().store(name="schema", node=Config)
+    with warnings.catch_warnings(), initialize_config_dir(str(folder), version_base="1.3"):
+        warnings.filterwarnings("ignore", "In .*Defaults list is missing `_self_`")
+        composed = compose(config_name, overrides=[*overrides, *searchpath])
+    if OmegaConf.get_type(composed) is not Config:
+        remedy = "write 'defaults: [config, _self_]' at its beginning"
+        raise ValueError(f"{path} does not start from the defaults: {remedy}")
+    return composed
 
 
 def looked_up(composed: DictConfig, key: str, text: Any) -> Any:
@@ -128,7 +245,11 @@ def fill_in(config: Config) -> Config:
             variables_filled_in("input", item) if isinstance(item, str) else item for item in config.input
         ]
     output_dir = variables_filled_in("output_dir", str(config.output_dir))
-    config.output_dir = Path(os.path.expanduser(output_dir))
+    at_home = os.path.expanduser(output_dir)
+    if at_home.startswith("~") and not os.path.lexists(at_home):
+        user = output_dir.partition("/")[0]
+        raise ValueError(f"output_dir={output_dir}: {user} is nobody's home: write output_dir=./{output_dir}")
+    config.output_dir = Path(at_home)
     if config.model.weights is not None:
         config.model.weights = variables_filled_in("model.weights", config.model.weights)
     return config
@@ -169,22 +290,34 @@ def explain(error: Exception, folder: Path, config_name: str) -> str:
     raised = re.match(r"In '(?P<name>[^']*)': .*\n(?P<problem>.*)\n\s*full_key: (?P<key>[\w.]*)", str(error))
     if raised is None:
         key = getattr(error, "full_key", None)
-        return f"{key}: {text}" if key else text
+        where = "" if folder == conf_dir() else f"{folder / config_name}.yaml: "
+        return where + (f"{key}: {text}" if key else text)
     path, key = folder / f"{raised['name']}.yaml", raised["key"]
+    if not key:  # text where a group of keys is wanted
+        groups = [name for name, hint in key_types().items() if is_dataclass(hint)]
+        key = next((name for name in groups if find_in_yaml(path, name)[1] is not None), "")
     line, value = find_in_yaml(path, key)
-    where = f"{path}, line {line}" if line else str(path)
-    types = key_types()
-    if key not in types:
-        return f"{where}: {no_key(key, types)}"
-    if value is not None and not is_text(types[key]):
-        try:
-            read_value(key, types[key], value)
-        except ValueError as problem:
-            return f"{where}: {problem}".replace(f"{key}=", f"{key}: ")
-        return f"{where}: {key}: write a list, as {key}: [{value}]"
-    if value is not None:
-        return f'{where}: {key}: {value} is read as a number or a truth value: write {key}: "{value}"'
-    return f"{where}: {key}: {raised['problem']}"
+    if key and key not in key_types():
+        problem = no_key(key, key_types())
+    else:
+        problem = raised["problem"] if value is None else yaml_value_problem(key, value)
+    return f"{path}{f', line {line}' if line else ''}: {problem if key in problem else f'{key}: {problem}'}"
+
+
+def yaml_value_problem(key: str, value: str) -> str:
+    """Say in one line what is wrong with a scalar in a configuration file, and what to write."""
+    hint = key_types().get(key)
+    if key == "model":
+        return f"model: {value} is chosen in the defaults list: write 'override model: {value}' there"
+    if is_dataclass(hint):
+        return f"{key}: {value}: {key} is a group of keys: write them below it, indented"
+    if is_text(hint):
+        return f'{key}: {value} is read as a number or a truth value: write {key}: "{value}"'
+    try:
+        read_value(key, hint, value)
+    except ValueError as problem:
+        return str(problem).replace(f"{key}=", f"{key}: ")
+    return f"{key}: write a list, as {key}: [{value}]"
 
 
 NOISE = (
@@ -230,7 +363,8 @@ def find_in_yaml(path: Path, key: str) -> tuple[int | None, str | None]:
     """Return the line of a key in a file, from 1, and its value if that is a scalar."""
     if not path.is_file():
         return None, None
-    node = yaml.compose(path.read_text(encoding="utf-8"))
+    with path.open(encoding="utf-8") as file:
+        node = yaml.compose(file)
     line = None
     for name in key.split("."):
         pairs = node.value if isinstance(node, yaml.MappingNode) else []

@@ -1,7 +1,8 @@
 """The schema of the configuration, and the checks that need no file and no device.
 
-Hydra composes ``conf/`` and the command line's ``key=value`` into `Config`, once, at the border; behind it only these typed
-objects are passed on. The names of enum members are the values that the user writes.
+Hydra composes ``conf/`` and the command line's ``key=value`` into `Config`, once, at the border. Behind it
+only these typed objects are passed on. The names of enum members are the values that the user writes, and
+`--help` shows the text under each key.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Dtype(Enum):
 
 
 class DeviceKind(Enum):
-    """Where to run."""
+    """Kinds of device."""
 
     auto = "auto"
     cuda = "cuda"
@@ -87,7 +88,7 @@ class AssignBy(Enum):
 
 
 class Job(Enum):
-    """What to do."""
+    """What a call does."""
 
     embed = "embed"
     plan = "plan"
@@ -96,7 +97,7 @@ class Job(Enum):
 
 
 class Long(Enum):
-    """What becomes of a protein of more than ``truncation_seq_length`` residues."""
+    """Policies for a protein of more than ``truncation_seq_length`` residues."""
 
     truncate = "truncate"
     skip = "skip"
@@ -105,14 +106,14 @@ class Long(Enum):
 
 
 class Letter(Enum):
-    """What becomes of letters that ESM-2 could do without: put right, or treated like any unknown letter."""
+    """Policies for letters that ESM-2 could do without: put right, or treated like any unknown letter."""
 
     fix = "fix"
     unknown = "unknown"
 
 
 class Unknown(Enum):
-    """What becomes of a letter outside fair-esm's alphabet: X in its place, or its record skipped, or its file failed."""
+    """Policies for letters outside fair-esm's alphabet: X in their place, record skipped, file failed."""
 
     replace = "replace"
     skip = "skip"
@@ -126,38 +127,39 @@ class ModelConfig:
     name: str = MISSING
     """fair-esm's name, and the name of the checkpoint file without `.pt`."""
     num_layers: int = MISSING
+    """As the model's file has it, as the next two."""
     embed_dim: int = MISSING
     attention_heads: int = MISSING
     weights: str | None = None
-    """null: torch hub's cache, downloaded once if absent; a path; or `random`: seeded random weights for tests and benchmarks."""
+    """A checkpoint's path; null: torch hub's cache, downloaded once if absent; random: seeded, for tests."""
     seed: int = 0
-    """Seed of `weights=random`."""
+    """Seed of model.weights=random."""
 
 
 @dataclass
 class ResidueConfig:
-    """What becomes of letters that are not residues as ESM-2 knows them. Every change is counted."""
+    """Policies for letters that are not residues as ESM-2 knows them. Every change is counted."""
 
     lower_case: Letter = Letter.fix
-    """`fix`: soft-masked residues are upper-cased."""
+    """fix: soft-masked residues are upper-cased; unknown: they are treated as unknown letters."""
     trailing_stop: Letter = Letter.fix
-    """`fix`: `*` at the end of a sequence (Prodigal) is removed."""
+    """fix: `*` at the end of a sequence (Prodigal) is removed."""
     gaps: Letter = Letter.fix
-    """`fix`: `-` and `.` are removed."""
+    """fix: `-` and `.` are removed."""
     unknown: Unknown = Unknown.replace
-    """Anything outside `ACDEFGHIKLMNPQRSTVWY` and `XBUZO`: `replace` by X, `skip` the record, or `fail` the file."""
+    """Letters other than ACDEFGHIKLMNPQRSTVWYXBUZO: replace each by X, skip the record, or fail the file."""
 
 
 @dataclass
 class SelfcheckConfig:
-    """What `job=selfcheck` looks at, and how far from fair-esm is too far."""
+    """The sample of `job=selfcheck`, and how far from fair-esm is too far."""
 
     proteins: int = 32
     """Proteins in the sample: the shortest, the longest, and others spread over the lengths between."""
     min_cosine: float | None = None
     """Least cosine of a mean with fair-esm's; null: 0.999."""
     max_relative_error: float | None = None
-    """Largest ||ours - fair-esm's|| / ||fair-esm's|| of a mean; null: 1e-5 in fp32, no limit in bf16 and fp16."""
+    """Largest ||ours - fair-esm's|| / ||fair-esm's|| of a mean; null: 1e-5 in fp32, else no limit."""
 
 
 @dataclass
@@ -165,10 +167,11 @@ class Config:
     """Every key of the command line."""
 
     input: Any = MISSING
-    """A FASTA file, a directory (searched recursively), a glob, or a list of these."""
+    """A FASTA file, a directory (searched recursively), a glob, or a list of these in brackets."""
     output_dir: Path = Path("embeddings")
     """Where everything is written."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """The ESM-2, by fair-esm's name."""
     repr_layers: list[int] = field(default_factory=lambda: [-1])
     """Layers to return, fair-esm's numbering: 0 is the embedding, negatives count from the end."""
     include: list[Include] = field(default_factory=lambda: [Include.mean])
@@ -176,27 +179,33 @@ class Config:
     truncation_seq_length: int | None = 1022
     """Residues that one forward sees of a protein; null: all of them."""
     long: Long = Long.truncate
-    """What becomes of a protein of more residues than that."""
+    """What becomes of a longer protein: its first residues are embedded (truncate), it is skipped, its file
+    fails, or all of it is embedded in overlapping windows, each residue where it is most central (window)."""
     window_overlap: int = 256
-    """Residues that neighbouring windows share under `long=window`."""
+    """Residues that neighbouring windows share under long=window."""
     residues: ResidueConfig = field(default_factory=ResidueConfig)
+    """Policies for letters that are no residues."""
     dedupe: bool = True
     """Embed identical sequences once per rank and give every id its copy."""
     toks_per_batch: int | None = None
     """Tokens in a pack; null: the default for the device."""
     dtype: Dtype = Dtype.auto
-    """Precision of parameters and matrix products; `auto`: bf16 where the GPU has it, else fp32."""
+    """Precision of parameters and matrix products; auto: bf16 where the GPU has it, else fp32."""
     device: DeviceKind = DeviceKind.auto
+    """Where to run; auto: a GPU if there is one."""
     attention: Attention = Attention.auto
-    """Implementation of attention; `auto` picks the fastest that the device can run."""
+    """Implementation of attention; auto: the fastest that the device can run."""
     linear: LinearKind = LinearKind.auto
-    """Implementation of matrix products and what is fused to them; `auto` picks the fastest that the device can run."""
+    """Implementation of matrix products and what is fused to them; auto: the fastest on the device."""
     format: Format = Format[FORMAT_NAMES[0]]
+    """File format of the outputs."""
     save_dtype: SaveDtype = SaveDtype.float32
+    """Precision of the numbers in outputs."""
     assign_by: AssignBy = AssignBy.sequences
-    """Cost of a unit in the greedy assignment."""
+    """What is balanced over the ranks."""
     unit_share: float = 0.01
-    """A plain or block-gzip file of more than this share of all input bytes is cut into units of about that size; 1: none is."""
+    """A plain or block-gzip file of more than this share of all input bytes is cut into units of about that
+    size; 1: no file is cut."""
     max_proteins_per_output: int = 100_000
     """A file of more proteins than this is written as numbered parts of at most so many."""
     max_consecutive_failures: int = 3
@@ -204,26 +213,28 @@ class Config:
     heartbeat_timeout: float = 60.0
     """A rank that gives no sign of life for so many seconds counts as lost, and the run ends as aborted."""
     resume: bool = True
-    """Skip units that the journal has as done under the same settings."""
+    """Skip what earlier launches finished under the same settings; false: remove it and start over."""
     selfcheck: SelfcheckConfig = field(default_factory=SelfcheckConfig)
+    """Sample and limits of job=selfcheck."""
     job: Job = Job.embed
+    """What to do, see above."""
 
     def input_list(self) -> list[str]:
-        """`input` as a list of strings."""
+        """Return `input` as a list of strings."""
         return list(self.input) if isinstance(self.input, list) else [self.input]
 
     def resolved_layers(self) -> list[int]:
-        """`repr_layers` without negatives, in the order given."""
+        """Return `repr_layers` without negatives, in the order given."""
         return [layer + self.model.num_layers + 1 if layer < 0 else layer for layer in self.repr_layers]
 
     def output_representations(self) -> list[tuple[Include, int]]:
-        """Kinds and layers in an output: those included, and the mean of the last layer requested, which is always there."""
+        """Return the representations and layers of an output.
+
+        The mean of the last layer requested is always there.
+        """
         layers = self.resolved_layers()
-        return list(
-            dict.fromkeys(
-                [*((kind, layer) for kind in self.include for layer in layers), (Include.mean, layers[-1])]
-            )
-        )
+        included = [(include, layer) for include in self.include for layer in layers]
+        return list(dict.fromkeys([*included, (Include.mean, layers[-1])]))
 
 
 def plain_values(config: Config) -> dict[str, Any]:
@@ -268,7 +279,7 @@ NOT_ESM2 = re.compile(r"esm-?_?(1|c\b|c_|3|-?if|fold|msa)|msa|prot_?t5|prot_?ber
 
 def unknown_model(name: str, names: Sequence[str]) -> str:
     """Say in one line that no model has this name, and which names there are."""
-    names = sorted(names, key=_by_layers)
+    names = sorted(names, key=by_layers)
     wanted = name.rpartition("/")[2].removesuffix(".pt").removesuffix(".yaml").lower()
     parts = [part for part in re.split(r"[-_]", wanted) if part not in ("", "esm2", "esm")]
     holding = [known for known in names if all(part in known.lower().split("_") for part in parts)]
@@ -280,7 +291,8 @@ def unknown_model(name: str, names: Sequence[str]) -> str:
     return f"model={name} {problem}{'' if problem.endswith('?') else ':'} use one of {', '.join(names)}"
 
 
-def _by_layers(name: str) -> tuple[int, str]:
+def by_layers(name: str) -> tuple[int, str]:
+    """Return what sorts models from the smallest to the largest."""
     layers = re.search(r"_t(\d+)_", name)
     return (int(layers[1]) if layers else 0), name
 
@@ -298,9 +310,25 @@ def choice(choices: type[E], key: str, value: str) -> E:
     return choices[value]
 
 
+SYNONYMS = (
+    ("cuda", "gpu"),
+    ("fp32", "float32", "float"),
+    ("fp16", "float16", "half"),
+    ("bf16", "bfloat16"),
+    ("h5", "hdf5"),
+    ("pt", "pth", "torch"),
+    ("per_tok", "per_token", "per_residue"),
+    ("bos", "cls"),
+)
+"""Words for the same thing; some are spelled like another choice, as `gpu` like `cpu`."""
+
+
 def no_choice(choices: type[Enum], key: str, value: str) -> str:
     """Say in one line that a key has no such choice, and which it has."""
-    near = difflib.get_close_matches(str(value).lower(), choices.__members__, n=1)
+    word = str(value).lower().partition(":")[0]  # cuda:0
+    names = list(choices.__members__)
+    same = [name for words in SYNONYMS if word in words for name in words if name in names]
+    near = same or difflib.get_close_matches(word, names, n=1)
     guess = f"did you mean {near[0]}? " if near else ""
     return f"{key}={value} is no choice: {guess}use one of {', '.join(choices.__members__)}"
 
@@ -338,9 +366,8 @@ def check(config: Config) -> None:
         raise ValueError("repr_layers is empty: name at least one layer, for example repr_layers=[-1]")
     for given, layer in zip(config.repr_layers, resolved, strict=True):
         if not 0 <= layer <= num_layers:
-            raise ValueError(
-                f"repr_layers: {config.model.name} has no layer {given}: use {-num_layers - 1} to {num_layers}"
-            )
+            there_are = f"use {-num_layers - 1} to {num_layers}"
+            raise ValueError(f"repr_layers: {config.model.name} has no layer {given}: {there_are}")
     if len(set(resolved)) < len(resolved):
         raise ValueError(f"repr_layers={config.repr_layers} names a layer twice: name each once")
     if not config.include or len(set(config.include)) < len(config.include):
@@ -361,9 +388,8 @@ def check(config: Config) -> None:
                 "long=window needs a window: set truncation_seq_length to its residues, for example 1022"
             )
         if config.window_overlap >= limit:
-            raise ValueError(
-                f"window_overlap={config.window_overlap} must be smaller than the window, truncation_seq_length={limit}"
-            )
+            window = f"the window, truncation_seq_length={limit}"
+            raise ValueError(f"window_overlap={config.window_overlap} must be smaller than {window}")
     package = package_of(config.format.name)
     if package and find_spec(package) is None:
         raise ValueError(f"format={config.format.name} needs {package}: pip install 'dist_esm[formats]'")
@@ -373,14 +399,13 @@ def check(config: Config) -> None:
 
 
 def check_selfcheck(config: SelfcheckConfig) -> None:
-    """The part of `check` for `selfcheck.*`."""
+    """Refuse values of `selfcheck.*` that the schema's types let through."""
     if config.proteins < 1:
         raise ValueError(f"selfcheck.proteins={config.proteins} is too small: use 1 or more")
     if config.min_cosine is not None and not -1 <= config.min_cosine <= 1:
         raise ValueError(
             f"selfcheck.min_cosine={config.min_cosine} is no cosine: use a number up to 1, for example 0.999"
         )
-    if config.max_relative_error is not None and not config.max_relative_error >= 0:
-        raise ValueError(
-            f"selfcheck.max_relative_error={config.max_relative_error} is no limit: use 0 or more, for example 1e-5"
-        )
+    error = config.max_relative_error
+    if error is not None and not error >= 0:
+        raise ValueError(f"selfcheck.max_relative_error={error} is no limit: use 0 or more, for example 1e-5")

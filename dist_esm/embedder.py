@@ -1,11 +1,4 @@
-"""ESM-2 in a notebook: sequences in, arrays out, on one device, with the numbers of the command line.
-
-from dist_esm import Embedder
-
-embedder = Embedder("esm2_t33_650M_UR50D")
-vectors = embedder.embed(["MKTAYIAKQR", "GAVLIPFMW"])               # (2, 1280)
-rows = embedder.embed(["MKTAYIAKQR"], include="per_tok")[0]          # (10, 1280)
-"""
+"""ESM-2 in a notebook: sequences in, arrays out, on one device, with the numbers of the command line."""
 
 from __future__ import annotations
 
@@ -47,7 +40,7 @@ class Embedder:
     model
         One of fair-esm's names, `esm2_t6_8M_UR50D` to `esm2_t48_15B_UR50D`.
     weights
-        As `model.weights` on the command line: None for torch hub's cache (downloaded once), a path, or `random`.
+        As `model.weights` on the command line: a path, `random`, or None for torch hub's cache.
     layer
         The layer to return, fair-esm's numbering, negatives from the end.
     device, dtype, attention, linear
@@ -61,6 +54,14 @@ class Embedder:
     ------
     ValueError
         If a value is wrong, the weights cannot be had, or the device is not there.
+
+    Examples
+    --------
+    >>> embedder = Embedder("esm2_t6_8M_UR50D", weights="random", device="cpu")
+    >>> embedder.embed(["MKTAYIAKQR", "GAVLIPFMW"]).shape
+    (2, 320)
+    >>> [rows.shape for rows in embedder.embed(["MKTAYIAKQR", "GAVLIPFMW"], include="per_tok")]
+    [(10, 320), (9, 320)]
     """
 
     def __init__(
@@ -109,13 +110,14 @@ class Embedder:
         Parameters
         ----------
         sequences
-            Letters; put right as the command line does by default (upper-cased, gaps and trailing stops removed, unknown letters X).
+            Letters; put right as the command line does by default: upper-cased, no gaps and trailing stops,
+            X for each unknown letter.
         include
             `mean` over residues, `bos`, or `per_tok`.
 
         Returns
         -------
-        float32 array, shape (N, D), for `mean` and `bos`; a list of N float32 arrays, shape (L, D), for `per_tok`
+        float32 array, shape (N, D), for `mean` and `bos`; list of N arrays, shape (L, D), for `per_tok`
 
         Raises
         ------
@@ -124,10 +126,10 @@ class Embedder:
         """
         if isinstance(sequences, str):
             raise ValueError("sequences is one string: pass a list of sequences")
-        kind = choice(Include, "include", include)
-        self.engine.wants_rows = kind is Include.per_tok
+        wanted = choice(Include, "include", include)
+        self.engine.wants_rows = wanted is Include.per_tok
         packer = Packer(self.engine.toks_per_batch)
-        answers: dict[int, list[SegmentEmbedding | None]] = {}
+        segments: dict[int, list[SegmentEmbedding | None]] = {}
         lengths: list[int] = []
         for place, letters in enumerate(sequences):
             protein, _, spans = apply_length_policy(
@@ -137,25 +139,23 @@ class Embedder:
             if protein.skipped is not None:
                 raise ValueError(f"sequence {place} is left out: {protein.skipped}")
             lengths.append(num_embedded(spans))
-            answers[place] = [None] * len(spans)
+            segments[place] = [None] * len(spans)
             for segment in make_segments(place, protein.residues, spans):
                 for pack in packer.add(segment):
-                    self._run(pack, answers)
+                    self._run(pack, segments)
         for pack in packer.flush():
-            self._run(pack, answers)
-        vectors: list[NDArray[np.float32]] = [
-            combine([one for one in answers[place] if one is not None], length, [(kind, self.layer)])[
-                kind, self.layer
-            ]
-            for place, length in enumerate(lengths)
-        ]
-        if kind is Include.per_tok:
+            self._run(pack, segments)
+        vectors: list[NDArray[np.float32]] = []
+        for place, length in enumerate(lengths):
+            parts = [part for part in segments[place] if part is not None]
+            vectors.append(combine(parts, length, [(wanted, self.layer)])[wanted, self.layer])
+        if wanted is Include.per_tok:
             return vectors
         return np.stack(vectors) if vectors else np.empty((0, self.config.model.embed_dim), dtype=np.float32)
 
-    def _run(self, pack: Pack, answers: dict[int, list[SegmentEmbedding | None]]) -> None:
-        found = embed_pack(self.engine, pack)
-        for segment, answer in zip(pack.segments, found, strict=True):
-            if isinstance(answer, Exception):
-                raise answer
-            answers[segment.protein][segment.part] = answer
+    def _run(self, pack: Pack, segments: dict[int, list[SegmentEmbedding | None]]) -> None:
+        """Embed a pack, and put each segment's embedding in its place."""
+        for segment, embedding in zip(pack.segments, embed_pack(self.engine, pack), strict=True):
+            if isinstance(embedding, Exception):
+                raise embedding
+            segments[segment.protein][segment.part] = embedding

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+
 import pytest
 from omegaconf import OmegaConf
 
 from dist_esm.__main__ import main
+from dist_esm.arguments import key_types
 from dist_esm.cli import compose_config, config_text
-from dist_esm.config import Dtype, Include, check, plain_values
+from dist_esm.config import Config, Dtype, Include, check, conf_dir, plain_values
 
 REFUSED = {
     "input=x dtype=foo": r"dtype=foo is no choice: use one of auto, fp32, bf16, fp16",
     "input=x model=esm3": r"model=esm3 is not an ESM-2.* use one of .*esm2_t33_650M_UR50D",
-    "input=x toks_per_batch=abc": r"toks_per_batch=abc is not a whole number: for example toks_per_batch=8192",
+    "input=x toks_per_batch=abc": r"toks_per_batch=abc is not a whole number: for example toks_per_batch=",
     "input=x toks_per_batch=1": r"toks_per_batch=1 is too small: use 3 or more",
     "input=x toks_per_batch=1,2": r"toks_per_batch=1,2",
     "input=x include=[meen]": r"include=meen is no choice: did you mean mean\? use one of mean, bos, per_tok",
@@ -28,8 +32,7 @@ REFUSED = {
     "input=x job=plan": r"job=plan is not there yet: use job=embed, job=selfcheck or job=verify",
     "input=x selfcheck.proteins=0": r"selfcheck.proteins=0 is too small: use 1 or more",
     "input=x selfcheck.min_cosine=2": r"selfcheck.min_cosine=2.0 is no cosine",
-    "input=x selfcheck.max_relative_error=-1": r"selfcheck.max_relative_error=-1.0 is no limit: "
-    r"use 0 or more",
+    "input=x selfcheck.max_relative_error=-1": r"selfcheck.max_relative_error=-1.0 is no limit: use 0",
     "input=x selfcheck.protein=3": r"'selfcheck.protein' is no key: did you mean selfcheck.proteins\?",
     "inputs": r"'inputs' is not key=value",
 }
@@ -61,14 +64,8 @@ def test_defaults_are_those_of_the_contract():
 
 
 def test_yaml_and_schema_name_the_same_keys_and_defaults():
-    """Help is read off the yaml, types and docs off the schema: they must not drift apart."""
-    from dataclasses import fields
-
-    from omegaconf import OmegaConf
-
-    from dist_esm.config import Config
-
-    yaml = OmegaConf.load(__import__("dist_esm.__main__", fromlist=["conf_dir"]).conf_dir() / "config.yaml")
+    """Hydra reads the yaml, everything else the schema: they must not drift apart."""
+    yaml = OmegaConf.load(conf_dir() / "config.yaml")
     assert set(yaml) - {"defaults"} == {field.name for field in fields(Config)} - {"model"}
     merged = compose_config(["input=x"])
     plain = Config(input="x", model=merged.model)
@@ -77,7 +74,7 @@ def test_yaml_and_schema_name_the_same_keys_and_defaults():
 
 def test_a_users_own_config_file_starts_from_ours(tmp_path):
     (tmp_path / "mine.yaml").write_text(
-        "defaults:\n  - config\n  - override model: esm2_t6_8M_UR50D\n  - _self_\n"
+        "defaults: [config, {override model: esm2_t6_8M_UR50D}, _self_]\n"
         "input: proteins/\ntoks_per_batch: 512\n"
     )
     config = compose_config(["dtype=fp32"], str(tmp_path), "mine")
@@ -113,3 +110,20 @@ def test_plain_values_are_what_was_given():
     config.input = "a${b.fa"
     assert plain_values(config)["input"] == "a${b.fa"
     assert OmegaConf.create(config_text(config)).input == "a${b.fa"
+
+
+def test_the_help_names_every_key_with_its_default_choices_and_meaning(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 110
+    keys = text.partition("input and outputs:")[2]
+    shown = dict(re.findall(r"^  ([\w.]+)=(\S+)", keys, re.MULTILINE))
+    of_the_model = {"model.name", "model.num_layers", "model.embed_dim", "model.attention_heads"}
+    groups = {"residues", "selfcheck"}
+    assert set(key_types()) - of_the_model - groups <= set(shown)
+    for key in set(shown) - {"input", "job", "model"}:
+        assert compose_config(["input=x", f"{key}={shown[key]}"]) == compose_config(["input=x"]), key
+    assert shown["model"] == compose_config(["input=x"]).model.name
+    words = " ".join(text.split())
+    assert "File format of the outputs. One of pt, fair_esm, h5, parquet, safetensors." in words
+    assert "One of esm2_t6_8M_UR50D, esm2_t12_35M_UR50D," in words

@@ -90,4 +90,4 @@ def test_help_is_printed_once():
     result = run_ranks(2, "--help")
     assert result.returncode == 0
     assert result.stdout.count("usage: torchrun") == 1
-    assert "truncation_seq_length: 1022" in result.stdout
+    assert "truncation_seq_length=1022" in result.stdout

@@ -11,7 +11,7 @@ from conftest import run_ranks
 from dist_esm.__main__ import main
 from dist_esm.arguments import read_options
 from dist_esm.cli import compose_config
-from dist_esm.config import Config, Dtype, Format, Include, Job, check
+from dist_esm.config import Config, DeviceKind, Dtype, Format, Include, Job, SaveDtype, check
 from dist_esm.planning.inputs import find_files
 
 FASTA = ">a\nMKTAYIAKQR\n"
@@ -128,6 +128,8 @@ TAKEN = {
     "output_dir=runs/it's": ("output_dir", Path("runs/it's")),
     "output_dir=2024": ("output_dir", Path("2024")),
     "output_dir=~/runs": ("output_dir", Path("~/runs").expanduser()),
+    "input=a.fa,": ("input", ["a.fa"]),
+    "input=a.fa b.fa": ("input", ["a.fa", "b.fa"]),
     "output_dir=$WHERE/runs": ("output_dir", Path("/scratch/me/runs")),
     "output_dir=${WHERE}/runs": ("output_dir", Path("/scratch/me/runs")),
     "output_dir=${oc.env:WHERE}/runs": ("output_dir", Path("/scratch/me/runs")),
@@ -416,6 +418,48 @@ REFUSED = [
         500,
     ),
     (["--nogpu"], "--nogpu is no option: write device=cpu", ["device=cpu"], "job", Job.embed),
+    (
+        ["--nproc_per_node=4"],
+        "--nproc_per_node=4 is no option: it is torchrun's, write it before -m dist_esm",
+        [],
+        "job",
+        Job.embed,
+    ),
+    (
+        ["device=gpu"],
+        "device=gpu is no choice: did you mean cuda? use one of auto, cuda, cpu",
+        ["device=cuda"],
+        "device",
+        DeviceKind.cuda,
+    ),
+    (
+        ["device=cuda:0"],
+        "device=cuda:0 is no choice: did you mean cuda? use one of auto, cuda, cpu",
+        ["device=cuda"],
+        "device",
+        DeviceKind.cuda,
+    ),
+    (
+        ["save_dtype=fp16"],
+        "save_dtype=fp16 is no choice: did you mean float16? use one of float32, float16",
+        ["save_dtype=float16"],
+        "save_dtype",
+        SaveDtype.float16,
+    ),
+    (
+        ["output_dir=~no_such_user/x"],
+        "output_dir=~no_such_user/x: ~no_such_user is nobody's home: write output_dir=./~no_such_user/x",
+        ["output_dir=./~no_such_user/x"],
+        "output_dir",
+        Path("~no_such_user/x"),
+    ),
+    (
+        ["model=a.fa"],
+        "model=a.fa is a file, not the name of a model: write model=NAME model.weights=a.fa",
+        ["model=esm2_t6_8M_UR50D", "model.weights=a.fa"],
+        "job",
+        Job.embed,
+    ),
     (["--config-path", "x"], "--config-path is no option: write --config-dir DIR", [], "job", Job.embed),
     (["--verison"], "--verison is no option: did you mean --version?", [], "job", Job.embed),
     (["--config-dir"], "argument --config-dir: expected one argument", [], "job", Job.embed),
@@ -498,6 +542,26 @@ YAML = {
         ', line 3: output_dir: 2024 is read as a number or a truth value: write output_dir: "2024"',
         START + 'output_dir: "2024"\n',
     ),
+    START + "hydra:\n  run:\n    dir: x\n": (
+        ", line 4: hydra.run does nothing here: leave it out",
+        START,
+    ),
+    START + "model: esm2_t6_8M_UR50D\n": (
+        ", line 3: model: esm2_t6_8M_UR50D is chosen in the defaults list: "
+        "write 'override model: esm2_t6_8M_UR50D' there",
+        "defaults: [config, {override model: esm2_t6_8M_UR50D}, _self_]\ninput: a.fa\n",
+    ),
+    START + "residues: fix\n": (
+        ", line 3: residues: fix: residues is a group of keys: write them below it, indented",
+        START + "residues:\n  lower_case: fix\n",
+    ),
+    START + "dtype: fp32\ndtype: bf16\n": (
+        ", line 4: this is no YAML: found duplicate key dtype",
+        START + "dtype: bf16\n",
+    ),
+    START + "input: ${nope}\n": (", line 3: this is no YAML: found duplicate key input", START),
+    START + "toks_per_batch: ${nope}\n": (": toks_per_batch: Interpolation key 'nope' not found", START),
+    "- a\n": (": primary config 'mine' must be a DictConfig, got ListConfig", START),
     "input: a.fa\n": (
         " does not start from the defaults: write 'defaults: [config, _self_]' at its beginning",
         START,

@@ -1,4 +1,4 @@
-"""What a rank runs on and what its numbers depend on: device, dtype, kernels, weights."""
+"""Device, dtype, kernels and weights: all that a rank runs on and that its numbers depend on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def find_inputs(config: Config) -> list[FastaFile]:
 
 @dataclass(frozen=True)
 class Setup:
-    """What this rank runs on, and what its numbers depend on."""
+    """Device, dtype and kernels of this rank, and all that its numbers depend on."""
 
     device: torch.device
     dtype: torch.dtype

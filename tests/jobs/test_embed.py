@@ -30,9 +30,9 @@ def alone(tmp_path_factory, checkpoint_8m):
     return output_dir, result
 
 
-def overrides(output_dir: Path, checkpoint: Path) -> list[str]:
+def overrides(output_dir: Path, checkpoint: Path, source: Path = PROTEINS) -> list[str]:
     layers = "repr_layers=[0,3,-1]", "include=[mean,bos,per_tok]"
-    return [f"input={PROTEINS}", f"output_dir={output_dir}", MODEL, f"model.weights={checkpoint}", *layers]
+    return [f"input={source}", f"output_dir={output_dir}", MODEL, f"model.weights={checkpoint}", *layers]
 
 
 def test_every_number_is_fair_esms(alone):
@@ -122,7 +122,7 @@ def test_a_good_run_leaves_only_what_it_promises(alone, tmp_path, checkpoint_8m)
 def test_a_file_of_garbage_ends_as_partial_with_the_others_done(alone, tmp_path, checkpoint_8m):
     shutil.copytree(PROTEINS, tmp_path / "in")
     (tmp_path / "in" / "garbage.fasta").write_bytes(b"%PDF-1.4\n\x00\xff\x8b")
-    result = run_ranks(2, *overrides(tmp_path / "out", checkpoint_8m), f"input={tmp_path / 'in'}")
+    result = run_ranks(2, *overrides(tmp_path / "out", checkpoint_8m, tmp_path / "in"))
     assert result.returncode == 1  # torchrun's own; rank 0's is in its table
     assert re.search(r"exitcode\s*:\s*2", result.stderr)
     assert digests(tmp_path / "out") == digests(alone[0])
@@ -208,8 +208,7 @@ def test_a_protein_that_does_not_fit_fails_its_file_alone(alone, tmp_path, check
     shutil.copytree(PROTEINS, tmp_path / "in")
     (tmp_path / "in" / "huge.fasta").write_text(">huge\n" + "MKTAYIAK" * 100_000 + "\n")
     settings = [
-        *overrides(tmp_path / "out", checkpoint_8m),
-        f"input={tmp_path / 'in'}",
+        *overrides(tmp_path / "out", checkpoint_8m, tmp_path / "in"),
         "truncation_seq_length=null",
     ]
     line = [

@@ -85,7 +85,7 @@ def embed_with_fair_esm(
 def run_fair_esm(
     config: Config, device: torch.device, oracle_device: torch.device, proteins: Sequence[SampledProtein]
 ) -> FairEsmResult:
-    """Build fair-esm's model on `oracle_device`, of the tensors that ours has on `device`, and embed the sample."""
+    """Build fair-esm's model on `oracle_device`, of the tensors of ours on `device`, and embed the sample."""
     arch = architecture(config.model)
     tensors = fair_esm_tensors(config.model, device)
     model = fair_esm_model(arch.num_layers, arch.embed_dim, arch.attention_heads, tensors, oracle_device)

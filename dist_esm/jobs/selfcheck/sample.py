@@ -88,7 +88,7 @@ def read_candidates(
 
     Returns
     -------
-    the sampler that saw every protein that gets an embedding; a line for each unit that was not read to its end
+    the sampler that saw every protein that gets an embedding; a line for each unit not read to its end
     """
     sampler = Sampler(config.selfcheck.proteins)
     unread = []
