@@ -68,7 +68,7 @@ class OutputTable:
     """Layer to Tensor, shape (N, D)."""
     per_tok: dict[int, ChunkedTensor]
     """Layer to `ChunkedTensor`, shape (sum of embedded residues, D)."""
-    notes: list[str]
+    tsv_lines: list[str]
     """A line of `NOTE_COLUMNS` for each record that was truncated, windowed, skipped, changed or given an id."""
 
     @property

@@ -27,7 +27,7 @@ from dist_esm.atomic import remove
 from dist_esm.attempt import as_value
 from dist_esm.config import Include
 from dist_esm.model.pool import ProteinEmbedding, combine
-from dist_esm.outputs.records_tsv import note
+from dist_esm.outputs.records_tsv import count_record, tsv_line
 from dist_esm.outputs.row_buffer import Memory, RowBuffer, are_finite
 from dist_esm.pipeline.writer_pool import Job, OutputBuilder, OutputSettings, Writers, write_built
 from dist_esm.types import (
@@ -214,7 +214,10 @@ class Collector:
     def _place(self, state: UnitState, record: RecordRead) -> None:
         """Give a record its place in its unit's output, and its answer if an identical sequence has one already."""
         piece = self._piece_for(state, record)
-        note(record, state.unit.before.sequences + state.num_records, state.tally, piece.notes)
+        count_record(record, state.tally)
+        line = tsv_line(record, state.unit.before.sequences + state.num_records)
+        if line is not None:
+            piece.tsv_lines.append(line)
         if record.outcome is RecordOutcome.skipped:
             return
         self._waiting[record.protein_index] = Waiting(
@@ -396,7 +399,7 @@ class Collector:
             else:
                 state.written[piece.number] = written
                 state.tally.duplicate_ids += len(piece.rows) - len({row.id for row in piece.rows})
-                piece.rows, piece.notes = [], []
+                piece.rows, piece.tsv_lines = [], []
                 if state.is_closed and len(state.written) == len(state.pieces):
                     results.append(self._complete(key, state))
         if results:

@@ -74,7 +74,7 @@ class OutputBuilder:
 
     number: int
     rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    tsv_lines: list[str] = field(default_factory=list)
     buffers: dict[tuple[Include, int], RowBuffer] = field(default_factory=dict)
     num_residues: int = 0
     num_answered: int = 0
@@ -112,7 +112,7 @@ def write_built(settings: OutputSettings, file: FastaFile, unit: Unit, piece: Ou
         mean=tensors[Include.mean],
         bos=tensors[Include.bos],
         per_tok={layer: ChunkedTensor([tensor]) for layer, tensor in tensors[Include.per_tok].items()},
-        notes=piece.notes,
+        tsv_lines=piece.tsv_lines,
     )
     stem = settings.output_dir / file.output
     if unit.first_part is not None:

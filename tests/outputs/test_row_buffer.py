@@ -9,15 +9,18 @@ import time
 import zipfile
 from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dist_esm.atomic import SMALL_BYTES, SummedFile
-from dist_esm.outputs.embeddings import ChunkedTensor
-from dist_esm.outputs.pickling import RowsOf, torch_save
+from dist_esm.atomic import SMALL_BYTES, SummedFile, commit_together, read_back
+from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
+from dist_esm.outputs.pickling import torch_save
 from dist_esm.outputs.row_buffer import Memory, RowBuffer, are_finite
+from dist_esm.outputs.shards import read_shard, write_shard
+from dist_esm.types import Row
 
 
 def same(one, other) -> bool:
@@ -68,15 +71,16 @@ def test_archives_hold_what_torch_would_have_put_there(tmp_path, how):
 
 
 @pytest.mark.parametrize("span", [slice(0, 1000), slice(5, 17), slice(3, 4), slice(0, 0)])
-def test_the_rows_of_a_matrix_are_written_as_the_list_of_them_would_be(span):
+def test_rows_of_a_matrix_share_its_storage_and_come_back_in_order(span):
     matrix = torch.arange(6000, dtype=torch.float32).view(1000, 6)[span]
-    archives = []
-    for rows in (RowsOf(matrix), list(matrix.unbind(0))):
-        archives.append(io.BytesIO())
-        torch_save({"data": rows, "again": {1: matrix}, "more": list(matrix[1:].unbind(0))}, archives[-1])
-    assert same(*(torch.load(archive) for archive in map(io.BytesIO, map(io.BytesIO.getvalue, archives))))
-    if len(matrix):
-        assert archives[0].getvalue() == archives[1].getvalue()
+    archive = io.BytesIO()
+    torch_save({"data": list(matrix.unbind()), "again": {1: matrix}}, archive)
+    content = torch.load(io.BytesIO(archive.getvalue()), weights_only=True)
+    assert same(content["data"], list(content["again"][1].unbind()))
+    assert torch.equal(content["again"][1], matrix)
+    assert {row.untyped_storage()._cdata for row in content["data"]} <= {
+        content["again"][1].untyped_storage()._cdata
+    }
 
 
 def test_rows_that_lie_in_several_tensors_are_as_one():
@@ -171,3 +175,22 @@ def test_one_number_that_is_not_finite_is_found_among_many(dtype):
         assert not are_finite(rows)
         assert not are_finite(rows[:, 3])
         assert are_finite(rows[:, 4])
+
+
+def test_a_shard_comes_back_as_it_was_also_one_of_version_1(tmp_path):
+    rows = [Row("a", "a b", 0, 3, 3, "ok", 0, 0, 0, 0), Row("b", "b", 2, 5, 4, "truncated", 1, 0, 0, 0)]
+    mean, per_tok = torch.arange(12.0).view(2, 6), torch.arange(42.0).view(7, 6)
+    table = OutputTable(
+        "a.fasta", {"model": "m"}, ["mean"], 1, rows, {1: mean}, {}, {1: ChunkedTensor([per_tok])}, ["a line"]
+    )
+    staged = write_shard(table, tmp_path / "shards" / "a.pt", tmp_path)
+    (written,) = commit_together([staged], tmp_path)
+    assert written == read_back(tmp_path, Path("shards/a.pt"))
+    content = torch.load(tmp_path / "shards" / "a.pt", weights_only=True)
+    content["notes"] = content.pop("tsv_lines")
+    torch.save(content, tmp_path / "old.pt")
+    for name in ("shards/a.pt", "old.pt"):
+        shard = read_shard(tmp_path / name)
+        assert (shard.source, shard.rows, shard.tsv_lines) == (table.source, rows, ["a line"])
+        assert torch.equal(shard.mean[1], mean)
+        assert torch.equal(shard.per_tok[1][0:7], per_tok)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats.base import About, Codec
-from dist_esm.outputs.pickling import RowsOf, save
+from dist_esm.outputs.pickling import save
 
 
 def write_pt(embeddings: OutputTable, path: Path) -> str:
@@ -27,7 +27,7 @@ def write_pt(embeddings: OutputTable, path: Path) -> str:
     """
     content: dict[str, object] = {
         "proteins": embeddings.ids,
-        "data": RowsOf(embeddings.mean[embeddings.main_layer]),
+        "data": list(embeddings.mean[embeddings.main_layer].unbind()),
         "headers": [row.header for row in embeddings.rows],
         "lengths": embeddings.lengths,
         **vars(About.of(embeddings)),

@@ -107,9 +107,9 @@ def write_output(output_format: Format, table: OutputTable, stem: Path, scratch:
     if chosen.is_folder:
         refuse_to_replace(path, staged.marks)
     try:
-        if table.notes:
+        if table.tsv_lines:
             staged.files.append((temporary_path(scratch), records_tsv))
-            text = "\n".join(["\t".join(NOTE_COLUMNS), *table.notes, ""])
+            text = "\n".join(["\t".join(NOTE_COLUMNS), *table.tsv_lines, ""])
             staged.files[-1][0].write_text(text, encoding="utf-8")
         else:
             staged.obsolete.append(records_tsv)
