@@ -1,9 +1,9 @@
-"""`torch.save` of dicts, lists and tensors, without a question to Python about each of their numbers and letters.
+"""`torch.save` of dicts, lists and tensors, without a call to Python for each of their values.
 
-The archive is torch's own, and so is every tensor that is read back; what differs is the pickle inside. Tensors
-are written here, opcode by opcode of protocol 2, and recall what they have in common (their storage, their shape)
-instead of repeating it; all else is left to pickle. A list of 10,000 rows is written in two fifths of the time,
-and read back in half of it.
+The archive is torch's own, and so is every tensor that is read back; what differs is the pickle inside.
+Tensors are written here, opcode by opcode of protocol 2, and recall what they have in common (their storage,
+their shape) instead of repeating it; all else is left to pickle. A list of 10,000 rows is written in two
+fifths of the time, and read back in half of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from dist_esm.atomic import SummedFile
 
 
 class _Plain(pickle.Pickler):
-    """Pickles what holds no tensors. It remembers nothing, so that it takes no number that tensors are remembered by."""
+    """Pickles what holds no tensors. It remembers nothing, so that it takes no number that tensors are
+    remembered by."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, protocol=2)
@@ -69,7 +70,8 @@ class _Pickler:
             self._file.write(_plain(content))
 
     def _tensor(self, tensor: Tensor) -> bytes:
-        """Rebuild a tensor as every checkpoint of torch does: from storage, offset, shape, strides and an empty dict of hooks."""
+        """Rebuild a tensor as every checkpoint of torch does: from storage, offset, shape, strides and an
+        empty dict of hooks."""
         if type(tensor) is not Tensor or tensor.requires_grad or tensor.layout is not torch.strided:
             raise TypeError(f"{type(tensor)} has no place in an output: detached, strided tensors have")
         storage = tensor.untyped_storage()._cdata
@@ -122,7 +124,8 @@ _PICKLE = SimpleNamespace(__name__="pickle", Pickler=_Pickler)
 
 
 def torch_save(content: dict[str, Any], file: IO[bytes]) -> None:
-    """Write like `torch.save`, whose archive writer covers the cause of a failed write with a complaint about its own state.
+    """Write like `torch.save`, whose archive writer covers the cause of a failed write with a complaint about
+    its own state.
 
     Parameters
     ----------

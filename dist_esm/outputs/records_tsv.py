@@ -1,4 +1,5 @@
-"""An output's ``.records.tsv``: a line for each record that did not come as it should, and the counts of all."""
+"""An output's ``.records.tsv``: a line for each record that did not come as it should, and the counts of
+all."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def tsv_line(record: RecordRead, place: int) -> str | None:
     Returns
     -------
     str or None
-        The columns of `NOTE_COLUMNS`, without a line end. None for a record that was embedded whole and as it came.
+        The columns of `NOTE_COLUMNS`, without a line end. None for a record that was embedded whole and as it
+        came.
     """
     protein = record.protein
     if record.outcome is RecordOutcome.ok and not protein.changes and not protein.is_unnamed:
