@@ -1,7 +1,8 @@
 """Files that appear under their names at once and complete.
 
-A file is written under a temporary name, synced, then renamed: a file that is seen under its own name is complete. Outputs are staged
-first and committed many at a time, because a sync costs about the same whether it has one file to wait for or sixteen.
+A file is written under a temporary name, synced, then renamed: a file that is seen under its own name is
+complete. Outputs are staged first and committed many at a time, because a sync costs about the same whether
+it has one file to wait for or sixteen.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Staged:
     sha256: str | None
     """Taken while it was written; None: it must be read back."""
     files: list[tuple[Path, Path]]
-    """(temporary path, final path) of all that belongs to it, in the order in which they take their names; the output is the last."""
+    """(temporary path, final path) of all that belongs to it, in the order in which they take their names;
+    the output is the last."""
     obsolete: list[Path] = field(default_factory=list)
     """Files that go when it is committed, as the records.tsv of an output that has none any more."""
     marks: tuple[str, ...] = ()
@@ -46,7 +48,7 @@ class Staged:
 
 
 class SummedFile(io.BufferedWriter):
-    """A new file that is written from its first byte to its last, and its checksum is taken on the way.
+    """New file that is written from its first byte to its last, its checksum taken on the way.
 
     Reading a file back takes longer than writing it.
     """
@@ -62,7 +64,8 @@ class SummedFile(io.BufferedWriter):
 
 
 class _Summing(io.FileIO):
-    """The raw file of a `SummedFile`. Large blocks are written and summed side by side: each takes about as long as the other."""
+    """The raw file of a `SummedFile`. Large blocks are written and summed side by side: each takes about as
+    long as the other."""
 
     def __init__(self, path: Path, mode: str) -> None:
         super().__init__(path, mode)
@@ -116,15 +119,15 @@ def temporary_path(scratch: Path) -> Path:
 
 @contextmanager
 def atomically(path: Path, scratch: Path | None = None) -> Iterator[Path]:
-    """Give a temporary path to write one small file to; on success it takes its name, on failure it is removed.
+    """Give a temporary path for one small file; on success it takes its name, on failure it goes.
 
     Parameters
     ----------
     path
         The file's own path. Its folder is made if it is not there.
     scratch
-        A folder of this process alone, on the same file system. Without one, the temporary file is beside `path`, under a name that
-        `is_leftover` can tell.
+        A folder of this process alone, on the same file system. Without one, the temporary file is beside
+        `path`, under a name that `is_leftover` can tell.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(scratch) if scratch else path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -138,16 +141,17 @@ def atomically(path: Path, scratch: Path | None = None) -> Iterator[Path]:
 
 
 def is_leftover(path: Path, names: Sequence[str]) -> bool:
-    """Return whether a path is the temporary file of an `atomically` without scratch, for a file of one of these names."""
+    """Return whether a path is the temporary file of an `atomically` without scratch, for a file of one of
+    these names."""
     match = _BESIDE.fullmatch(path.name)
     return match is not None and match["name"] in names
 
 
 def commit_together(staged: Sequence[Staged | Exception], output_dir: Path) -> list[WrittenFile | Exception]:
-    """Put staged outputs in their places. All are synced, then all are renamed, then each folder is synced once.
+    """Put staged outputs in their places: sync all, rename all, then sync each folder once.
 
-    Never raises: an output that cannot be committed is an exception in its place, and its temporary files are removed as far as
-    they can be.
+    Never raises: an output that cannot be committed is an exception in its place, and its temporary files are
+    removed as far as they can be.
 
     Parameters
     ----------
@@ -214,7 +218,8 @@ def _rename_files(output: Staged) -> None:
 
 
 def _rename_folder(temporary: Path, path: Path, marks: Sequence[str]) -> None:
-    """Replace a folder whole. A folder cannot be renamed over one that holds files, so the old one steps aside first."""
+    """Replace a folder whole. A folder cannot be renamed over one that holds files, so the old one steps
+    aside first."""
     refuse_to_replace(path, marks)
     if not path.exists():
         os.rename(temporary, path)
@@ -230,7 +235,7 @@ def _rename_folder(temporary: Path, path: Path, marks: Sequence[str]) -> None:
 
 
 def refuse_to_replace(path: Path, marks: Sequence[str]) -> None:
-    """Make sure that a path is free, or a folder of ours: one that has the files in `marks` and no folders in it.
+    """Make sure that a path is free, or a folder of ours: with the files in `marks`, without folders.
 
     Raises
     ------
@@ -258,7 +263,8 @@ def discard_staged(output: Staged) -> None:
 def discard(temporary: Path) -> None:
     """Remove a temporary file or folder if it can be removed.
 
-    Whoever calls this already has an error to report, or nothing that depends on it: a file that stays is removed by the next launch.
+    Whoever calls this already has an error to report, or nothing that depends on it: a file that stays is
+    removed by the next launch.
     """
     with suppress(OSError):
         if temporary.is_dir() and not temporary.is_symlink():

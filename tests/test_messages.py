@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from conftest import run_ranks
 from dist_esm.__main__ import main
 from dist_esm.arguments import read_options
 from dist_esm.cli import compose_config
 from dist_esm.config import Config, DeviceKind, Dtype, Format, Include, Job, SaveDtype, check
 from dist_esm.planning.inputs import find_files
+from helpers.command import run_ranks
 
 FASTA = ">a\nMKTAYIAKQR\n"
 NAMES = [

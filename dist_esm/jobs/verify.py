@@ -1,9 +1,9 @@
-"""Outputs read back and held to the inputs: every record accounted for, in order, with the bytes that were written.
+"""Outputs read back and held to the inputs: every record in its place, with the bytes that were written.
 
-The inputs are parsed again under the settings that the outputs were made under, and each output is opened as its users open it.
-Checked are the output's checksum, the text it was made of, ids and lengths in file order, the shape of every representation, and
-that all numbers are finite. Nothing is computed, so no device and no weights are needed. The journal says what there is, whether
-the run that wrote it came to its end or not.
+The inputs are parsed again under the settings that the outputs were made under, and each output is opened as
+its users open it. Checked are the output's checksum, the text it was made of, ids and lengths in file order,
+the shape of every representation, and that all numbers are finite. Nothing is computed, so no device and no
+weights are needed. The journal says what there is, whether the run that wrote it came to its end or not.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Work:
-    """What there is in an output directory."""
+    """The state of an output directory."""
 
     finished: dict[str, FinishedFile]
     """By output."""
@@ -59,10 +59,11 @@ class Work:
     reasons: dict[str, str]
     """Path of an input to why the last run has no output of it."""
     settings: Config
-    """What the outputs were made under."""
+    """The configuration that the outputs were made under."""
 
     def output_of(self, file: FastaFile) -> str:
-        """Return the output of an input. One that was moved is told by its place below the common root of the inputs."""
+        """Return the output of an input. One that was moved is told by its place below the common root of the
+        inputs."""
         return self.outputs.get(str(file.path), str(file.output))
 
 
@@ -148,7 +149,7 @@ def conclude(
 
 
 def read_work(config: Config) -> Work:
-    """Read what is known of an output directory: journal, launches, settings, and the reasons in a report if there is one.
+    """Read what is known of an output directory: journal, launches, settings, and reasons in a report.
 
     Raises
     ------
@@ -190,7 +191,8 @@ def typed(values: dict[str, Any]) -> Config:
 
 
 def reasons_in(report: Path) -> dict[str, str]:
-    """Read from a report why inputs have no output. It may be of an earlier run, or not there: only the journal says what is done."""
+    """Read from a report why inputs have no output. It may be of an earlier run, or not there: only the
+    journal says what is done."""
     if not report.is_file():
         return {}
     try:
@@ -268,7 +270,8 @@ def check_file(file: FastaFile, finished: FinishedFile, settings: Config) -> Ite
 
 
 def expected_records(file: FastaFile, settings: Config, tee: Tee) -> tuple[list[str], list[int]]:
-    """Return ids and embedded residues of the records of a file that get an embedding, in order; its text goes to `tee`."""
+    """Return ids and embedded residues of the records of a file that get an embedding, in order; its text
+    goes to `tee`."""
     unit = Unit(0, 0, whole_file(file.path), Count(), Count(), is_whole=True)
     ids, lengths = [], []
     for protein in read_proteins(unit, settings.residues, tee):
@@ -296,11 +299,17 @@ def check_numbers(part: EmbeddingSet, output: str, settings: Config) -> Iterator
             if isinstance(values, Exception):
                 yield f"{output}: {kind.name} of layer {layer} cannot be read: {values}"
             elif values.shape != (len(part), width):
-                yield f"{output}: {kind.name} of layer {layer} has shape {values.shape}, ({len(part)}, {width}) is expected"
+                yield (
+                    f"{output}: {kind.name} of layer {layer} has shape {values.shape}, "
+                    f"({len(part)}, {width}) is expected"
+                )
             elif not np.isfinite(values).all():
                 yield f"{output}: {kind.name} of layer {layer} has values that are not finite"
             continue
         for place in range(len(part)):
             rows = part.residues(place, layer)
             if rows.shape != (part.lengths[place], width) or not np.isfinite(rows).all():
-                yield f"{output}: the residues of protein {place + 1} ({part.ids[place]}) in layer {layer} have another shape or are not finite"
+                yield (
+                    f"{output}: the residues of protein {place + 1} ({part.ids[place]}) in layer {layer} "
+                    "have another shape or are not finite"
+                )

@@ -1,4 +1,4 @@
-"""What one output holds: a table of proteins and their representations."""
+"""The content of one output: a table of proteins and their representations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from dist_esm.types import Row
 
 
 class ChunkedTensor:
-    """Tensors of one width and dtype that follow one another, as if they were one, without a copy of what may be larger than memory.
+    """Tensors of one width and dtype that follow one another, read as if they were one.
+
+    Nothing is copied to make it: the whole may be larger than memory.
 
     Parameters
     ----------
@@ -29,29 +31,29 @@ class ChunkedTensor:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the whole."""
+        """Rows and width of the whole."""
         return self._ends[-1], self.chunks[0].shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all chunks."""
+        """The dtype of all chunks."""
         return self.chunks[0].dtype
 
     def __getitem__(self, span: slice) -> Tensor:
         """Rows from start up to stop: a view if one chunk has them all, as it has all of a protein's."""
         first = min(bisect_right(self._ends, span.start), len(self.chunks) - 1)
-        found = []
+        parts = []
         for chunk, end in zip(self.chunks[first:], self._ends[first:], strict=True):
             before = end - len(chunk)
-            found.append(chunk[max(0, span.start - before) : span.stop - before])
+            parts.append(chunk[max(0, span.start - before) : span.stop - before])
             if span.stop <= end:
                 break
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)
 class OutputTable:
-    """What one output holds: N proteins in file order, in fp32 or fp16."""
+    """The content of one output: N proteins in file order, in fp32 or fp16."""
 
     source: str
     """The input file, relative to the common root of the inputs."""
@@ -69,7 +71,8 @@ class OutputTable:
     per_tok: dict[int, ChunkedTensor]
     """Layer to `ChunkedTensor`, shape (sum of embedded residues, D)."""
     tsv_lines: list[str]
-    """A line of `NOTE_COLUMNS` for each record that was truncated, windowed, skipped, changed or given an id."""
+    """Lines of records.tsv: one for each record that was truncated, windowed, skipped, changed or given an
+    id."""
 
     @property
     def ids(self) -> list[str]:

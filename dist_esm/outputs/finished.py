@@ -1,4 +1,4 @@
-"""What the journal says is finished: for each input file the entries whose outputs hold it, each file once."""
+"""Input files that the journal has as finished: for each, once, the entries whose outputs hold it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class FinishedFile:
 def finished_files(entries: Iterable[Entry]) -> dict[str, FinishedFile]:
     """Find the files that are finished, by output, in the order of their sources.
 
-    A file that was embedded anew counts as it was embedded last. One whose parts are not all there, or were partly written over by a
-    launch that did not come to its end, is not finished. Shards never count.
+    A file that was embedded anew counts as it was embedded last. One whose parts are not all there, or were
+    partly written over by a launch that did not come to its end, is not finished. Shards never count.
 
     Parameters
     ----------
@@ -71,7 +71,8 @@ def _finished_file(entries: Sequence[Entry]) -> FinishedFile | None:
 
 
 def _parts(entries: Sequence[Entry]) -> tuple[int, ...] | None:
-    """Places of the newest entries that follow one another from the beginning of the text to its end; None if there is a gap."""
+    """Places of the newest entries that follow one another from the beginning of the text to its end; None if
+    there is a gap."""
     by_start = {entry.slices[0][0]: place for place, entry in enumerate(entries) if not entry.is_whole}
     places: list[int] = []
     start: int | None = 0

@@ -1,6 +1,7 @@
 """The version of what is written below ``.dist_esm``, and one clear line for what this package cannot read.
 
-Version 1, of files and lines that name none, has no `source` and no `is_last` in the journal, and bare settings.
+Version 1, of files and lines that name none, has no `source` and no `is_last` in the journal, and bare
+settings.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def version_of(content: Any, path: Path) -> int:
         raise ValueError(f"{path} has the format version {version!r}, which is none: {REMEDY}")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {version}, and this version of dist_esm reads up to {FORMAT_VERSION}: {REMEDY}"
+            f"{path} has format version {version}, and this version of dist_esm reads up to "
+            f"{FORMAT_VERSION}: {REMEDY}"
         )
     return version
 

@@ -1,8 +1,9 @@
 """The append-only record of finished units, which makes a run resumable.
 
-A unit is done when its output is in place under its final name and its line here is on disk, in that order. Every rank of every
-launch appends to a file of its own, so nothing is ever written after a line that a kill tore. A line counts only if its checksum
-is right; it stands for work only as long as the input's text has the same digest and the outputs the same bytes.
+A unit is done when its output is in place under its final name and its line here is on disk, in that order.
+Every rank of every launch appends to a file of its own, so nothing is ever written after a line that a kill
+tore. A line counts only if its checksum is right; it stands for work only as long as the input's text has the
+same digest and the outputs the same bytes.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ class Entry:
     output: str
     """The file's output without suffix, which names it whatever became of the input's own path."""
     source: str
-    """The input's path relative to the common root of the inputs. Version 1 did not keep it: there it is made from `output`."""
+    """The input's path relative to the common root of the inputs. Version 1 did not keep it: there it is made
+    from `output`."""
     slices: list[tuple[int, int | None]]
-    """Text that it covers, as (start, stop) in decompressed bytes: one slice of a unit, all of them of a joined file."""
+    """Text that it covers, as (start, stop) in decompressed bytes: one slice of a unit, all of them of a
+    joined file."""
     digests: list[str]
     """sha256 of the text of each slice."""
     written: list[WrittenFile]
@@ -42,16 +45,17 @@ class Entry:
     seconds: float
     is_joined: bool = False
     is_last: bool | None = None
-    """The text of its file ends with it. Version 1 did not keep it: there it is None unless the slices tell."""
+    """The text of its file ends with it. Version 1 did not keep it: there it is None unless the slices
+    tell."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether it covers all of its file."""
+        """True if it covers all of its file."""
         return self.is_joined or (self.slices[0][0] == 0 and self.is_last is True)
 
     @property
     def is_shard(self) -> bool:
-        """Whether what was written is no output yet, but what one unit contributes to it."""
+        """True if no output was written yet, but a shard of one."""
         return all(file.path.startswith(".dist_esm/") for file in self.written)
 
 
@@ -92,7 +96,8 @@ def folder(output_dir: Path) -> Path:
 
 
 class Journal:
-    """This rank's part of the journal, for appending. A folder that is gone is an error of the unit at hand, not a new journal.
+    """This rank's part of the journal, for appending. A folder that is gone is an error of the unit at hand,
+    not a new journal.
 
     Parameters
     ----------
@@ -155,7 +160,7 @@ def encode(entry: Entry) -> bytes:
 
 
 def read(output_dir: Path, launch: int | None = None) -> list[Entry]:
-    """Read the entries of all launches, or of one, the oldest launch first. Torn and damaged lines are passed over.
+    """Read the entries of all launches, or of one, the oldest first; pass over torn and damaged lines.
 
     Raises
     ------
@@ -198,7 +203,8 @@ def _decode(text: bytes, path: Path) -> Entry:
 
 
 def _missing_in_version_1(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that a line of version 1 lacks. The suffix of its input is not known, and `.fasta` stands for it."""
+    """Return the fields that a line of version 1 lacks. The suffix of its input is not known, and `.fasta`
+    stands for it."""
     output, slices = content.get("output"), content.get("slices")
     source = f"{output.removesuffix('_ESM')}.fasta" if isinstance(output, str) else None
     ends = bool(content.get("is_joined")) or (isinstance(slices, list) and slices[-1:] == [[0, None]])

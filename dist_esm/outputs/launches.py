@@ -1,7 +1,7 @@
 """The launches of one output directory: their numbers, and the inputs that each was given.
 
-A launch's number is one more than the highest on disk, so that launches are in order whatever the clocks of their hosts say. Version 1
-named them by time, in as many digits: these sort first.
+A launch's number is one more than the highest on disk, so that launches are in order whatever the clocks of
+their hosts say. Version 1 named them by time, in as many digits: these sort first.
 """
 
 from __future__ import annotations

@@ -29,22 +29,24 @@ def load(path: str | os.PathLike[str], run: Literal["all", "last"] = "all") -> E
     Parameters
     ----------
     path
-        An `output_dir`, whether its last run has ended or not: every input file that its journal has as finished. Or one output of any
-        format: a file, or a folder of ``format=fair_esm``.
+        An `output_dir`, whether its last run has ended or not: every input file that its journal has as
+        finished. Or one output of any format: a file, or a folder of ``format=fair_esm``.
     run
-        Of an `output_dir`: `all` for the files of all runs into it, in the order of their paths relative to the common root of their
-        inputs; `last` for the inputs of the last run alone, in input order, whichever run embedded them.
+        Of an `output_dir`: `all` for the files of all runs into it, in the order of their paths relative to
+        the common root of their inputs; `last` for the inputs of the last run alone, in input order,
+        whichever run embedded them.
 
     Returns
     -------
     EmbeddingSet
-        Of N proteins. A file that was embedded anew counts once, as it was embedded last. Nothing but the journal is read until it is
-        asked for.
+        Of N proteins. A file that was embedded anew counts once, as it was embedded last. Nothing but the
+        journal is read until it is asked for.
 
     Raises
     ------
     ValueError
-        If that is no output, or a journal that cannot be understood, in one line that names the path and the remedy.
+        If that is no output, or a journal that cannot be understood, in one line that names the path and the
+        remedy.
 
     Examples
     --------
@@ -113,13 +115,15 @@ def open_output(path: Path) -> Opened:
     if isinstance(opened, Exception):
         reason = " ".join(str(opened).split())
         raise ValueError(
-            f"{path} is damaged or no output of dist_esm ({type(opened).__name__}: {reason}): embed its input again"
+            f"{path} is damaged or no output of dist_esm ({type(opened).__name__}: {reason}): "
+            "embed its input again"
         )
     return opened
 
 
 def settings_of(about: About) -> tuple[dict[str, Any], dict[str, list[int]], int]:
-    """Return what outputs that are read together must share: all but the code, which tells its numerics apart."""
+    """Return what outputs that are read together must share: all but the code, which tells its numerics
+    apart."""
     # Before numerics had a version of their own they were the first.
     provenance = {"numerics": 1, **about.provenance}
     return {key: value for key, value in provenance.items() if key != "dist_esm"}, about.kinds, about.width
@@ -128,9 +132,10 @@ def settings_of(about: About) -> tuple[dict[str, Any], dict[str, list[int]], int
 class EmbeddingSet:
     """Embeddings of N proteins in input order, from one output or many.
 
-    Numbers are read when they are asked for. ``proteins[3]`` and ``proteins["P12345"]`` are a protein's vector, shape (D,): the mean
-    over residues of the last requested layer; `vectors_of` has the other representations. Of an id that is there more than once it is
-    the first's, and `positions` gives all of them. One set is for one thread.
+    Numbers are read when they are asked for. ``proteins[3]`` and ``proteins["P12345"]`` are a protein's
+    vector, shape (D,): the mean over residues of the last requested layer; `vectors_of` has the other
+    representations. Of an id that is there more than once it is the first's, and `positions` gives all of
+    them. One set is for one thread.
 
     Parameters
     ----------
@@ -140,7 +145,8 @@ class EmbeddingSet:
     Raises
     ------
     ValueError
-        By whatever reads numbers, if an output is gone, is damaged, or was made under other settings than the first.
+        By whatever reads numbers, if an output is gone, is damaged, or was made under other settings than the
+        first.
 
     Examples
     --------
@@ -168,7 +174,8 @@ class EmbeddingSet:
         return self._opened(output).vector("mean", self.about.main_layer, position).astype(np.float32)
 
     def __repr__(self) -> str:
-        return f"<EmbeddingSet of {len(self._outputs)} outputs{f' from {self._outputs[0]}' if self._outputs else ''}>"
+        origin = f" from {self._outputs[0]}" if self._outputs else ""
+        return f"<EmbeddingSet of {len(self._outputs)} outputs{origin}>"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_outputs": self._outputs, "_open": OrderedDict()}
@@ -197,7 +204,8 @@ class EmbeddingSet:
 
     @cached_property
     def vectors(self) -> NDArray[np.float32]:
-        """All vectors, float32 of shape (N, D): the mean over residues of the last requested layer. Read once and kept."""
+        """All vectors, float32 of shape (N, D): the mean over residues of the last requested layer. Read once
+        and kept."""
         return self.vectors_of("mean", self.about.main_layer)
 
     @property
@@ -290,7 +298,8 @@ class EmbeddingSet:
                 f"{name} of layer {known}" for name, layers in kinds.items() for known in layers
             )
             raise ValueError(
-                f"{kind} of layer {layer} is not there, but {there}: embed with include=[{kind}] and repr_layers=[{layer}]"
+                f"{kind} of layer {layer} is not there, but {there}: "
+                f"embed with include=[{kind}] and repr_layers=[{layer}]"
             )
 
     def _find(self, protein: str | SupportsIndex) -> tuple[int, int]:

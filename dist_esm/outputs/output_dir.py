@@ -1,16 +1,14 @@
-"""An output directory in the hands of one launch: locked, checked against other settings, cleaned, its journal read once.
+"""An output directory in the hands of one launch: locked, compared, cleaned, its journal read.
 
 Below it, ``.dist_esm`` holds what is not an output:
 
-========================  =====================================================================================
-``lock``                  held by rank 0 while a launch works
-``settings.json``         what one directory must not mix, for a resume to compare
-``config.json``           the whole configuration of the last launch
-``journal/``              a file for each launch and rank: what is finished
-``launches/``             a file for each launch: the inputs that it was given
-``shards/``               what units of cut files contribute, until it is joined
-``scratch/``              a folder for each launch and rank: files that are not committed yet
-========================  =====================================================================================
+- ``lock``: held by rank 0 while a launch works
+- ``settings.json``: what one directory must not mix, for a resume to compare
+- ``config.json``: the whole configuration of the last launch
+- ``journal/``: a file for each launch and rank, of what is finished
+- ``launches/``: a file for each launch, of the inputs that it was given
+- ``shards/``: what units of cut files contribute, until it is joined
+- ``scratch/``: a folder for each launch and rank, of files that are not committed yet
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ SHARDS = ("shards", "pieces")
 
 
 class OutputDir:
-    """What one rank of one launch knows and owns of the output directory.
+    """The output directory, as one rank of one launch knows and owns it.
 
     Attributes
     ----------
@@ -92,8 +90,8 @@ class OutputDir:
         Raises
         ------
         RefusedError
-            On every rank, if the directory cannot be written, another launch holds it, it holds work done under other settings, or
-            what is in it cannot be understood.
+            On every rank, if the directory cannot be written, another launch holds it, it holds work done
+            under other settings, or what is in it cannot be understood.
         """
         with ExitStack() as held:
             prepared = world.all_or_none(_prepare, config, settings, world.is_main, held)
@@ -161,7 +159,8 @@ def make_output_dir(output_dir: Path) -> None:
 def _prepare(
     config: Config, settings: dict[str, Any], is_main: bool, held: ExitStack
 ) -> tuple[int, list[Entry]] | None:
-    """Rank 0's part of `OutputDir.open`: returns the launch's number and what the journal says. None on other ranks."""
+    """Rank 0's part of `OutputDir.open`: returns the launch's number and what the journal says. None on other
+    ranks."""
     if not is_main:
         return None
     output_dir = config.output_dir
@@ -264,12 +263,14 @@ def check_settings(output_dir: Path, settings: dict[str, Any], entries: Sequence
     if changed:
         remedy = "name another output_dir, or start over with resume=false"
         raise ValueError(
-            f"output_dir={output_dir} holds embeddings made under other settings ({'; '.join(changed)}): {remedy}"
+            f"output_dir={output_dir} holds embeddings made under other settings "
+            f"({'; '.join(changed)}): {remedy}"
         )
 
 
 def start_over(output_dir: Path, entries: Sequence[Entry]) -> None:
-    """Forget all that was done: remove what speaks of it, the outputs that the journal lists, and the journal, in this order."""
+    """Forget all that was done: remove what speaks of it, the outputs that the journal lists, and the
+    journal, in this order."""
     listed = dict.fromkeys(
         written.path for entry in entries if not entry.is_shard for written in entry.written
     )
@@ -298,7 +299,8 @@ def start_over(output_dir: Path, entries: Sequence[Entry]) -> None:
 def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
     """Remove what dead launches left: their scratch folders, and shards that nothing will be made of.
 
-    Nothing else is touched: neither files of others that look temporary, nor a directory of another run below this one.
+    Nothing else is touched: neither files of others that look temporary, nor a directory of another run below
+    this one.
 
     Parameters
     ----------
@@ -320,7 +322,8 @@ def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
 
 
 def _shards_to_join(output_dir: Path, entries: Sequence[Entry]) -> set[str]:
-    """Return the paths of shards that an entry speaks of and that are not joined already. A kill may come before joined shards are removed."""
+    """Return the paths of shards that an entry speaks of and that are not joined already. A kill may come
+    before joined shards are removed."""
     joined = {
         (entry.output, text)
         for entry in entries

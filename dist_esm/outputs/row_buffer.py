@@ -1,7 +1,7 @@
-"""OutputTable on their way to a file: rows that arrive in any order, and pieces of a file that was cut.
+"""Rows of an output in the making, which arrive in any order.
 
-Rows wait in a buffer: in memory while there is some left, then in a nameless file in `output_dir`, so memory does not grow
-with the output.
+They wait in memory while there is some left, then in a nameless file in `output_dir`, so that memory does not
+grow with the output.
 """
 
 from __future__ import annotations
@@ -26,18 +26,31 @@ LARGE_ROWS = 1 << 17
 
 @dataclass
 class Memory:
-    """What the buffers that share it may keep in memory, in bytes, and threads that copy what is large, if there are any."""
+    """Memory that buffers share."""
 
     left: int = BUFFER_BYTES
+    """Bytes that they may still take."""
     copiers: Executor | None = None
+    """Threads that copy large rows, if there are any."""
 
 
 class RowBuffer:
     """Rows of one width and dtype, written at any position, read back as one tensor.
 
-    They are kept where the tensor is made of them without another copy, as long as there is memory; then they go to a nameless file.
-    Rows that are given to `write` must stay as they are until `tensor`.
-    `expected` is how many there may be: room for them is reserved at once, which takes no memory before they are written.
+    As long as there is memory, rows are kept where the tensor is made of them without another copy; then they
+    go to a nameless file. Rows that are given to `write` must stay as they are until `tensor`.
+
+    Parameters
+    ----------
+    width, dtype
+        Of each row.
+    directory
+        Where the nameless file goes.
+    memory
+        Shared with other buffers.
+    expected
+        How many rows there may be. Room for them is reserved at once, which takes no memory before they are
+        written.
     """
 
     def __init__(
@@ -129,15 +142,16 @@ class RowBuffer:
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
-    """float32 or float16 as torch has it."""
+    """Return torch's float32 or float16 for numpy's."""
     return {"float32": torch.float32, "float16": torch.float16}[dtype.name]
 
 
 def are_finite(rows: NDArray[Any]) -> bool:
-    """Whether all are finite numbers, fp32 or fp16. A sum of fp32 is seldom finite otherwise, and costs a small part of looking at each."""
-    if (
-        rows.dtype == np.float16
-    ):  # numpy adds these one by one; without their signs, the bits of finite ones are less than those of infinity
+    """Return whether all numbers, fp32 or fp16, are finite."""
+    if rows.dtype == np.float16:
+        # numpy sums fp16 slowly. Without their signs, the bits of finite numbers are less than those of
+        # infinity.
         return not rows.size or bool((np.ascontiguousarray(rows).view(np.uint16) & 0x7FFF).max() < 0x7C00)
     with np.errstate(over="ignore", invalid="ignore"):
+        # Summing first is cheaper: a finite fp32 sum almost always means that every number is finite.
         return bool(np.isfinite(rows.sum(dtype=np.float32)) or np.isfinite(rows).all())

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +17,29 @@ from dist_esm.outputs.pickling import save
 from dist_esm.outputs.row_buffer import Memory, RowBuffer
 from dist_esm.types import Row
 
+CHUNK_ROWS = 1 << 12
 
-def write_shard(embeddings: OutputTable, path: Path, scratch: Path) -> Staged:
+
+def write_shard(table: OutputTable, path: Path, scratch: Path) -> Staged:
     """Write what one unit of a cut file contributes, for `join`, under a temporary name.
 
-    Its rows are one text: torch's unpickler takes microseconds for each string.
+    Parameters
+    ----------
+    table
+        The unit's proteins.
+    path
+        The shard's final path.
+    scratch
+        A folder of this process alone, on the same file system.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
     """
-    per_tok = {layer: rows[0 : rows.shape[0]] for layer, rows in embeddings.per_tok.items()}
-    content = {**vars(embeddings), "rows": json.dumps(embeddings.rows), "per_tok": per_tok}
+    per_tok = {layer: rows[0 : rows.shape[0]] for layer, rows in table.per_tok.items()}
+    # Rows go as one text: torch's unpickler takes microseconds for each string.
+    content = {**vars(table), "rows": json.dumps(table.rows), "per_tok": per_tok}
     temporary = temporary_path(scratch)
     try:
         return Staged(path, save(content, temporary), [(temporary, path)])
@@ -35,52 +49,50 @@ def write_shard(embeddings: OutputTable, path: Path, scratch: Path) -> Staged:
 
 
 def read_shard(path: Path) -> OutputTable:
-    """What `write_shard` wrote; numbers are mapped."""
+    """Read what `write_shard` wrote. Numbers are mapped, and read from disk when they are used."""
     content = torch.load(path, weights_only=True, mmap=True)
+    # Until its second format version the package had another name for these lines.
+    content["tsv_lines"] = content.pop("notes", content.get("tsv_lines"))
+    rows = list(map(Row._make, json.loads(content["rows"])))
     per_tok = {layer: ChunkedTensor([tensor]) for layer, tensor in content["per_tok"].items()}
-    return OutputTable(
-        **{**content, "rows": list(map(Row._make, json.loads(content["rows"]))), "per_tok": per_tok}
-    )
+    return OutputTable(**{**content, "rows": rows, "per_tok": per_tok})
 
 
 @contextmanager
 def join_shards(paths: Sequence[Path], directory: Path) -> Iterator[OutputTable]:
-    """The pieces of a file as one, in the order given. Residues stay where they are, vectors are copied through buffers: memory grows with neither."""
-    pieces = [read_shard(path) for path in paths]
-    buffers: list[RowBuffer] = []
+    """Give the shards of a file as one table, for as long as the block runs.
+
+    Residues stay where they are, and vectors are copied through buffers, so that memory grows with neither.
+
+    Parameters
+    ----------
+    paths
+        Of the shards, in order.
+    directory
+        Where buffers go that find no room in memory.
+    """
+    shards = [read_shard(path) for path in paths]
     memory = Memory()
+    with ExitStack() as buffers:
 
-    def joined(parts: list[Tensor]) -> Tensor:
-        buffers.append(
-            RowBuffer(
-                parts[0].shape[1],
-                parts[0][:0].numpy().dtype,
-                directory,
-                memory,
-                expected=sum(map(len, parts)),
-            )
+        def joined(parts: list[Tensor]) -> Tensor:
+            width, dtype = parts[0].shape[1], parts[0][:0].numpy().dtype
+            buffer = RowBuffer(width, dtype, directory, memory, expected=sum(map(len, parts)))
+            buffers.enter_context(closing(buffer))
+            first = 0
+            for chunk in (chunk for part in parts for chunk in torch.split(part, CHUNK_ROWS)):
+                buffer.write(first, chunk.numpy())
+                first += len(chunk)
+            return buffer.tensor()
+
+        yield replace(
+            shards[0],
+            rows=[row for shard in shards for row in shard.rows],
+            tsv_lines=[line for shard in shards for line in shard.tsv_lines],
+            mean={layer: joined([shard.mean[layer] for shard in shards]) for layer in shards[0].mean},
+            bos={layer: joined([shard.bos[layer] for shard in shards]) for layer in shards[0].bos},
+            per_tok={
+                layer: ChunkedTensor([chunk for shard in shards for chunk in shard.per_tok[layer].chunks])
+                for layer in shards[0].per_tok
+            },
         )
-        first = 0
-        for chunk in (chunk for part in parts for chunk in torch.split(part, 1 << 12)):
-            buffers[-1].write(first, chunk.numpy())
-            first += len(chunk)
-        return buffers[-1].tensor()
-
-    try:
-        whole: dict[str, Any] = {
-            "rows": [row for piece in pieces for row in piece.rows],
-            "tsv_lines": [line for piece in pieces for line in piece.tsv_lines],
-        }
-        for kind in ("mean", "bos"):
-            whole[kind] = {
-                layer: joined([getattr(piece, kind)[layer] for piece in pieces])
-                for layer in getattr(pieces[0], kind)
-            }
-        whole["per_tok"] = {
-            layer: ChunkedTensor([chunk for piece in pieces for chunk in piece.per_tok[layer].chunks])
-            for layer in pieces[0].per_tok
-        }
-        yield replace(pieces[0], **whole)
-    finally:
-        for buffer in buffers:
-            buffer.close()

@@ -22,7 +22,7 @@ from dist_esm.attempt import as_value
 from dist_esm.config import Include
 from dist_esm.model.pool import combine
 from dist_esm.outputs.builder import OutputBuilder, OutputSettings
-from dist_esm.outputs.records_tsv import count_record
+from dist_esm.outputs.records_tsv import count_record, tsv_line
 from dist_esm.outputs.row_buffer import Memory, are_finite
 from dist_esm.pipeline.writer_pool import WriteTask
 from dist_esm.types import (
@@ -209,7 +209,10 @@ class Assembly:
     def _add_record(self, state: UnitInProgress, record: RecordRead) -> None:
         builder = self._builder_for(state, record)
         number = state.unit.before.sequences + state.num_records
-        count_record(record, number, state.tally, builder.tsv_lines)
+        count_record(record, state.tally)
+        line = tsv_line(record, number)
+        if line is not None:
+            builder.tsv_lines.append(line)
         if record.outcome is RecordOutcome.skipped:
             return
         self._places[record.protein_index] = self._place(record, builder)

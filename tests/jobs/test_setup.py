@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import torch
-from test_embed import MODEL
 
-from conftest import PROTEINS, read_report, run_ranks
 from dist_esm.model import NUMERICS
 from dist_esm.version import code_version
+from helpers.command import MODEL, read_report, run_ranks
+from helpers.data import PROTEINS
 
 
 def test_a_resume_does_not_mix_numerics_and_outputs_name_the_code(tmp_path):

@@ -1,4 +1,5 @@
-"""An output directory in the hands of one launch after another: what it keeps, what it clears, what it refuses."""
+"""An output directory in the hands of one launch after another: what it keeps, what it clears, what it
+refuses."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from dist_esm.planning.inputs import find_files
 from dist_esm.types import Tally, WrittenFile
 from helpers.standin import embed_directory, make_config
 
-# A directory as version 1 left it: the text of one input, its output, its line in the journal, and the settings.
+# A directory as version 1 left it: the text of one input, its output, its line in the journal, and the
+# settings.
 TEXT_V1 = b">a\nMKTAY\n"
 OUTPUT_V1 = b"an output of version 1"
 JOURNAL_V1 = (
@@ -134,7 +136,8 @@ def test_a_lock_that_is_a_link_leaves_what_it_points_to_as_it_was(tmp_path):
 
 
 def test_only_what_dead_launches_left_is_cleared(tmp_path):
-    """Neither what others' editors left, nor a run in a directory below, nor what only looks like a temporary file of ours."""
+    """Neither what others' editors left, nor a run in a directory below, nor what only looks like a temporary
+    file of ours."""
     out = tmp_path / "out"
     with open_alone(out) as first:
         half = first.scratch / "3"

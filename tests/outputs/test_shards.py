@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from dist_esm.atomic import commit_together, read_back
 from dist_esm.config import Format
+from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
+from dist_esm.outputs.shards import read_shard, write_shard
 from dist_esm.planning import units
+from dist_esm.types import Row
 from helpers.fasta import block_gzip, write
 from helpers.intake import MANY, MANY_TEXT, check_output
 from helpers.standin import ALL_KINDS, embed_directory
@@ -61,3 +67,22 @@ def test_a_file_that_was_cut_and_joined_has_the_bytes_of_the_file_uncut(tmp_path
             {path.name: path.read_bytes() for path in (output.iterdir() if output.is_dir() else [output])}
         )
     assert found[0] == found[1]
+
+
+def test_a_shard_comes_back_as_it_was_also_one_of_version_1(tmp_path):
+    rows = [Row("a", "a b", 0, 3, 3, "ok", 0, 0, 0, 0), Row("b", "b", 2, 5, 4, "truncated", 1, 0, 0, 0)]
+    mean, per_tok = torch.arange(12.0).view(2, 6), torch.arange(42.0).view(7, 6)
+    table = OutputTable(
+        "a.fasta", {"model": "m"}, ["mean"], 1, rows, {1: mean}, {}, {1: ChunkedTensor([per_tok])}, ["a line"]
+    )
+    staged = write_shard(table, tmp_path / "shards" / "a.pt", tmp_path)
+    (written,) = commit_together([staged], tmp_path)
+    assert written == read_back(tmp_path, Path("shards/a.pt"))
+    content = torch.load(tmp_path / "shards" / "a.pt", weights_only=True)
+    content["notes"] = content.pop("tsv_lines")
+    torch.save(content, tmp_path / "old.pt")
+    for name in ("shards/a.pt", "old.pt"):
+        shard = read_shard(tmp_path / name)
+        assert (shard.source, shard.rows, shard.tsv_lines) == (table.source, rows, ["a line"])
+        assert torch.equal(shard.mean[1], mean)
+        assert torch.equal(shard.per_tok[1][0:7], per_tok)

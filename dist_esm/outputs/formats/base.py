@@ -1,4 +1,4 @@
-"""What the formats share: what every output says of itself, how it is read back, and safe names."""
+"""The parts that formats share: the description in every output, how it is read back, and safe names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dist_esm.outputs.embeddings import OutputTable
 
 @dataclass(frozen=True)
 class About:
-    """What every output says of itself, whatever its format."""
+    """The description that every output carries, whatever its format."""
 
     source: str
     """Path of the input file, relative to the common root of the inputs."""
@@ -30,25 +30,26 @@ class About:
     """Model, weights and settings that the numbers depend on."""
 
     @classmethod
-    def of(cls, embeddings: OutputTable) -> About:
-        """What the output of these embeddings will say."""
+    def of(cls, table: OutputTable) -> About:
+        """Describe the output of a table."""
         kinds = {
-            "mean": list(embeddings.mean),
-            "bos": list(embeddings.bos),
-            "per_tok": list(embeddings.per_tok),
+            "mean": list(table.mean),
+            "bos": list(table.bos),
+            "per_tok": list(table.per_tok),
         }
         # A path may have bytes that are not UTF-8; Arrow and HDF5 take only text that is.
-        source = embeddings.source.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        source = table.source.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         return cls(
             source,
-            embeddings.main_layer,
-            embeddings.mean[embeddings.main_layer].shape[1],
+            table.main_layer,
+            table.mean[table.main_layer].shape[1],
             kinds,
-            embeddings.provenance,
+            table.provenance,
         )
 
     def to_text(self) -> dict[str, str]:
-        """For formats whose metadata is text: `model_name` and the fields, as JSON where they are not text already."""
+        """For formats whose metadata is text: `model_name` and the fields, as JSON where they are not text
+        already."""
         fields = {
             name: value if isinstance(value, str) else json.dumps(value) for name, value in vars(self).items()
         }
@@ -62,24 +63,25 @@ class About:
 
 
 class Opened(Protocol):
-    """One output, opened for reading; positions count from 0 in file order. Numbers come in the dtype that they are saved in."""
+    """One output, opened for reading; positions count from 0 in file order. Numbers come in the dtype that
+    they are saved in."""
 
     about: About
 
     def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Ids, headers and embedded residues of all proteins."""
+        """Return ids, headers and embedded residues of all proteins."""
         ...
 
     def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Of all proteins, shape (N, D)."""
+        """Return a representation, `mean` or `bos`, of all proteins, shape (N, D)."""
         ...
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
-        """Of one protein, shape (D,)."""
+        """Return a representation of one protein, shape (D,)."""
         ...
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
-        """Of one protein, shape (L, D)."""
+        """Return the residues of one protein, shape (L, D)."""
         ...
 
 
@@ -87,7 +89,8 @@ class Codec(NamedTuple):
     """How a format is written and read back: the `CODEC` of its module."""
 
     write: Callable[[OutputTable, Path], str | None]
-    """Writes an output to exactly this path, a new file or folder; returns its sha256 if that was taken on the way."""
+    """Writes an output to exactly this path, a new file or folder; returns its sha256 if that was taken on
+    the way."""
     open: Callable[[Path], Opened]
     """Opens an output for reading; raises whatever its library raises if it is damaged."""
     marks: tuple[str, ...] = ()
@@ -95,7 +98,8 @@ class Codec(NamedTuple):
 
 
 def escape(text: str, unsafe: re.Pattern[str]) -> str:
-    """Write every unsafe character as ``%XX`` for each byte of its UTF-8; `unsafe` must match a ``%`` that would read as such."""
+    """Write every unsafe character as ``%XX`` for each byte of its UTF-8; `unsafe` must match a ``%`` that
+    would read as such."""
     return unsafe.sub(
         lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass")), text
     )
@@ -104,8 +108,8 @@ def escape(text: str, unsafe: re.Pattern[str]) -> str:
 class Names:
     """Names for ids that come one after another: escaped, and different from all before.
 
-    The second protein whose name would be the same gets ``~2`` behind it, the third ``~3``. No escaped name ends in such a mark of its own,
-    so what stands before it is always the escaped id.
+    The second protein whose name would be the same gets ``~2`` behind it, the third ``~3``. No escaped name
+    ends in such a mark of its own, so what stands before it is always the escaped id.
 
     Parameters
     ----------

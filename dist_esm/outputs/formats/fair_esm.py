@@ -21,20 +21,15 @@ from dist_esm.outputs.pickling import torch_save
 from dist_esm.types import Row
 
 MAP = "ids.tsv"
-
-
 MAP_COLUMNS = ("file", "id", "index", "length", "header")
-
-
 ABOUT = "provenance.json"
-
-
 MAX_NAME = 244
-"""Longest name of a protein's file in bytes, before the mark of a duplicate and `.pt`; file systems take 255."""
+"""Bytes of the longest name, before the mark of a duplicate and `.pt`; file systems take 255."""
 
 
-# Windows takes none of <>:"/\|?* and reads CON and the like as devices whatever their suffix. `|` stays: UniProt's headers and fair-esm's own
-# examples have it. A dot in front hides a file. `%` and `~` stay unless they would read as an escaped byte or as a mark that is added here.
+# Windows takes none of <>:"/\|?* and reads CON and the like as devices whatever their suffix. `|` stays:
+# UniProt's headers and fair-esm's own examples have it. A dot in front hides a file. `%` and `~` stay unless
+# they would read as an escaped byte or as a mark that is added here.
 _DEVICES = r"con|prn|aux|nul|conin\$|conout\$|com[0-9]|lpt[0-9]"
 
 
@@ -46,12 +41,15 @@ _UNSAFE = re.compile(
 
 
 def label_of(row: Row) -> str:
-    """A protein's label as fair-esm has it: the header line without blanks around it; the id if there is nothing in it."""
+    """Return a protein's label as fair-esm has it: the header without blanks around it, else the id."""
     return row.header.strip() or row.id
 
 
 def file_name(label: str) -> str:
-    """A name, without suffix, that is safe on any file system: escaped, and if too long for one cut, with a hash of the label behind it."""
+    """Return a name, without suffix, that is safe on any file system.
+
+    Unsafe letters are escaped. A name that is too long is cut, with a hash of the label behind it.
+    """
     name = escape(label, _UNSAFE) or "%"
     if len(name.encode()) <= MAX_NAME:
         return name
@@ -60,51 +58,53 @@ def file_name(label: str) -> str:
 
 
 def same_file(name: str) -> str:
-    """What two names have in common that a file system may take for one: it may tell neither case nor spellings of a letter apart."""
+    """Return what two names share if a file system may take them for one.
+
+    It may tell neither upper from lower case nor two spellings of a letter apart.
+    """
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
 
 
-def write_fair_esm(embeddings: OutputTable, path: Path) -> None:
-    """Write what fair-esm's `esm-extract` leaves: a folder with a ``.pt`` for each protein, whose name is the protein's label.
+def write_fair_esm(table: OutputTable, path: Path) -> None:
+    """Write what fair-esm's `esm-extract` leaves: a folder with a ``.pt`` for each protein, whose name is the
+    protein's label.
 
-    The label is the whole header. Each file holds ``label``, ``id`` (the header's first word) and, as included, ``representations``, shape (L, D),
-    ``mean_representations`` and ``bos_representations``, shape (D,), dicts by layer of tensors with a storage of their own; the mean of the
-    last requested layer is always there.
+    The label is the whole header. Each file holds ``label``, ``id`` (the header's first word) and, as
+    included, ``representations``, shape (L, D), ``mean_representations`` and ``bos_representations``, shape
+    (D,), dicts by layer of tensors with a storage of their own; the mean of the last requested layer is
+    always there.
 
-    In a name, what some file system does not take is ``%XX``; ``~2`` marks the second of a name, upper and lower case not told apart, and
-    ``~h`` and a hash a name that was too long. ``ids.tsv`` lists the proteins in file order: file, id, index (of the record in its
-    input, from 0), length (embedded residues) and header; ``provenance.json`` has the fields of `About`.
+    In a name, what some file system does not take is ``%XX``; ``~2`` marks the second of a name, upper and
+    lower case not told apart, and ``~h`` and a hash a name that was too long. ``ids.tsv`` lists the proteins
+    in file order: file, id, index (of the record in its input, from 0), length (embedded residues) and
+    header; ``provenance.json`` has the fields of `About`.
     """
     names = Names(file_name, same_file)
     lines = ["\t".join(MAP_COLUMNS)]
     path.mkdir()
     start = 0
-    for number, row in enumerate(embeddings.rows):
+    for place, row in enumerate(table.rows):
         stop = start + row.embedded
         label = label_of(row)
         content: dict[str, object] = {"label": label, "id": row.id}
-        if embeddings.per_tok:
+        if table.per_tok:
             content["representations"] = {
-                layer: rows[start:stop].clone() for layer, rows in embeddings.per_tok.items()
+                layer: rows[start:stop].clone() for layer, rows in table.per_tok.items()
             }
-        content["mean_representations"] = {
-            layer: rows[number].clone() for layer, rows in embeddings.mean.items()
-        }
-        if embeddings.bos:
-            content["bos_representations"] = {
-                layer: rows[number].clone() for layer, rows in embeddings.bos.items()
-            }
+        content["mean_representations"] = {layer: rows[place].clone() for layer, rows in table.mean.items()}
+        if table.bos:
+            content["bos_representations"] = {layer: rows[place].clone() for layer, rows in table.bos.items()}
         name = f"{names.take(label)}.pt"
         with open(path / name, "xb") as file:
             torch_save(content, file)
         lines.append("\t".join((name, row.id, str(row.number), str(row.embedded), row.header)))
         start = stop
     (path / MAP).write_bytes("\n".join([*lines, ""]).encode())
-    (path / ABOUT).write_text(json.dumps(asdict(About.of(embeddings)), indent=1) + "\n", encoding="utf-8")
+    (path / ABOUT).write_text(json.dumps(asdict(About.of(table)), indent=1) + "\n", encoding="utf-8")
 
 
 class OpenedFairEsm:
-    """Each protein is a file of its own, read when it is asked for."""
+    """An output opened for reading. Each protein is a file of its own, read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ class OpenedFairEsm:
         self._lines: Sequence[list[str]] = [line.split("\t", len(MAP_COLUMNS) - 1) for line in lines]
 
     def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Ids, headers and embedded residues."""
+        """Return ids, headers and embedded residues of all proteins."""
         return (
             [line[1] for line in self._lines],
             [line[4] for line in self._lines],
@@ -122,16 +122,16 @@ class OpenedFairEsm:
         )
 
     def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Shape (N, D)."""
+        """Return one representation of all proteins, shape (N, D)."""
         rows = [self.vector(kind, layer, position) for position in range(len(self._lines))]
         return np.stack(rows) if rows else np.empty((0, self.about.width), np.float32)
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
-        """Shape (D,)."""
+        """Return one representation of one protein, shape (D,)."""
         return np.asarray(self._load(position)[f"{kind}_representations"][layer].numpy())
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
-        """Shape (L, D)."""
+        """Return the residues of one protein, shape (L, D)."""
         return np.asarray(self._load(position)["representations"][layer].numpy())
 
     def _load(self, position: int) -> dict[str, Any]:

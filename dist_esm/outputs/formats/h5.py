@@ -20,7 +20,8 @@ from dist_esm.outputs.formats.base import About, Codec, Names, escape
 if TYPE_CHECKING:
     import h5py
 
-# A `/` would make a group and a lone `.` is the root itself; `~` marks the second of a name, `%` what is escaped.
+# A `/` would make a group and a lone `.` is the root itself; `~` marks the second of a name, `%` what is
+# escaped.
 _UNSAFE = re.compile(r"[/%~\x00-\x1f\x7f\ud800-\udfff]|^\.(?=\.?$)")
 
 
@@ -29,31 +30,35 @@ def dataset_name(protein: str) -> str:
     return escape(protein, _UNSAFE) or "%"
 
 
-def write_h5(embeddings: OutputTable, path: Path) -> None:
+def write_h5(table: OutputTable, path: Path) -> None:
     """Write one dataset for each protein, under its id, in file order.
 
-    Readers of such files (ProtSpace among them) go through the root and expect a dataset and nothing else under every name. So there are
-    no groups: the datasets hold one kind of the last requested layer, and what else was asked for is with each dataset as attributes.
+    Readers of such files (ProtSpace among them) go through the root and expect a dataset and nothing else
+    under every name. So there are no groups: the datasets hold one kind of the last requested layer, and what
+    else was asked for is with each dataset as attributes.
 
-    - Dataset: per_tok (L, D) if included, else mean (D,) if included, else bos (D,); root attributes ``kind`` and ``layer`` say which.
-      ProtSpace wants vectors: leave per_tok out.
-    - Its attributes: ``original_id``, ``index`` (of the record in its input, from 0), ``length`` (embedded residues), and for every other kind
-      and layer an array ``mean_layer_33``, ``bos_layer_33``, ``per_tok_layer_33``; the mean of the last requested layer is always there.
-    - Root attributes: ``model_name``, the fields of `About` (``provenance`` as JSON), and ``records``, a JSON table of ids, headers and
-      lengths, since reading an attribute of each of 100,000 datasets takes a minute.
+    - Dataset: per_tok (L, D) if included, else mean (D,) if included, else bos (D,); root attributes ``kind``
+      and ``layer`` say which. ProtSpace wants vectors: leave per_tok out.
+    - Its attributes: ``original_id``, ``index`` (of the record in its input, from 0), ``length`` (embedded
+      residues), and for every other kind and layer an array ``mean_layer_33``, ``bos_layer_33``,
+      ``per_tok_layer_33``; the mean of the last requested layer is always there.
+    - Root attributes: ``model_name``, the fields of `About` (``provenance`` as JSON), and ``records``, a JSON
+      table of ids, headers and lengths, since reading an attribute of each of 100,000 datasets takes a
+      minute.
 
-    An id with a ``/`` has it as ``%2F`` (``%``, ``~`` and control characters alike); the second protein of an id is ``id~2``.
+    An id with a ``/`` has it as ``%2F`` (``%``, ``~`` and control characters alike); the second protein of an
+    id is ``id~2``.
     """
     import h5py
 
-    about = About.of(embeddings)
-    main = embeddings.main_layer
-    kind = "per_tok" if embeddings.per_tok else "mean" if "mean" in embeddings.include else "bos"
-    beside_it = [
-        (one, layer)
-        for one, layers in about.kinds.items()
+    about = About.of(table)
+    main = table.main_layer
+    root_kind = "per_tok" if table.per_tok else "mean" if "mean" in table.include else "bos"
+    attributes = [
+        (kind, layer)
+        for kind, layers in about.kinds.items()
         for layer in layers
-        if (one, layer) != (kind, main)
+        if (kind, layer) != (root_kind, main)
     ]
     names = Names(dataset_name)
     text = h5py.h5t.py_create(h5py.string_dtype(), logical=True)
@@ -63,30 +68,30 @@ def write_h5(embeddings: OutputTable, path: Path) -> None:
 
     # h5py's high-level calls take twice as long, and a dataset and three attributes for each protein add up.
     def attach(dataset: Any, name: str, value: NDArray[Any]) -> None:
-        kind_of = text if value.dtype == object else h5py.h5t.py_create(value.dtype)
+        hdf5_type = text if value.dtype == object else h5py.h5t.py_create(value.dtype)
         space = h5py.h5s.create_simple(value.shape) if value.shape else scalar
-        h5py.h5a.create(dataset, name.encode(), kind_of, space).write(value)
+        h5py.h5a.create(dataset, name.encode(), hdf5_type, space).write(value)
 
     with create(path) as file:
         records = {
-            "ids": embeddings.ids,
-            "headers": [row.header for row in embeddings.rows],
-            "lengths": embeddings.lengths,
+            "ids": table.ids,
+            "headers": [row.header for row in table.rows],
+            "lengths": table.lengths,
         }
-        for key, said in {**about.to_text(), "kind": kind, "records": json.dumps(records)}.items():
-            file.attrs[key] = said
+        for key, text_of in {**about.to_text(), "kind": root_kind, "records": json.dumps(records)}.items():
+            file.attrs[key] = text_of
         file.attrs["layer"] = main
         start = 0
-        for number, row in enumerate(embeddings.rows):
+        for place, row in enumerate(table.rows):
             stop = start + row.embedded
 
             def value_of(
-                one: str, layer: int, number: int = number, start: int = start, stop: int = stop
+                kind: str, layer: int, place: int = place, start: int = start, stop: int = stop
             ) -> NDArray[Any]:
-                rows = getattr(embeddings, one)[layer]
-                return np.ascontiguousarray((rows[start:stop] if one == "per_tok" else rows[number]).numpy())
+                rows = getattr(table, kind)[layer]
+                return np.ascontiguousarray((rows[start:stop] if kind == "per_tok" else rows[place]).numpy())
 
-            value = value_of(kind, main)
+            value = value_of(root_kind, main)
             space = h5py.h5s.create_simple(value.shape)
             dataset = h5py.h5d.create(
                 file.id, names.take(row.id).encode(), h5py.h5t.py_create(value.dtype), space, untimed
@@ -95,14 +100,17 @@ def write_h5(embeddings: OutputTable, path: Path) -> None:
             attach(dataset, "original_id", np.array(row.id, dtype=h5py.string_dtype()))
             attach(dataset, "index", np.array(row.number))
             attach(dataset, "length", np.array(row.embedded))
-            for one, layer in beside_it:
-                attach(dataset, f"{one}_layer_{layer}", value_of(one, layer))
+            for kind, layer in attributes:
+                attach(dataset, f"{kind}_layer_{layer}", value_of(kind, layer))
             start = stop
 
 
 @contextmanager
 def create(path: Path) -> Iterator[h5py.File]:
-    """A new file whose root keeps the order of its names, takes attributes of any size, and has no time stamp in it."""
+    """Make a new file whose root keeps the order of its names and takes attributes of any size.
+
+    There is no time stamp in it, so that its bytes depend on its content alone.
+    """
     import h5py
 
     root = h5py.h5p.create(h5py.h5p.FILE_CREATE)
@@ -111,14 +119,14 @@ def create(path: Path) -> Iterator[h5py.File]:
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     # HDF5 1.8 (2008) and later can read it; before, attributes ended at 64 KiB.
     access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_LATEST)
-    # The name is this process's own, and some network file systems refuse locks.
+    # This process alone knows the file, and some network file systems refuse locks.
     access.set_file_locking(False, True)
     with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_EXCL, root, access)) as file:
         yield file
 
 
 class OpenedH5:
-    """Each protein is read when it is asked for."""
+    """An output opened for reading. Each protein is read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
         import h5py
@@ -132,24 +140,24 @@ class OpenedH5:
         return list(self._file)
 
     def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Ids, headers and embedded residues."""
+        """Return ids, headers and embedded residues of all proteins."""
         table = json.loads(self._file.attrs["records"])
         return table["ids"], table["headers"], table["lengths"]
 
     def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Shape (N, D)."""
+        """Return one representation of all proteins, shape (N, D)."""
         rows = [self.vector(kind, layer, position) for position in range(len(self._names))]
         return np.stack(rows) if rows else np.empty((0, self.about.width), np.float32)
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
-        """Shape (D,)."""
+        """Return one representation of one protein, shape (D,)."""
         dataset = self._file[self._names[position]]
         return np.asarray(
             dataset[()] if (kind, layer) == self._root else dataset.attrs[f"{kind}_layer_{layer}"]
         )
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
-        """Shape (L, D)."""
+        """Return the residues of one protein, shape (L, D)."""
         return self.vector("per_tok", layer, position)
 
 

@@ -17,26 +17,29 @@ from dist_esm.outputs.formats.base import About, Codec
 from dist_esm.types import Row
 
 GROUP_BYTES = 32 << 20
-"""Numbers in a row group, about: it is what a reader of one row reads, and what the writer holds in memory."""
+"""Numbers in a row group, about: it is what a reader of one row reads, and what the writer holds in
+memory."""
 GROUP_ROWS = 1 << 16
 COUNTS = ("embedded", "upper_cased", "stops_removed", "gaps_removed", "replaced")
 
 
-def write_parquet(embeddings: OutputTable, path: Path) -> str:
+def write_parquet(table: OutputTable, path: Path) -> str:
     """Write a row for each protein, in file order.
 
-    Columns: ``id``, ``header``, ``source`` (path of the input relative to the common root), ``index`` (of the record in its input, from 0),
-    ``length`` (residues before truncation), ``embedded`` (residues that the numbers are of), ``outcome`` (ok, truncated or windowed),
-    ``upper_cased``, ``stops_removed``, ``gaps_removed``, ``replaced`` (letters changed), and for each kind and layer ``mean_layer_33`` and
-    ``bos_layer_33``, fixed-size lists of D numbers, and ``per_tok_layer_33``, a list of these. The mean of the last requested layer is
-    always there. The metadata of the schema has ``model_name`` and the fields of `About`, ``provenance`` as JSON.
+    Columns: ``id``, ``header``, ``source`` (path of the input relative to the common root), ``index`` (of the
+    record in its input, from 0), ``length`` (residues before truncation), ``embedded`` (residues that the
+    numbers are of), ``outcome`` (ok, truncated or windowed), ``upper_cased``, ``stops_removed``,
+    ``gaps_removed``, ``replaced`` (letters changed), and for each kind and layer ``mean_layer_33`` and
+    ``bos_layer_33``, fixed-size lists of D numbers, and ``per_tok_layer_33``, a list of these. The mean of
+    the last requested layer is always there. The metadata of the schema has ``model_name`` and the fields of
+    `About`, ``provenance`` as JSON.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    about = About.of(embeddings)
-    number = pa.from_numpy_dtype(embeddings.mean[embeddings.main_layer].numpy().dtype)
-    vector = pa.list_(number, about.width)
+    about = About.of(table)
+    number_type = pa.from_numpy_dtype(table.mean[table.main_layer].numpy().dtype)
+    vector = pa.list_(number_type, about.width)
     columns = [
         (kind, layer, f"{kind}_layer_{layer}") for kind, layers in about.kinds.items() for layer in layers
     ]
@@ -65,8 +68,8 @@ def write_parquet(embeddings: OutputTable, path: Path) -> str:
             write_statistics=["id", "index", "length", *COUNTS],
         ) as writer,
     ):
-        for first, last, start, stop in row_groups(embeddings):
-            rows = embeddings.rows[first:last]
+        for first, last, start, stop in row_groups(table):
+            rows = table.rows[first:last]
             values = {
                 "id": [row.id for row in rows],
                 "header": [row.header for row in rows],
@@ -83,7 +86,7 @@ def write_parquet(embeddings: OutputTable, path: Path) -> str:
             for kind, layer, _ in columns:
                 span = slice(start, stop) if kind == "per_tok" else slice(first, last)
                 numbers = pa.FixedSizeListArray.from_arrays(
-                    pa.array(getattr(embeddings, kind)[layer][span].numpy().reshape(-1)), type=vector
+                    pa.array(getattr(table, kind)[layer][span].numpy().reshape(-1)), type=vector
                 )
                 arrays.append(pa.ListArray.from_arrays(offsets, numbers) if kind == "per_tok" else numbers)
             writer.write_batch(pa.record_batch(arrays, schema=schema), row_group_size=len(rows))
@@ -95,34 +98,35 @@ def pq_leaves(schema: Any) -> Iterator[str]:
     import pyarrow as pa
 
     for field in schema:
-        path, kind = field.name, field.type
-        while pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
-            path, kind = f"{path}.list.element", kind.value_type
+        path, arrow_type = field.name, field.type
+        while pa.types.is_list(arrow_type) or pa.types.is_fixed_size_list(arrow_type):
+            path, arrow_type = f"{path}.list.element", arrow_type.value_type
         yield path
 
 
-def row_groups(embeddings: OutputTable) -> Iterator[tuple[int, int, int, int]]:
+def row_groups(table: OutputTable) -> Iterator[tuple[int, int, int, int]]:
     """Proteins of each row group as (first, one past the last) and their residues likewise."""
-    tensors = [*embeddings.mean.values(), *embeddings.bos.values()]
+    tensors = [*table.mean.values(), *table.bos.values()]
     for_each = sum(tensor.shape[1] * tensor.dtype.itemsize for tensor in tensors)
-    for_residue = sum(rows.shape[1] * rows.dtype.itemsize for rows in embeddings.per_tok.values())
+    for_residue = sum(rows.shape[1] * rows.dtype.itemsize for rows in table.per_tok.values())
     first = start = stop = num_bytes = 0
 
     def size(row: Row) -> int:
         return for_each + row.embedded * for_residue
 
-    for position, row in enumerate(embeddings.rows):
+    for position, row in enumerate(table.rows):
         if position > first and (num_bytes + size(row) > GROUP_BYTES or position - first == GROUP_ROWS):
             yield first, position, start, stop
             first, start, num_bytes = position, stop, 0
         stop += row.embedded
         num_bytes += size(row)
-    if embeddings.rows:
-        yield first, len(embeddings.rows), start, stop
+    if table.rows:
+        yield first, len(table.rows), start, stop
 
 
 class OpenedParquet:
-    """A row group's column is read when one of its rows is asked for; the last one is kept."""
+    """An output opened for reading. The column of a row group is read when a row of it is asked for; the last
+    is kept."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow.parquet as pq
@@ -135,13 +139,13 @@ class OpenedParquet:
         self._kept: tuple[tuple[int, str], Any] | None = None
 
     def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Ids, headers and embedded residues."""
+        """Return ids, headers and embedded residues of all proteins."""
         table = self._file.read(["id", "header", "embedded"])
         ids, headers, lengths = (table[name].to_pylist() for name in ("id", "header", "embedded"))
         return ids, headers, lengths
 
     def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Shape (N, D)."""
+        """Return one representation of all proteins, shape (N, D)."""
         groups = [
             numbers(self._group(group, f"{kind}_layer_{layer}"), self.about.width)
             for group in range(self._file.num_row_groups)
@@ -149,14 +153,14 @@ class OpenedParquet:
         return np.concatenate(groups) if groups else np.empty((0, self.about.width), np.float32)
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
-        """Shape (D,)."""
+        """Return one representation of one protein, shape (D,)."""
         group, row = self._find(position)
         return numbers(self._group(group, f"{kind}_layer_{layer}").slice(row, 1), self.about.width).reshape(
             -1
         )
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
-        """Shape (L, D)."""
+        """Return the residues of one protein, shape (L, D)."""
         group, row = self._find(position)
         return numbers(self._group(group, f"per_tok_layer_{layer}").slice(row, 1).flatten(), self.about.width)
 

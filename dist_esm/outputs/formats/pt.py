@@ -13,61 +13,62 @@ from torch import Tensor
 
 from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats.base import About, Codec
-from dist_esm.outputs.pickling import RowsOf, save
+from dist_esm.outputs.pickling import save
 
 
-def write_pt(embeddings: OutputTable, path: Path) -> str:
+def write_pt(table: OutputTable, path: Path) -> str:
     """Write VirNucPro's layout, with every representation beside it under fair-esm's names.
 
-    ``proteins`` and ``data`` are lists in file order, ``data`` of the mean of the last requested layer, shape (D,); further
-    ``headers``, ``lengths`` (embedded residues), the fields of `About`, and as included ``mean_representations[layer]`` and
-    ``bos_representations[layer]``, shape (N, D), and ``representations[layer]``, a list of tensors of shape (L, D). Tensors of a kind
-    and layer are views of one storage, or of one for each piece of a file that was cut. Loading takes 35 us of a core for each tensor of
-    a list, most of them in torch's unpickler.
+    ``proteins`` and ``data`` are lists in file order, ``data`` of the mean of the last requested layer, shape
+    (D,); further ``headers``, ``lengths`` (embedded residues), the fields of `About`, and as included
+    ``mean_representations[layer]`` and ``bos_representations[layer]``, shape (N, D), and
+    ``representations[layer]``, a list of tensors of shape (L, D). Tensors of a kind and layer are views of
+    one storage, or of one for each shard of a file that was cut. Loading takes 35 us of a core for each
+    tensor of a list, most of them in torch's unpickler.
     """
     content: dict[str, object] = {
-        "proteins": embeddings.ids,
-        "data": RowsOf(embeddings.mean[embeddings.main_layer]),
-        "headers": [row.header for row in embeddings.rows],
-        "lengths": embeddings.lengths,
-        **vars(About.of(embeddings)),
+        "proteins": table.ids,
+        "data": list(table.mean[table.main_layer].unbind()),
+        "headers": [row.header for row in table.rows],
+        "lengths": table.lengths,
+        **vars(About.of(table)),
     }
-    if "mean" in embeddings.include:
-        content["mean_representations"] = embeddings.mean
-    if "bos" in embeddings.include:
-        content["bos_representations"] = embeddings.bos
-    if "per_tok" in embeddings.include:
-        spans = [slice(*span) for span in pairwise(accumulate(embeddings.lengths, initial=0))]
+    if "mean" in table.include:
+        content["mean_representations"] = table.mean
+    if "bos" in table.include:
+        content["bos_representations"] = table.bos
+    if "per_tok" in table.include:
+        spans = [slice(*span) for span in pairwise(accumulate(table.lengths, initial=0))]
         content["representations"] = {
-            layer: [rows[span] for span in spans] for layer, rows in embeddings.per_tok.items()
+            layer: [rows[span] for span in spans] for layer, rows in table.per_tok.items()
         }
     return save(content, path)
 
 
 class OpenedPt:
-    """Numbers are mapped, and read from disk when they are used."""
+    """An output opened for reading. Numbers are mapped, and read from disk when they are used."""
 
     def __init__(self, path: Path) -> None:
         self._content: dict[str, Any] = torch.load(path, weights_only=True, mmap=True)
         self.about = About(**{name: self._content[name] for name in About.__dataclass_fields__})
 
     def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Ids, headers and embedded residues."""
+        """Return ids, headers and embedded residues of all proteins."""
         return self._content["proteins"], self._content["headers"], self._content["lengths"]
 
     def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Shape (N, D)."""
+        """Return one representation of all proteins, shape (N, D)."""
         rows = self._rows(kind, layer)
         if isinstance(rows, Tensor):
             return np.asarray(rows.numpy())
         return np.asarray(torch.stack(rows).numpy()) if rows else np.empty((0, self.about.width), np.float32)
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
-        """Shape (D,)."""
+        """Return one representation of one protein, shape (D,)."""
         return np.asarray(self._rows(kind, layer)[position].numpy())
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
-        """Shape (L, D)."""
+        """Return the residues of one protein, shape (L, D)."""
         return np.asarray(self._content["representations"][layer][position].numpy())
 
     def _rows(self, kind: str, layer: int) -> Tensor | list[Tensor]:

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """What is known of a format before its module is imported."""
+    """A format, as far as it is known before its module is imported."""
 
     name: str
-    """Of the format and of its module."""
+    """Name of the format and of its module."""
     suffix: str
-    """Of its files; "" if an output is a folder of files."""
+    """Suffix of its files; "" if an output is a folder of files."""
     package: str | None = None
     """Package that writes it or reads it back, if that is not installed with dist_esm itself."""
 
     @property
     def is_folder(self) -> bool:
-        """Whether an output is a folder of files."""
+        """True if an output is a folder of files."""
         return not self.suffix
 
     @property
@@ -59,7 +59,8 @@ def package_of(name: str) -> str | None:
 
 
 def format_at(path: Path) -> OutputFormat | None:
-    """Return the format of what is at a path: by the suffix of a file, by the marks of a folder; None if it is no output."""
+    """Return the format of what is at a path: by the suffix of a file, by the marks of a folder; None if it
+    is no output."""
     if path.is_dir():
         folders = (output_format for output_format in FORMATS.values() if output_format.is_folder)
         return next(

@@ -1,4 +1,5 @@
-"""safetensors: a matrix for each kind and layer. The only door to safetensors, which reads what is written here by hand."""
+"""safetensors: a matrix for each kind and layer. The only door to safetensors, which reads what is written
+here by hand."""
 
 from __future__ import annotations
 
@@ -19,20 +20,23 @@ from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
 from dist_esm.outputs.formats.base import About, Codec
 
 MAX_HEADER = 100_000_000
-"""What the library reads."""
+"""Bytes of a header that the library reads."""
 BLOCK_ROWS = 1 << 12
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
 
 
-def write_safetensors(embeddings: OutputTable, path: Path) -> str:
-    """Write ``mean.33`` and ``bos.33``, shape (N, D), and ``per_tok.33``, shape (sum of embedded residues, D), for each layer.
+def write_safetensors(table: OutputTable, path: Path) -> str:
+    """Write ``mean.33`` and ``bos.33``, shape (N, D), and ``per_tok.33``, shape (sum of embedded residues,
+    D), for each layer.
 
-    Protein i's residues are the rows ``offsets[i]`` to ``offsets[i + 1]``. The mean of the last requested layer is always there. The
-    metadata is text: ``ids``, ``headers``, ``index`` (of each record in its input, from 0) and ``lengths`` (embedded residues) are JSON
-    lists in file order, beside ``model_name`` and the fields of `About`, ``provenance`` as JSON.
+    Protein i's residues are the rows ``offsets[i]`` to ``offsets[i + 1]``. The mean of the last requested
+    layer is always there. The metadata is text: ``ids``, ``headers``, ``index`` (of each record in its input,
+    from 0) and ``lengths`` (embedded residues) are JSON lists in file order, beside ``model_name`` and the
+    fields of `About`, ``provenance`` as JSON.
 
-    The format is a JSON header and the numbers end to end. The library's own writer puts metadata in an order that changes from run to run,
-    and its older versions copy every tensor first; here the bytes depend on the content alone, and go to disk in chunks.
+    The format is a JSON header and the numbers end to end. The library's own writer puts metadata in an order
+    that changes from run to run, and its older versions copy every tensor first; here the bytes depend on the
+    content alone, and go to disk in chunks.
 
     Raises
     ------
@@ -40,18 +44,18 @@ def write_safetensors(embeddings: OutputTable, path: Path) -> str:
         If ids and headers are more than the library can read.
     """
     tensors: dict[str, Tensor | ChunkedTensor] = {}
-    if embeddings.per_tok:
+    if table.per_tok:
         tensors["offsets"] = torch.tensor(
-            [0, *accumulate(embeddings.lengths)], dtype=torch.int64
+            [0, *accumulate(table.lengths)], dtype=torch.int64
         )  # first: the widest numbers stay aligned
-    about = About.of(embeddings)
+    about = About.of(table)
     for kind, layers in about.kinds.items():
-        tensors |= {f"{kind}.{layer}": getattr(embeddings, kind)[layer] for layer in layers}
+        tensors |= {f"{kind}.{layer}": getattr(table, kind)[layer] for layer in layers}
     lists = {
-        "ids": embeddings.ids,
-        "headers": [row.header for row in embeddings.rows],
-        "index": [row.number for row in embeddings.rows],
-        "lengths": embeddings.lengths,
+        "ids": table.ids,
+        "headers": [row.header for row in table.rows],
+        "index": [row.number for row in table.rows],
+        "lengths": table.lengths,
     }
     metadata = {
         **about.to_text(),
@@ -70,7 +74,8 @@ def write_safetensors(embeddings: OutputTable, path: Path) -> str:
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise ValueError(
-            f"ids and headers of {len(embeddings.rows)} proteins are too much for one safetensors file: lower max_proteins_per_output"
+            f"ids and headers of {len(table.rows)} proteins are too much for one safetensors file: "
+            "lower max_proteins_per_output"
         )
     with SummedFile(path) as file:
         file.write(len(text).to_bytes(8, "little"))
@@ -89,7 +94,7 @@ def blocks(tensor: Tensor | ChunkedTensor) -> Iterator[Tensor]:
 
 
 class OpenedSafetensors:
-    """Numbers are read from disk when they are asked for."""
+    """An output opened for reading. Numbers are read from disk when they are asked for."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
@@ -101,20 +106,20 @@ class OpenedSafetensors:
         self._offsets = file.get_tensor("offsets") if self.about.kinds["per_tok"] else None
 
     def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Ids, headers and embedded residues."""
+        """Return ids, headers and embedded residues of all proteins."""
         ids, headers, lengths = (json.loads(self._metadata[name]) for name in ("ids", "headers", "lengths"))
         return ids, headers, lengths
 
     def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Shape (N, D)."""
+        """Return one representation of all proteins, shape (N, D)."""
         return np.asarray(self._file.get_tensor(f"{kind}.{layer}"))
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
-        """Shape (D,)."""
+        """Return one representation of one protein, shape (D,)."""
         return np.asarray(self._file.get_slice(f"{kind}.{layer}")[position])
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
-        """Shape (L, D)."""
+        """Return the residues of one protein, shape (L, D)."""
         assert self._offsets is not None
         start, stop = self._offsets[position : position + 2].tolist()
         return np.asarray(self._file.get_slice(f"per_tok.{layer}")[start:stop])
