@@ -1,7 +1,8 @@
 """Hydra in, typed config out, exit code back.
 
-Hydra composes the configuration; its application wrapper is not used, because every rank would print its errors and its help, and
-leave a folder and a log behind. Each rank composes for itself; what is wrong is said once, by rank 0.
+Each rank reads the command line for itself (`cli`), joins the others (`distributed`) and runs the job. Mistakes are said
+once, by rank 0. Hydra's application wrapper is not used: every rank would print its errors and its help, and leave a
+folder and a log behind.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_main_rank() -> bool:
-    """Whether this process speaks for the run, as torchrun's environment has it, before any connection."""
+    """Tell whether this process speaks for the run, as torchrun's environment has it."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -96,7 +97,10 @@ def start(config: Config | None, problem: str | None) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process, without a segment that was abandoned: on a CPU it may take a minute more, and Python would wait for its thread."""
+    """End the process.
+
+    A segment that was abandoned on a CPU may take a minute more, and Python would wait for its thread.
+    """
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         sys.stdout.flush()
         sys.stderr.flush()

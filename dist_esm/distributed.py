@@ -502,7 +502,7 @@ def launch_environment() -> tuple[int, int] | None:
             and "SLURM_STEP_ID" in os.environ
         ):
             refuse(
-                f"srun started {num_tasks} tasks, but torchrun is missing, so they would all do the same work: "
+                f"srun started {num_tasks} tasks, but torchrun is missing, so all would do the same work: "
                 "start one task a node and torchrun in it, or one task alone"
             )
         return None

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_esm.atomic import atomically
 from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, read_json, version_of
 from dist_esm.types import FastaFile
+from dist_esm.version import code_version
 
 _NUMBER = re.compile(r"(\d+)\.")
 
@@ -56,7 +56,7 @@ def record_inputs(output_dir: Path, launch: int, files: Sequence[FastaFile], scr
     content = {
         "format": FORMAT_VERSION,
         "launch": launch,
-        "dist_esm": version("dist_esm"),
+        "dist_esm": code_version(),
         "inputs": inputs,
     }
     with atomically(folder(output_dir) / f"{launch:020d}.json", scratch) as temporary:

@@ -1,7 +1,8 @@
-"""The command, in which one function of ours ends its thread or process: faulty.py PLACE ENDING RANK key=value ...
+"""The command, in which one function of ours ends its thread or process: faulty.py PLACE ENDING RANK key=value
 
-PLACE is MODULE:CLASS.METHOD or MODULE:FUNCTION, ENDING a key of `ENDINGS`, RANK the rank that it happens on; with
-``PLACE@N`` it happens at the Nth call. How the thread or process ends is real; what is arranged is the moment.
+PLACE is MODULE:CLASS.METHOD or MODULE:FUNCTION, ENDING a key of `ENDINGS`, RANK the rank that it happens on.
+With ``PLACE@N`` it happens at the Nth call. How the thread or process ends is real; what is arranged is the
+moment.
 """
 
 import ctypes

@@ -276,14 +276,14 @@ def test_a_run_that_is_interrupted_while_it_plans_leaves_the_report_of_what_is_d
 
 @pytest.mark.parametrize(
     ("place", "joined"),
-    [("load_engine", []), ("join_file", []), ("join_file", ["cut_1"])],
+    [("setup:build_engine", []), ("embed:join_file", []), ("embed:join_file", ["cut_1"])],
     ids=["loads", "joins", "joins on"],
 )
 def test_a_run_that_is_interrupted_while_it_loads_or_joins_reports_what_is_done(place, joined, half_done):
     settings, out = half_done
     done = digests(out)
     result = run_meanwhile(
-        f"dist_esm.jobs.embed:{place}",
+        f"dist_esm.jobs.{place}",
         " && ".join([*(f"test -e {out / name}_ESM.pt" for name in joined), "kill -TERM $PPID"]),
         *settings,
     )

@@ -250,7 +250,7 @@ def test_outputs_of_different_code_with_the_same_numerics_are_read_together(tmp_
 
 
 def test_a_directory_is_read_by_its_journal_whatever_a_report_says(tmp_path):
-    """Files of all launches, each once, as it was embedded last; the last launch's inputs alone if so asked."""
+    """All launches, each file once, as it was embedded last; the last launch alone if so asked."""
     inputs, out = tmp_path / "in", tmp_path / "out"
     inputs.mkdir()
     for name in "ab":

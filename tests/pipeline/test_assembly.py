@@ -1,4 +1,4 @@
-"""The bookkeeping of embeddings, in any order in which records and embeddings can come; no thread and no file."""
+"""The bookkeeping of embeddings, in any order in which records and embeddings can come."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Feed:
     data=st.data(),
 )
 def test_every_embedding_finds_its_place_in_any_order(units, dedupe, poison, data):
-    """A failure ends the units that hold the sequence, and no others; every unit has one outcome; counts add up."""
+    """A failure ends the units that hold the sequence, and no others. Every unit has one outcome."""
     files = [FastaFile(Path(f"{key}.fasta"), Path(f"{key}_ESM"), 1, 1) for key in range(len(units))]
     assembly = Assembly(files, SETTINGS, rank=0, memory=Memory(left=1 << 20), clock=lambda: 0.0)
     feed = Feed(assembly, dedupe)

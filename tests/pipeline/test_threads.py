@@ -1,4 +1,4 @@
-"""Threads that end before their work does: whoever waits for them is told, and the run stops with the reason."""
+"""Threads that end before their work does: whoever waits for them is told, and the run stops."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The formats of outputs, one line each.
 
-A new format is a module in this folder, which says in a `CODEC` how it is written and opened, and a line in `FORMATS`. Nothing is
-imported for a format before it is used, and this module imports nothing of the package, so that the configuration can
-take the names from here.
+A new format is a module in this folder, which says in a `CODEC` how it is written and opened, and a line in
+`FORMATS`. Nothing is imported for a format before it is used. This module imports nothing of the package, so
+that the configuration can take the names from here.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dist_esm.types import NOTE_COLUMNS
 
 
 def write_output(output_format: Format, table: OutputTable, stem: Path, scratch: Path) -> Staged:
-    """Write one output under temporary names, with a ``<stem>.records.tsv`` if any of its records deserves a line there.
+    """Write one output under temporary names, with a ``<stem>.records.tsv`` if it has lines for one.
 
     Parameters
     ----------

@@ -198,7 +198,8 @@ def test_a_folder_is_replaced_whole_and_only_if_it_is_ours(tmp_path):
     assert everything_below(folder) == {"only.pt", "ids.tsv", "provenance.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_ESM", ".dist_esm", *REPORTS}
     (folder / "thesis").mkdir()
+    (folder / "thesis" / "chapter.txt").write_text("one")
     run = embed_directory(tmp_path / "in", tmp_path / "out", format=Format.fair_esm)
     assert "is no folder of embeddings alone" in run.failure("a.fasta")
-    assert (folder / "thesis").is_dir()
+    assert (folder / "thesis" / "chapter.txt").exists()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_ESM", ".dist_esm", *REPORTS}
