@@ -1,8 +1,8 @@
 """Hydra in, typed config out, exit code back.
 
-Each rank reads the command line for itself (`cli`), joins the others (`distributed`) and runs the job. Mistakes are said
-once, by rank 0. Hydra's application wrapper is not used: every rank would print its errors and its help, and leave a
-folder and a log behind.
+Each rank reads the command line for itself (`cli`), joins the others (`distributed`) and runs the job.
+Mistakes are said once, by rank 0. Hydra's application wrapper is not used: every rank would print its errors
+and its help, and leave a folder and a log behind.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         if is_main_rank():
             print(
-                f"dist_esm: {interrupt}: what is done is kept, run the same command again to go on from there",
+                f"dist_esm: {interrupt}: what is done is kept, "
+                "run the same command again to go on from there",
                 file=sys.stderr,
                 flush=True,
             )

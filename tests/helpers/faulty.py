@@ -1,4 +1,4 @@
-"""The command, in which one function of ours ends its thread or process: faulty.py PLACE ENDING RANK key=value
+"""The command, one function of which ends its thread or process: faulty.py PLACE ENDING RANK key=value
 
 PLACE is MODULE:CLASS.METHOD or MODULE:FUNCTION, ENDING a key of `ENDINGS`, RANK the rank that it happens on.
 With ``PLACE@N`` it happens at the Nth call. How the thread or process ends is real; what is arranged is the

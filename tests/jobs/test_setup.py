@@ -26,10 +26,11 @@ def test_a_resume_does_not_mix_numerics_and_outputs_name_the_code(tmp_path):
         assert (provenance["numerics"], provenance["dist_esm"]) == (NUMERICS, code_version())
     assert report["versions"]["dist_esm"] == code_version()
     path = tmp_path / ".dist_esm" / "settings.json"
-    settings = json.loads(path.read_text())
-    assert settings["numerics"] == NUMERICS
+    content = json.loads(path.read_text())
+    assert content["settings"]["numerics"] == NUMERICS
     assert run_ranks(None, *line).returncode == 0
-    path.write_text(json.dumps({**settings, "numerics": NUMERICS - 1}))
+    content["settings"]["numerics"] = NUMERICS - 1
+    path.write_text(json.dumps(content))
     refused = run_ranks(None, *line)
     assert refused.returncode == 1
     assert f"numerics={NUMERICS - 1} before, {NUMERICS} now" in refused.stderr

@@ -21,6 +21,7 @@ from dist_esm.outputs.output_dir import OutputDir, read_settings
 from dist_esm.planning.agree import agree_on_plan
 from dist_esm.planning.inputs import find_files
 from dist_esm.types import Tally, WrittenFile
+from dist_esm.version import code_version
 from helpers.standin import embed_directory, make_config
 
 # A directory as version 1 left it: the text of one input, its output, its line in the journal, and the
@@ -102,7 +103,7 @@ def test_the_inputs_of_a_launch_are_written_down_in_their_order(tmp_path):
     with open_alone(tmp_path / "out") as out:
         out.record_inputs(files)
     content = json.loads((tmp_path / "out" / ".dist_esm" / "launches" / f"{1:020d}.json").read_text())
-    assert (content["format"], content["launch"], content["dist_esm"]) == (2, 1, "0.1.0")
+    assert (content["format"], content["launch"], content["dist_esm"]) == (2, 1, code_version())
     assert [(item["source"], item["output"]) for item in content["inputs"]] == [
         ("a.fa", "a_ESM"),
         ("b.fasta", "b_ESM"),
@@ -196,7 +197,7 @@ def test_shards_that_a_kill_left_behind_their_join_are_cleared(tmp_path, monkeyp
     out, copy = cut_and_joined(tmp_path, monkeypatch)
     shutil.copytree(copy, out / ".dist_esm" / "shards", dirs_exist_ok=True)
     assert len(list((out / ".dist_esm" / "shards").rglob("*.pt"))) > 2
-    with open_alone(out):
+    with open_alone(out, read_settings(out)):
         assert not list((out / ".dist_esm").rglob("*.pt"))
     assert (out / "a_ESM.pt").exists()
 
@@ -208,7 +209,7 @@ def test_shards_that_are_not_joined_yet_or_whose_output_is_gone_are_kept(tmp_pat
     shutil.copytree(copy, shards, dirs_exist_ok=True)
     (shards / "stray_ESM.000000.pt").write_text("no entry speaks of it")
     (out / "a_ESM.pt").unlink()
-    with open_alone(out):
+    with open_alone(out, read_settings(out)):
         names = {path.name for path in shards.iterdir()}
     assert names == {path.name for path in copy.iterdir()}
     (journal,) = (out / ".dist_esm" / "journal").iterdir()
