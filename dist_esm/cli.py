@@ -64,6 +64,7 @@ HELP_GROUPS = {
         "unit_share",
         "max_proteins_per_output",
         "max_consecutive_failures",
+        "steal",
         "heartbeat_timeout",
         "selfcheck",
     ),

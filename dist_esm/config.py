@@ -210,6 +210,8 @@ class Config:
     """A file of more proteins than this is written as numbered parts of at most so many."""
     max_consecutive_failures: int = 3
     """So many failed units in a row on one rank stop the run."""
+    steal: bool = True
+    """A rank that has finished its bin takes units that others have not begun; false: it waits."""
     heartbeat_timeout: float = 60.0
     """A rank that gives no sign of life for so many seconds counts as lost, and the run ends as aborted."""
     resume: bool = True

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -101,6 +102,9 @@ class World:
         self._signs: SignsOfLife | None = None
         self._lost: str | None = None
         self._on_stop: list[OnStop] = []
+        self._claims: Counter[int] = Counter()
+        self.lost_ranks: dict[int, str] = {}
+        """Ranks that this one saw end before their work was done, and how."""
         self._meetings = 0
         self._is_in_haste = False
         self._status = WorkerStatus.IDLE
@@ -330,10 +334,28 @@ class World:
             rank for rank, status in self.get_worker_status().items() if status is WorkerStatus.PROCESSING
         ]
 
-    def claim(self, name: str) -> bool:
-        """Take something that is for one rank alone; true for the first that asks. One round trip to the
-        store."""
-        return self._store is None or bool(self._store.add(f"claim/{name}", 1) == 1)
+    def claim(self, bin_: int) -> int:
+        """Add one to the counter of a bin, and return what it was before; no two ranks see the same.
+
+        It is one round trip to the store.
+        """
+        if self._store is not None:
+            return int(self._store.add(f"claims/{bin_}", 1)) - 1
+        self._claims[bin_] += 1
+        return self._claims[bin_] - 1
+
+    def count_claims(self) -> list[int]:
+        """Return the counters of the bins of all ranks."""
+        if self._store is not None:
+            return [int(self._store.add(f"claims/{bin_}", 0)) for bin_ in range(self.world_size)]
+        return [self._claims[bin_] for bin_ in range(self.world_size)]
+
+    def wait_for_all_at(self, place: str, unless: Callable[[], bool]) -> None:
+        """Wait until every rank has come to a place that all of them pass once, or until `unless` is true."""
+        if self._store is not None:
+            store = self._store
+            store.add(f"at/{place}", 1)
+            wait_for(lambda: unless() or store.add(f"at/{place}", 0) >= self.world_size, self._working)
 
     def request_stop(self, reason: str, at_once: bool = False) -> None:
         """Ask every rank to take no further unit or, at once, to drop what is in flight. The first reason
@@ -415,7 +437,9 @@ class World:
             signs.beat()
             lost = signs.wait_for_an_end() or signs.silent_rank()
             if lost is not None and not done.is_set():
-                self.request_stop(lost, at_once=True)
+                rank, how = lost
+                self.lost_ranks.setdefault(rank, how)
+                self.request_stop(how, at_once=True)
             for key in ("stop_at_once", "stop"):
                 if self._on_stop and key not in told and store.check([key]):
                     told.add(key)

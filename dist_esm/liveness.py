@@ -88,7 +88,7 @@ class SignsOfLife:
         }
         self._store.set(f"alive/{self._rank}", json.dumps(about))
 
-    def wait_for_an_end(self) -> str | None:
+    def wait_for_an_end(self) -> tuple[int, str] | None:
         """Wait a moment, less if a process of this host ends; return what happened to a rank that is lost, if
         any is."""
         for handle, _ in self._poll.poll(LOOK_SECONDS * 1000):
@@ -98,10 +98,10 @@ class SignsOfLife:
             os.close(handle)
             del self._handles[handle]
             if not self._has_left(rank):
-                return f"{self._describe(rank)} {ending}"
+                return rank, f"{self._describe(rank)} {ending}"
         return None
 
-    def silent_rank(self) -> str | None:
+    def silent_rank(self) -> tuple[int, str] | None:
         """Return what is known of a rank that has given no sign of life for too long, if there is one."""
         now = time.monotonic()
         for rank in self._watched:
@@ -110,7 +110,8 @@ class SignsOfLife:
             if rank not in self._last or self._last[rank][0] != sign:
                 self._last[rank] = sign, now
             elif now - self._last[rank][1] > self._timeout and not self._has_left(rank):
-                return f"{self._describe(rank)} gave no sign of life for {now - self._last[rank][1]:.0f} s"
+                silence = now - self._last[rank][1]
+                return rank, f"{self._describe(rank)} gave no sign of life for {silence:.0f} s"
         self._find_neighbours()
         return None
 

@@ -23,6 +23,8 @@ class Stop:
         """Drop what is in flight, rather than finish what has been read."""
         self.is_by_signal = False
         """The reason is a signal, which may only be the echo of what happened to another rank."""
+        self.crash: str | None = None
+        """A thread of this rank ended early, with this reason."""
         self._calls: list[Callable[[], None]] = []
         self._lock = threading.RLock()  # a signal may come while its own thread holds it
         self._is_patient = False
@@ -35,6 +37,11 @@ class Stop:
         if at_once:
             for call in self._calls:
                 call()
+
+    def set_crash(self, reason: str) -> None:
+        """A thread of this rank ended early: nothing in flight can be finished."""
+        self.crash = self.crash or reason
+        self.set(reason, at_once=True)
 
     def when_at_once(self, call: Callable[[], None]) -> None:
         """Call this, too, when what is in flight is to be dropped; perhaps within a signal, so it must not

@@ -343,6 +343,14 @@ class UnitFailure:
 UnitOutcome = UnitResult | UnitFailure
 
 
+class TakenUnit(NamedTuple):
+    """A unit that a rank has claimed and is about to read."""
+
+    unit: Unit
+    is_alone: bool = False
+    """It may kill its process: nothing else may be in hand meanwhile."""
+
+
 @dataclass
 class RankResult:
     """What one rank did."""
@@ -382,3 +390,5 @@ class RankSummary:
     startup: dict[str, float]
     """Seconds of loading the weights and of readying the kernels, and the Unix time of the first pack."""
     outcomes: list[UnitOutcome]
+    taken_over: int = 0
+    """Units that the assignment had given to other ranks."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from dist_esm.atomic import commit_together
 from dist_esm.attempt import as_value
@@ -24,11 +24,13 @@ from dist_esm.jobs.report import (
 from dist_esm.jobs.setup import MakeEngine, Setup, choose_setup, describe, find_inputs, load_engine
 from dist_esm.model.engine import Engine
 from dist_esm.outputs.formats.write import write_output
+from dist_esm.outputs.in_hand import acquit, name_of, note_death, notes_of
 from dist_esm.outputs.journal import Entry, entry_of
 from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.outputs.shards import join_shards
 from dist_esm.pipeline.worker import Destination, embed_units
 from dist_esm.planning.agree import agree_on_plan, results_in_journal
+from dist_esm.planning.claims import ClaimOrder
 from dist_esm.planning.units import Plan
 from dist_esm.stop import Stop, stopping
 from dist_esm.types import (
@@ -36,8 +38,8 @@ from dist_esm.types import (
     JoinedFile,
     RankResult,
     RankSummary,
+    TakenUnit,
     Tally,
-    Unit,
     UnitFailure,
     UnitOutcome,
     UnitResult,
@@ -79,16 +81,15 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
     files = world.all_or_none(find_inputs, config)
     setup = choose_setup(config, world)
     with OutputDir.open(config, setup.settings, world) as out, stopping() as stop, world.watching(stop.set):
-        plan = agree_on_plan(config, files, out.entries, world)
-        out.record_inputs(plan.files)
+        plan = agree_on_plan(config, files, out.entries, world, out.deaths)
+        world.all_or_none(out.record_inputs, plan.files)
         if world.is_main:
             write_running_report(plan, out, setup, config)
-        units = [plan.units[index] for index in plan.bins[world.rank]]
         mine = account(world, setup, WorkerStatus.FAILED)
         try:
-            with engine_for(units, config, setup, world, make_engine) as engine:
+            with engine_for(plan, config, setup, world, make_engine) as engine:
                 clock.loaded = time.monotonic()
-                mine = embed_bin(plan, units, engine, config, setup, out, world, stop)
+                mine = embed_bin(plan, engine, config, setup, out, world, stop)
             if not stop.at_once:
                 with stop.patiently():
                     ranks = world.all_gather(mine, RankSummary, *OUTCOME_TYPES)
@@ -96,6 +97,7 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
         except (KeyboardInterrupt, LostRankError) as interrupt:
             stop.set(str(interrupt), at_once=True)
         with stop.patiently():
+            note_deaths(out, world)
             if stop.at_once:
                 ranks, joined = gather_what_is_left(mine, world), dict(plan.joined)
             if not world.is_main:
@@ -111,19 +113,19 @@ class Clock:
 
 
 def engine_for(
-    units: Sequence[Unit], config: Config, setup: Setup, world: World, make_engine: MakeEngine
+    plan: Plan, config: Config, setup: Setup, world: World, make_engine: MakeEngine
 ) -> Engine | nullcontext[None]:
     """The engine of every rank that has work to do; all ranks that need one get it, or all refuse."""
 
     def engine_if_needed() -> Engine | nullcontext[None]:
-        return make_engine(config, setup, world) if units else nullcontext()
+        has_work = plan.bins[world.rank] or plan.suspects
+        return make_engine(config, setup, world) if has_work else nullcontext()
 
     return world.all_or_none(engine_if_needed)
 
 
 def embed_bin(
     plan: Plan,
-    units: Sequence[Unit],
     engine: Engine | None,
     config: Config,
     setup: Setup,
@@ -131,26 +133,60 @@ def embed_bin(
     world: World,
     stop: Stop,
 ) -> RankSummary:
-    """Embed this rank's units, and wait until all ranks have done so or the run is to end at once."""
+    """Embed what this rank claims, and wait until all ranks are done or the run is to end at once."""
+    units = [plan.units[index] for index in plan.bins[world.rank]]
     num_files, num_proteins = len({unit.file for unit in units}), sum(unit.count.sequences for unit in units)
     log.info("bin: %d units of %d files, %d proteins", len(units), num_files, num_proteins)
-    result = RankResult()
+    result, taken_over = RankResult(), TakenOver()
     world.set_status(WorkerStatus.PROCESSING)
     with stop.patiently():
         if engine is not None:
             stop.when_at_once(engine.abandon)
             record = journal_writer(plan, out)
-            destination = Destination(out.path, out.scratch, setup.provenance, record)
-            result = embed_units(units, plan.files, config, engine, world.rank, stop, destination)
+            destination = Destination(out.path, out.scratch, out.in_hand, setup.provenance, record)
+            taken = take_units(plan, config, world, stop, taken_over)
+            result = embed_units(taken, plan.files, config, engine, world.rank, stop, destination)
         if stop.reason is not None:
             how = f"rank {world.rank} was {stop.reason}" if stop.is_by_signal else stop.reason
             world.request_stop(how, stop.at_once)
         status = WorkerStatus.COMPLETED if stop.reason is None else WorkerStatus.FAILED
-        mine = account(world, setup, status, result, engine)
+        mine = account(world, setup, status, result, engine, taken_over.num_units)
         if not stop.at_once:
             world.set_status(status)
             world.wait_until_complete(unless=lambda: stop.at_once)
     return mine
+
+
+@dataclass
+class TakenOver:
+    """How many units a rank took that the assignment had given to others."""
+
+    num_units: int = 0
+
+
+def take_units(
+    plan: Plan, config: Config, world: World, stop: Stop, taken_over: TakenOver
+) -> Iterator[TakenUnit]:
+    """Claim units for this rank, one when it is asked for: its own bin, then what others have not begun.
+
+    Units that may kill their process come last, when no rank has anything else to do.
+    """
+    order = ClaimOrder(plan.bins, plan.costs)
+    for claim in order.claims(world.rank, world.claim, world.count_claims, config.steal):
+        unit = plan.units[claim.unit]
+        if claim.bin != world.rank:
+            taken_over.num_units += 1
+            log.info("takes %s over from rank %d", plan.files[unit.file].path, claim.bin)
+        world.set_in_hand(str(plan.files[unit.file].path))
+        yield TakenUnit(unit)
+    if plan.suspects:
+        world.wait_for_all_at("suspects", unless=lambda: stop.reason is not None)
+    while stop.reason is None and (place := world.claim(world.world_size)) < len(plan.suspects):
+        unit = plan.units[plan.suspects[place]]
+        path = str(plan.files[unit.file].path)
+        log.warning("%s was in hand when a process died: it runs alone", path)
+        world.set_in_hand(path)
+        yield TakenUnit(unit, is_alone=True)
 
 
 def account(
@@ -159,6 +195,7 @@ def account(
     status: WorkerStatus,
     result: RankResult | None = None,
     engine: Engine | None = None,
+    taken_over: int = 0,
 ) -> RankSummary:
     """This rank's own account of its work."""
     result = result or RankResult()
@@ -180,6 +217,7 @@ def account(
         waits=waits,
         startup=startup,
         outcomes=result.outcomes,
+        taken_over=taken_over,
     )
 
 
@@ -214,6 +252,17 @@ def gather_what_is_left(mine: RankSummary, world: World) -> list[RankSummary]:
     return [mine, *others]
 
 
+def note_deaths(out: OutputDir, world: World) -> None:
+    """Write down which processes this rank saw end before their work was done, for the next launch.
+
+    SIGTERM and SIGINT come from people, schedulers and torchrun: no protein is to blame for them.
+    """
+    for rank, how in world.lost_ranks.items():
+        notes = notes_of(out.path, out.launch, rank)
+        if notes.exists() and not how.endswith(("by SIGTERM", "by SIGINT")):
+            note_death(notes, how)
+
+
 def reason_of(stop: Stop, world: World) -> str | None:
     """Why the run was stopped, if it was.
 
@@ -233,7 +282,7 @@ def join_cut_files(
     The ranks share the files.
     """
     outcomes = [*plan.done, *(outcome for rank in ranks for outcome in rank.outcomes)]
-    failed = failures_by_file(outcomes)
+    failed = failures_by_file([*outcomes, *plan.quarantined])
     results: dict[int, dict[int, UnitResult]] = {}
     for outcome in outcomes:
         unit = plan.unit(outcome.file, outcome.ordinal)
@@ -316,6 +365,9 @@ def conclude(
         journaled, joined_since = results_in_journal(out.entries_of_this_launch(), plan)
         others = [result for result in journaled if (result.file, result.ordinal) not in known]
         joined = {**joined, **joined_since}
+    done = [*others, *(outcome for rank in ranks for outcome in rank.outcomes)]
+    finished = [plan.unit(unit.file, unit.ordinal) for unit in done if isinstance(unit, UnitResult)]
+    acquit(out.path, (name_of(plan.files[unit.file], unit) for unit in finished))
     report = make_report(plan, ranks, joined, reason, now - clock.began, now - clock.loaded, others)
     fail_what_vanished(report, out.path)
     describe_run(report, config, setup, out)

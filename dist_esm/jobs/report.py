@@ -136,7 +136,7 @@ def make_report(
     Report
         Its status is `complete` only if no file failed and every record has an outcome.
     """
-    of_this_launch = [*others, *(outcome for rank in ranks for outcome in rank.outcomes)]
+    of_this_launch = [*others, *plan.quarantined, *(outcome for rank in ranks for outcome in rank.outcomes)]
     outcomes = sorted([*plan.done, *of_this_launch], key=lambda outcome: (outcome.file, outcome.ordinal))
     resumed = {(result.file, result.ordinal) for result in plan.done}
     failed = failures_by_file(outcomes)
@@ -253,6 +253,7 @@ def rank_entry(rank: RankSummary, outcomes: Sequence[UnitOutcome]) -> dict[str, 
         "status": rank.status,
         "files": len({result.file for result in results}),
         "sequences": sum(result.tally.sequences for result in results),
+        "taken_over": rank.taken_over,
         "tokens": rank.tokens,
         "seconds": round(rank.seconds, 3),
         "tokens_per_second": round(rank.tokens / rank.seconds, 1) if rank.seconds else 0.0,

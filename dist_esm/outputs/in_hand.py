@@ -1,16 +1,18 @@
 """What each rank has in hand, on disk, so that a protein that kills its process is found out and set aside.
 
-A rank appends a line to a file of its own before it reads a unit and before it submits a pack, and another one when
-that is done; it removes the file when it ends in order. A file that is still there at the next launch is that of a
-process that died, and its last lines name the units that may have killed it: the *suspects*. They run last, one at a
-time, so that everything else gets done. A unit whose process dies while it alone is in hand is *quarantined*: failed,
-with file and protein named.
+A rank appends a line to a file of its own before it reads a unit and before it submits a pack, and another
+one when that is done; it removes the file when it ends in order. A file that is still there at the next
+launch is that of a process that died, and its last lines name the units that may have killed it: the
+*suspects*. They run last, one at a time, so that everything else gets done. A unit whose process dies while
+it alone is in hand is *quarantined*: failed, with file and protein named.
 
-A death counts in full if somebody saw it: another rank of that launch, or torchrun, which started the rank again. A job
-that is killed as a whole leaves the same files, and no protein is to blame, so a death that nobody saw makes a suspect
-only when it comes again, and quarantines only when it comes twice while the unit is alone.
+A death counts in full if somebody saw it: another rank of that launch, or torchrun, which started the rank
+again. A job that is killed as a whole leaves the same files, and no protein is to blame, so a death that
+nobody saw makes a suspect only when it comes again, and quarantines only when it comes twice while the unit
+is alone.
 
-Lines are text and go out in one write each, without a sync: they have to outlive the process, not the machine.
+Lines are text and go out in one write each, without a sync: they have to outlive the process, not the
+machine.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ RECORD = Path(".dist_esm") / "suspects.json"
 
 
 @dataclass
-class Record:
+class Deaths:
     """The deaths of processes that had a unit in hand."""
 
     seen: int = 0
@@ -58,6 +60,15 @@ class Record:
         is_seen = self.seen >= 2 and self.seen_alone >= 1
         return is_seen or (self.unseen_alone >= 2 and self.seen + self.unseen >= 3)
 
+    def describe(self) -> str:
+        """One line that says what happened and how to try again."""
+        protein = f"{self.protein}: " if self.protein else ""
+        how = f" ({self.how})" if self.how else ""
+        return (
+            f"{protein}the process that had it in hand died {self.seen + self.unseen} times{how}; it is left out "
+            f"from now on: remove {RECORD} in output_dir to try it again"
+        )
+
 
 def name_of(file: FastaFile, unit: Unit) -> str:
     """A unit's name, the same in every launch that cuts its file alike."""
@@ -79,26 +90,33 @@ class InHand:
         self.path = output_dir / FOLDER / f"{launch:020d}.{rank:05d}.jsonl"
         self._lock = threading.Lock()
         self._file: int | None = None
-        self._unit_of: dict[int, str] = {}
-        """Protein to the unit that its segments belong to."""
+        self._in_pack: dict[int, tuple[str, str]] = {}
+        """Protein to its unit and its id."""
+        self._num_segments: Counter[int] = Counter()
+        """Protein to its segments that are not settled."""
 
     def read(self, unit: str, is_alone: bool = False) -> None:
         """A unit is about to be read."""
         self._write({"read": unit, "alone": is_alone})
 
-    def announce(self, protein_index: int, unit: str) -> None:
-        """A protein of a unit will come in some pack."""
-        self._unit_of[protein_index] = unit
+    def announce(self, protein_index: int, unit: str, protein_id: str) -> None:
+        """A segment of a protein will come in some pack."""
+        self._in_pack[protein_index] = unit, protein_id
+        self._num_segments[protein_index] += 1
 
-    def submit(self, proteins: Iterable[int], names: Sequence[str] = ()) -> None:
-        """A pack is about to be submitted; `names` are its proteins if they are to be told apart."""
-        units = sorted({self._unit_of[protein] for protein in proteins if protein in self._unit_of})
-        self._write({"submit": units, "proteins": list(names)[:1]})
+    def submit(self, proteins: Sequence[int]) -> None:
+        """A pack is about to be submitted."""
+        known = [self._in_pack[protein] for protein in proteins if protein in self._in_pack]
+        only = [known[0][1]] if len(proteins) == 1 and known else []
+        self._write({"submit": sorted({unit for unit, _ in known}), "proteins": only})
 
     def settle(self, proteins: Iterable[int]) -> None:
         """The oldest pack that was submitted is done."""
         for protein in proteins:
-            self._unit_of.pop(protein, None)
+            self._num_segments[protein] -= 1
+            if self._num_segments[protein] <= 0:
+                self._in_pack.pop(protein, None)
+                del self._num_segments[protein]
         self._write({"settle": 1})
 
     def end_reading(self) -> None:
@@ -163,7 +181,7 @@ def suspects_of(notes: Path) -> tuple[set[str], bool, str]:
     return units, is_alone and len(units) == 1, proteins[0] if proteins else ""
 
 
-def collect(output_dir: Path, was_restarted: bool) -> dict[str, Record]:
+def collect(output_dir: Path, was_restarted: bool) -> dict[str, Deaths]:
     """Bring the record of deaths up to date with the notes that dead processes left, and return it.
 
     Only the rank that holds the directory calls it.
@@ -186,7 +204,7 @@ def collect(output_dir: Path, was_restarted: bool) -> dict[str, Record]:
         how = ended.read_text(encoding="utf-8") if ended.exists() else ""
         is_seen = bool(how) or (was_restarted and launch == last_launch and of_last[launch] == 1)
         for unit in units:
-            record = records.setdefault(unit, Record())
+            record = records.setdefault(unit, Deaths())
             record.seen += is_seen
             record.unseen += not is_seen
             record.seen_alone += is_seen and is_alone
@@ -200,7 +218,7 @@ def collect(output_dir: Path, was_restarted: bool) -> dict[str, Record]:
     return records
 
 
-def read_records(output_dir: Path) -> dict[str, Record]:
+def read_records(output_dir: Path) -> dict[str, Deaths]:
     """Read the record of deaths.
 
     Raises
@@ -213,16 +231,26 @@ def read_records(output_dir: Path) -> dict[str, Record]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {unit: Record(**record) for unit, record in content["units"].items()}
+        return {unit: Deaths(**record) for unit, record in content["units"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} cannot be understood: remove it, which tries everything in it again") from None
+        raise ValueError(
+            f"{path} cannot be understood: remove it, which tries everything in it again"
+        ) from None
 
 
-def write_records(output_dir: Path, records: Mapping[str, Record]) -> None:
+def write_records(output_dir: Path, records: Mapping[str, Deaths]) -> None:
     """Write the record of deaths."""
     content = {"format": 2, "units": {unit: asdict(record) for unit, record in records.items()}}
     with atomically(output_dir / RECORD) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def acquit(output_dir: Path, units: Iterable[str]) -> None:
+    """Remove units that have been done from the record of deaths."""
+    records = read_records(output_dir)
+    done = records.keys() & set(units)
+    if done:
+        write_records(output_dir, {unit: record for unit, record in records.items() if unit not in done})
 
 
 def forget(output_dir: Path) -> None:

@@ -16,21 +16,24 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from dist_esm.atomic import atomically, discard, is_leftover, remove
 from dist_esm.config import Config, plain_values
-from dist_esm.outputs import journal, launches
+from dist_esm.outputs import in_hand, journal, launches
 from dist_esm.outputs.format_version import FORMAT_VERSION, read_json, version_of
+from dist_esm.outputs.in_hand import Deaths, InHand
 from dist_esm.outputs.journal import Entry, Journal
 from dist_esm.types import FastaFile, WrittenFile
+from dist_esm.wire import decode, encode
 
 if TYPE_CHECKING:
     from dist_esm.distributed import World
@@ -62,6 +65,10 @@ class OutputDir:
         A folder that only this rank of this launch writes.
     shards : Path
         Where shards wait to be joined.
+    deaths : dict of str to Deaths
+        Units whose processes died in earlier launches.
+    in_hand : InHand
+        This rank's notes of what may kill its process.
     """
 
     def __init__(self, path: Path, launch: int, rank: int, entries: Sequence[Entry]) -> None:
@@ -72,6 +79,8 @@ class OutputDir:
         self.journal = Journal(path, launch, rank)
         self.scratch = inside(path) / "scratch" / f"{launch:020d}.{rank:05d}"
         self.shards = inside(path) / SHARDS[0]
+        self.deaths: dict[str, Deaths] = {}
+        self.in_hand = InHand(path, launch, rank)
 
     @classmethod
     @contextmanager
@@ -95,8 +104,13 @@ class OutputDir:
         """
         with ExitStack() as held:
             prepared = world.all_or_none(_prepare, config, settings, world.is_main, held)
-            launch = int(world.exchange(str(prepared[0]) if prepared else "")[0])
-            opened = world.all_or_none(cls._enter, config, launch, world.rank, prepared and prepared[1])
+            told = {"launch": prepared.launch, "deaths": prepared.deaths} if prepared else None
+            (first, *_) = world.exchange(encode(told).decode())
+            told = decode(first.encode(), Deaths)
+            opened = world.all_or_none(
+                cls._enter, config, told["launch"], world.rank, prepared and prepared.entries
+            )
+            opened.deaths = told["deaths"]
             try:
                 yield opened
             finally:
@@ -156,11 +170,16 @@ def make_output_dir(output_dir: Path) -> None:
         ) from None
 
 
-def _prepare(
-    config: Config, settings: dict[str, Any], is_main: bool, held: ExitStack
-) -> tuple[int, list[Entry]] | None:
-    """Rank 0's part of `OutputDir.open`: returns the launch's number and what the journal says. None on other
-    ranks."""
+class Prepared(NamedTuple):
+    """The directory as rank 0 found it."""
+
+    launch: int
+    entries: list[Entry]
+    deaths: dict[str, Deaths]
+
+
+def _prepare(config: Config, settings: dict[str, Any], is_main: bool, held: ExitStack) -> Prepared | None:
+    """Do rank 0's part of `OutputDir.open`; None on other ranks."""
     if not is_main:
         return None
     output_dir = config.output_dir
@@ -172,12 +191,15 @@ def _prepare(
         check_settings(output_dir, settings, entries)
     else:
         start_over(output_dir, entries)
+        in_hand.forget(output_dir)
         entries = []
+    was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    deaths = in_hand.collect(output_dir, was_restarted)
     clean(output_dir, entries)
     journal.folder(output_dir).mkdir(exist_ok=True)
     _write_json(inside(output_dir) / "settings.json", {"format": FORMAT_VERSION, "settings": settings})
     _write_json(inside(output_dir) / "config.json", plain_values(config))
-    return launch, entries
+    return Prepared(launch, entries, deaths)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -34,12 +34,24 @@ class Failures:
         self._file_of: dict[int, int] = {}
         """Key of each unit that was taken to its file."""
         self._failed: set[int] = set()
+        self._num_ended = 0
         self._lock = threading.Lock()
 
     def begin(self, key: int, unit: Unit) -> None:
         """A unit is taken; keys count from 0."""
         with self._lock:
             self._file_of[key] = unit.file
+
+    def end(self, num_units: int) -> None:
+        """Units have an outcome."""
+        with self._lock:
+            self._num_ended += num_units
+
+    @property
+    def num_open(self) -> int:
+        """Units that were taken and have no outcome yet."""
+        with self._lock:
+            return len(self._file_of) - self._num_ended
 
     def add(self, key: int, failure: Failure) -> None:
         """A unit failed; telling it twice changes nothing."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -18,12 +19,13 @@ from dist_esm.config import Config, Include
 from dist_esm.fasta.blocks import FastaError
 from dist_esm.fasta.parser import read_proteins
 from dist_esm.fasta.segments import apply_length_policy, make_segments, num_embedded
+from dist_esm.outputs.in_hand import InHand, name_of
 from dist_esm.pipeline.collector import Collector
 from dist_esm.pipeline.failures import Failures
 from dist_esm.pipeline.packer import Packer
-from dist_esm.pipeline.threads import DeadThreadError, Service, get, put
+from dist_esm.pipeline.threads import LOOK_SECONDS, DeadThreadError, Service, get, put
 from dist_esm.stop import Stop
-from dist_esm.types import Failure, FastaFile, Pack, Protein, RecordRead, Segment, Unit
+from dist_esm.types import Failure, FastaFile, Pack, Protein, RecordRead, Segment, TakenUnit, Unit
 
 PACKS_AHEAD = 4
 DEDUPE_BYTES = 256 << 20
@@ -32,6 +34,10 @@ KEPT_BYTES = 1024
 """Bytes that keeping one embedding costs beside its numbers."""
 MAX_HELD = 1 << 14
 """Flush open packs after this many records: a stretch of duplicates would never fill them."""
+MAX_TOLD_APART = 2000
+"""Records of a unit that may kill its process, up to which each one gets a pack of its own, so that the
+protein can be
+named."""
 MAX_BATCH = 512
 """Records announced at once."""
 
@@ -59,18 +65,21 @@ class Reader(Service):
         Is told of every unit and record.
     failures
         Says which files have failed already, and is told what cannot be read.
+    in_hand
+        Is told what may kill this process, before it can.
     rank, stop
         As of `Service`.
     """
 
     def __init__(
         self,
-        units: Iterable[Unit],
+        units: Iterable[TakenUnit],
         files: Sequence[FastaFile],
         config: Config,
         toks_per_batch: int,
         collector: Collector,
         failures: Failures,
+        in_hand: InHand,
         rank: int,
         stop: Stop,
     ) -> None:
@@ -80,6 +89,7 @@ class Reader(Service):
         self._config = config
         self._collector = collector
         self._failures = failures
+        self._in_hand = in_hand
         self._packs: queue.Queue[Pack | None] = queue.Queue(maxsize=PACKS_AHEAD)
         self._packer = Packer(toks_per_batch)
         self._batch: list[RecordRead] = []
@@ -115,14 +125,18 @@ class Reader(Service):
             self._read_units()
 
     def _read_units(self) -> None:
-        for key, unit in enumerate(self._units):
+        for key, (unit, is_alone) in enumerate(self._units):
+            if is_alone:
+                self._flush_packs()
+                self._wait_until_nothing_is_open()
             if self._is_over:
                 break
-            self._failures.begin(key, unit)
             if unit.file in self._failures.files:
                 continue
+            self._failures.begin(key, unit)
+            self._in_hand.read(name_of(self._files[unit.file], unit), is_alone)
             self._collector.begin(key, unit)
-            text_digest = as_value(self._read, key, unit)
+            text_digest = as_value(self._read, key, unit, is_alone)
             self._flush_batch()
             if isinstance(text_digest, DeadThreadError):
                 raise text_digest
@@ -134,30 +148,44 @@ class Reader(Service):
                 self._collector.abandon(key)
             else:
                 self._collector.end(key, text_digest)
+            if is_alone:
+                self._flush_packs()
+                self._wait_until_nothing_is_open()
+        self._in_hand.end_reading()
+        self._flush_packs()
+        self._put(None)
+
+    def _flush_packs(self) -> None:
         for pack in self._packer.flush():
             self._emit(pack)
-        self._put(None)
+
+    def _wait_until_nothing_is_open(self) -> None:
+        while self._failures.num_open and not self._is_over:
+            self._collector.check()
+            time.sleep(LOOK_SECONDS / 10)
 
     @property
     def _is_over(self) -> bool:
         return self.stop.reason is not None or self._is_closing
 
-    def _read(self, key: int, unit: Unit) -> str | None:
+    def _read(self, key: int, unit: Unit, is_alone: bool) -> str | None:
         """Announce and pack the records of a unit; return the sha256 of its text, or None if stopped half
         way."""
         num_records = 0
+        unit_name = name_of(self._files[unit.file], unit)
+        is_told_apart = is_alone and unit.count.sequences <= MAX_TOLD_APART
         text_digest = hashlib.sha256()
         for protein in read_proteins(unit, self._config.residues, text_digest.update):
             if self._is_over:
                 return None
             num_records += 1
             for segment in self._announce(key, protein):
-                for pack in self._packer.add(segment):
+                self._in_hand.announce(segment.protein, unit_name, protein.id)
+                for pack in [Pack((segment,))] if is_told_apart else self._packer.add(segment):
                     self._emit(pack)
             self._num_held += 1
             if self._num_held > MAX_HELD:
-                for pack in self._packer.flush():
-                    self._emit(pack)
+                self._flush_packs()
                 self._num_held = 0
         file = self._files[unit.file]
         stat = os.stat(file.path)

@@ -95,7 +95,7 @@ class Service:
         """
         if not self.is_alive and not self._has_ended_well:
             reason = f"the {self.name} thread of rank {self.rank} is gone"
-            self.stop.set(reason, at_once=True)
+            self.stop.set_crash(reason)
             raise DeadThreadError(self.stop.reason or reason)
 
     def _live(self) -> None:
@@ -104,7 +104,7 @@ class Service:
             self._has_ended_well = True
             return
         reason = describe_ending(f"the {self.name} thread", self.rank, ending)
-        self.stop.set(reason, at_once=True)
+        self.stop.set_crash(reason)
         log.error("%s", reason, exc_info=None if isinstance(ending, DeadThreadError) else ending)
 
 

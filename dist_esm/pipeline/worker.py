@@ -26,6 +26,7 @@ from dist_esm.attempt import as_value, ending_of
 from dist_esm.config import Config
 from dist_esm.model.engine import AHEAD, Engine, Submitted
 from dist_esm.outputs.builder import OutputSettings
+from dist_esm.outputs.in_hand import InHand
 from dist_esm.outputs.row_buffer import Memory
 from dist_esm.pipeline.assembly import Assembly
 from dist_esm.pipeline.collector import Collector
@@ -35,7 +36,7 @@ from dist_esm.pipeline.retry import finish
 from dist_esm.pipeline.threads import describe_ending
 from dist_esm.pipeline.writer_pool import MAX_WRITERS, MIN_WRITERS, WriterPool
 from dist_esm.stop import Stop
-from dist_esm.types import Failure, FastaFile, Pack, RankResult, Unit, UnitFailure, UnitResult
+from dist_esm.types import Failure, FastaFile, Pack, RankResult, TakenUnit, UnitFailure, UnitResult
 
 log = logging.getLogger("dist_esm")
 
@@ -47,6 +48,8 @@ class Destination:
     output_dir: Path
     scratch: Path
     """Folder of this rank's temporary files."""
+    in_hand: InHand
+    """Notes of what may kill this process."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """What the numbers depend on; goes into every output."""
     record: Callable[[Sequence[UnitResult]], None] = lambda results: None
@@ -54,7 +57,7 @@ class Destination:
 
 
 def embed_units(
-    units: Iterable[Unit],
+    units: Iterable[TakenUnit],
     files: Sequence[FastaFile],
     config: Config,
     engine: Engine,
@@ -91,15 +94,19 @@ def embed_units(
     result = RankResult()
     ending = ending_of(_run_threads, units, files, config, engine, rank, stop, destination, result)
     if ending is not None:
-        stop.set(describe_ending("the main thread", rank, ending), at_once=True)
+        stop.set_crash(describe_ending("the main thread", rank, ending))
         log.error("%s", stop.reason, exc_info=ending)
+    if stop.crash is None:
+        destination.in_hand.leave()
+    else:
+        destination.in_hand.blame(stop.crash)
     result.seconds = time.monotonic() - began
     result.device_idle = engine.idle_seconds if engine.is_gpu else None
     return result
 
 
 def _run_threads(
-    units: Iterable[Unit],
+    units: Iterable[TakenUnit],
     files: Sequence[FastaFile],
     config: Config,
     engine: Engine,
@@ -109,8 +116,10 @@ def _run_threads(
     result: RankResult,
 ) -> None:
     failures = Failures(config.max_consecutive_failures, rank, stop)
+    in_hand = destination.in_hand
 
     def on_results(results: Sequence[UnitResult]) -> None:
+        failures.end(len(results))
         error = as_value(destination.record, results)
         if not isinstance(error, Exception):
             result.outcomes += results
@@ -120,6 +129,7 @@ def _run_threads(
             result.outcomes.append(UnitFailure(unit.file, unit.ordinal, failure, unit.seconds))
 
     def on_failure(key: int, failed: UnitFailure) -> None:
+        failures.end(1)
         result.outcomes.append(failed)
         failures.add(key, failed.failure)
 
@@ -130,12 +140,14 @@ def _run_threads(
         writers = threads.enter_context(WriterPool(destination.output_dir, num_writers, rank, stop))
         collector = Collector(assembly, writers, rank, stop, on_results, on_failure)
         threads.enter_context(collector)
-        reader = Reader(units, files, config, engine.toks_per_batch, collector, failures, rank, stop)
+        reader = Reader(units, files, config, engine.toks_per_batch, collector, failures, in_hand, rank, stop)
         threads.enter_context(reader)
-        run_packs(reader, collector, engine, stop, result)
+        run_packs(reader, collector, engine, in_hand, stop, result)
 
 
-def run_packs(reader: Reader, collector: Collector, engine: Engine, stop: Stop, result: RankResult) -> None:
+def run_packs(
+    reader: Reader, collector: Collector, engine: Engine, in_hand: InHand, stop: Stop, result: RankResult
+) -> None:
     """Run the reader's packs on the device and pass their embeddings on, `AHEAD` packs ahead of the
     answers."""
     ahead: deque[tuple[Pack, Submitted | Exception]] = deque()
@@ -146,6 +158,7 @@ def run_packs(reader: Reader, collector: Collector, engine: Engine, stop: Stop, 
         if stop.at_once:
             return
         embeddings = finish(engine, pack, submitted, result)
+        in_hand.settle(segment.protein for segment in pack.segments)
         if stop.at_once:
             return
         result.num_tokens += pack.num_tokens
@@ -161,6 +174,7 @@ def run_packs(reader: Reader, collector: Collector, engine: Engine, stop: Stop, 
             break
         if not stop.at_once:
             result.first_pack_at = result.first_pack_at or time.time()
+            in_hand.submit([segment.protein for segment in pack.segments])
             ahead.append((pack, as_value(engine.submit, pack)))
     while ahead:
         settle()

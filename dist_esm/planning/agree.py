@@ -8,20 +8,27 @@ every rank makes the same plan of them, and digests of the plans are compared be
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 
 from dist_esm.attempt import as_value
 from dist_esm.config import Config
 from dist_esm.distributed import World
 from dist_esm.fasta.blocks import Digests, raw_blocks, text_digest, whole_file
+from dist_esm.outputs.in_hand import Deaths
 from dist_esm.outputs.journal import Entry, is_intact
 from dist_esm.planning.assign import assign_to_bins
 from dist_esm.planning.units import CountedSlice, Plan, count_slice, cut_files, make_plan, make_units
 from dist_esm.types import Count, FastaFile, JoinedFile, Slice, Tally, Unit, UnitResult
 
 
-def agree_on_plan(config: Config, files: Sequence[FastaFile], entries: Sequence[Entry], world: World) -> Plan:
+def agree_on_plan(
+    config: Config,
+    files: Sequence[FastaFile],
+    entries: Sequence[Entry],
+    world: World,
+    deaths: Mapping[str, Deaths] | None = None,
+) -> Plan:
     """Make the same plan on every rank.
 
     Parameters
@@ -34,6 +41,8 @@ def agree_on_plan(config: Config, files: Sequence[FastaFile], entries: Sequence[
         What the journal says is done under the same settings, the oldest first.
     world
         The ranks.
+    deaths
+        Units whose processes died in earlier launches.
 
     Raises
     ------
@@ -42,7 +51,9 @@ def agree_on_plan(config: Config, files: Sequence[FastaFile], entries: Sequence[
     """
     units = count_units(config, files, world)
     done, joined = find_done(config, files, units, entries, world)
-    plan = make_plan(files, units, world.world_size, config.assign_by, config.model.embed_dim, done, joined)
+    plan = make_plan(
+        files, units, world.world_size, config.assign_by, config.model.embed_dim, done, joined, deaths
+    )
     seen = world.exchange(
         f"{plan.digest()} ({len(plan.files)} files, {sum(file.num_bytes for file in plan.files)} bytes)"
     )

@@ -16,8 +16,9 @@ from functools import cached_property
 from dist_esm.config import AssignBy
 from dist_esm.fasta.blocks import FastaError, whole_file
 from dist_esm.fasta.slices import count_records, cut_slice
+from dist_esm.outputs.in_hand import Deaths, name_of
 from dist_esm.planning.assign import assign_to_bins, unit_cost
-from dist_esm.types import Count, FastaFile, JoinedFile, Slice, Unit, UnitResult
+from dist_esm.types import Count, Failure, FastaFile, JoinedFile, Slice, Unit, UnitFailure, UnitResult
 
 MAX_UNIT_BYTES = 32 << 20
 MIN_UNIT_BYTES = 64 << 10
@@ -38,12 +39,25 @@ class Plan:
     """Units that an earlier launch finished; they are in no bin."""
     joined: Mapping[int, JoinedFile] = field(default_factory=dict)
     """Files whose shards an earlier launch joined, with their outputs; their units are all done."""
+    costs: tuple[int, ...] = ()
+    """What each unit costs."""
+    suspects: tuple[int, ...] = ()
+    """Units that may have killed a process: they are in no bin, and run last, one at a time."""
+    quarantined: tuple[UnitFailure, ...] = ()
+    """Units that killed a process while they alone were in hand: they do not run."""
 
     def digest(self) -> str:
         """Return a fingerprint of files, units and bins."""
         done = [(result.file, result.ordinal) for result in self.done], sorted(self.joined)
         text = json.dumps(
-            [[asdict(item) for item in self.files], [asdict(item) for item in self.units], self.bins, done],
+            [
+                [asdict(item) for item in self.files],
+                [asdict(item) for item in self.units],
+                self.bins,
+                done,
+                self.suspects,
+                [failure.file for failure in self.quarantined],
+            ],
             default=str,
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -158,12 +172,43 @@ def make_plan(
     embed_dim: int,
     done: Sequence[UnitResult] = (),
     joined: Mapping[int, JoinedFile] | None = None,
+    deaths: Mapping[str, Deaths] | None = None,
 ) -> Plan:
-    """Assign the units that are not done to ranks."""
+    """Assign the units that are not done to ranks, but for those whose processes died before."""
     finished = {(result.file, result.ordinal) for result in done}
     missing = [index for index, unit in enumerate(units) if (unit.file, unit.ordinal) not in finished]
-    costs = [unit_cost(units[index], assign_by, embed_dim) for index in missing]
-    keys = [(str(files[units[index].file].path), units[index].ordinal) for index in missing]
-    assigned = assign_to_bins(costs, keys, num_workers)
-    bins = tuple(tuple(missing[item] for item in own) for own in assigned)
-    return Plan(tuple(files), tuple(units), bins, tuple(done), joined or {})
+    costs = [unit_cost(unit, assign_by, embed_dim) for unit in units]
+    suspects, quarantined = set_aside(files, units, missing, deaths or {})
+    aside = {*suspects, *((failure.file, failure.ordinal) for failure in quarantined)}
+    free = [index for index in missing if not {index, (units[index].file, units[index].ordinal)} & aside]
+    keys = [(str(files[units[index].file].path), units[index].ordinal) for index in free]
+    assigned = assign_to_bins([costs[index] for index in free], keys, num_workers)
+    bins = tuple(tuple(free[item] for item in own) for own in assigned)
+    return Plan(
+        tuple(files), tuple(units), bins, tuple(done), joined or {}, tuple(costs), suspects, quarantined
+    )
+
+
+def set_aside(
+    files: Sequence[FastaFile], units: Sequence[Unit], missing: Sequence[int], deaths: Mapping[str, Deaths]
+) -> tuple[tuple[int, ...], tuple[UnitFailure, ...]]:
+    """Find the units whose processes died before.
+
+    Returns
+    -------
+    units that run last, those with the fewest deaths first; failures of units that do not run any more
+    """
+    suspects: list[tuple[int, int]] = []
+    quarantined = []
+    for index in missing if deaths else []:
+        unit = units[index]
+        record = deaths.get(name_of(files[unit.file], unit))
+        if record is None:
+            continue
+        if record.is_quarantined:
+            path = str(files[unit.file].path)
+            failure = Failure(path, "QuarantinedError", record.describe(), 0)
+            quarantined.append(UnitFailure(unit.file, unit.ordinal, failure, 0.0))
+        elif record.is_suspect:
+            suspects.append((record.seen + record.unseen, index))
+    return tuple(index for _, index in sorted(suspects)), tuple(quarantined)

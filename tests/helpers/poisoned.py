@@ -1,0 +1,44 @@
+"""The command, with one protein that ends its process: poisoned.py WHERE ENDING RESIDUES key=value ...
+
+WHERE is ``forward`` (when a pack that holds the protein is submitted) or ``reader`` (when its record is read), ENDING
+a key of `ENDINGS` in faulty.py. How the process ends is real; what is arranged is which protein it happens to.
+"""
+
+import os
+import signal
+import sys
+
+from dist_esm.__main__ import leave, main
+from dist_esm.fasta import parser
+from dist_esm.fasta.tokens import tokenize
+from dist_esm.model.engine import Engine
+
+ENDINGS = {
+    "exit_code_0": lambda: os._exit(0),
+    "exit_code_3": lambda: os._exit(3),
+    "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGSEGV": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+}
+
+where, ending, residues, *overrides = sys.argv[1:]
+submit, make_protein = Engine.submit, parser.make_protein
+
+
+def poisoned_submit(self, pack, *args, **options):
+    tokens = tokenize(residues.encode()).tobytes()
+    if any(segment.tokens.tobytes() == tokens for segment in pack.segments):
+        ENDINGS[ending]()
+    return submit(self, pack, *args, **options)
+
+
+def poisoned_make_protein(header, letters, *args, **options):
+    if letters == residues:
+        ENDINGS[ending]()
+    return make_protein(header, letters, *args, **options)
+
+
+if where == "forward":
+    Engine.submit = poisoned_submit
+else:
+    parser.make_protein = poisoned_make_protein
+leave(main(overrides))
