@@ -131,7 +131,9 @@ class ModelConfig:
     embed_dim: int = MISSING
     attention_heads: int = MISSING
     weights: str | None = None
-    """A checkpoint's path; null: torch hub's cache, downloaded once if absent; random: seeded, for tests."""
+    """A path; an id of the Hugging Face cache; null: fair-esm's own, downloaded once; random: seeded, for tests."""
+    adapter: str | None = None
+    """Directory or id of a LoRA adapter (peft) to merge into the weights; null: none."""
     seed: int = 0
     """Seed of model.weights=random."""
 
@@ -360,16 +362,10 @@ def check(config: Config) -> None:
     if not inputs or not all(isinstance(item, str) and item for item in inputs):
         remedy = "for example input=proteins/ or input=[a.fasta,b.fasta]"
         raise ValueError(f"input={config.input!r} is neither a path, a glob nor a list of these: {remedy}")
-    num_layers = config.model.num_layers
-    resolved = config.resolved_layers()
-    if not resolved:
+    if not config.repr_layers:
         raise ValueError("repr_layers is empty: name at least one layer, for example repr_layers=[-1]")
-    for given, layer in zip(config.repr_layers, resolved, strict=True):
-        if not 0 <= layer <= num_layers:
-            there_are = f"use {-num_layers - 1} to {num_layers}"
-            raise ValueError(f"repr_layers: {config.model.name} has no layer {given}: {there_are}")
-    if len(set(resolved)) < len(resolved):
-        raise ValueError(f"repr_layers={config.repr_layers} names a layer twice: name each once")
+    if config.model.num_layers:  # of model=auto they are not known yet
+        check_layers(config)
     if not config.include or len(set(config.include)) < len(config.include):
         raise ValueError("include must name each wanted representation once: any of mean, bos, per_tok")
     for key, least in LEAST.items():
@@ -396,6 +392,23 @@ def check(config: Config) -> None:
     check_selfcheck(config.selfcheck)
     if config.job is Job.plan:
         raise ValueError("job=plan is not there yet: use job=embed, job=selfcheck or job=verify")
+
+
+def check_layers(config: Config) -> None:
+    """Refuse layers that the model does not have.
+
+    Raises
+    ------
+    ValueError
+        With the layers that it has.
+    """
+    num_layers, resolved = config.model.num_layers, config.resolved_layers()
+    for given, layer in zip(config.repr_layers, resolved, strict=True):
+        if not 0 <= layer <= num_layers:
+            there_are = f"use {-num_layers - 1} to {num_layers}"
+            raise ValueError(f"repr_layers: {config.model.name} has no layer {given}: {there_are}")
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"repr_layers={config.repr_layers} names a layer twice: name each once")
 
 
 def check_selfcheck(config: SelfcheckConfig) -> None:
