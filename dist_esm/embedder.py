@@ -42,8 +42,8 @@ class Embedder:
     model
         One of fair-esm's names, `esm2_t6_8M_UR50D` to `esm2_t48_15B_UR50D`, or `auto`: what the weights are.
     weights
-        As `model.weights` on the command line: a path, an id of the Hugging Face cache, `random`, or None for torch
-        hub's cache.
+        As `model.weights` on the command line: a path, an id in Hugging Face's cache, `random`, or None for
+        torch hub's cache.
     adapter
         As `model.adapter` on the command line: the directory of a LoRA adapter; None: none.
     layer
