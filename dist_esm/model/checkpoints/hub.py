@@ -12,6 +12,8 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from dist_esm.attempt import as_value
+
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json")
 """Of files: a name that ends so is a path that does not exist, and no id."""
@@ -86,15 +88,19 @@ def download(model_id: str, is_adapter: bool = False) -> None:
     from huggingface_hub import snapshot_download
 
     for patterns in (ADAPTER_PATTERNS,) if is_adapter else PATTERNS:
-        try:
-            folder = snapshot_download(
-                name, revision=revision or None, allow_patterns=patterns, cache_dir=str(cache_dir())
-            )
-        except (OSError, ValueError) as error:  # its own errors are of these kinds
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # Its errors have no common class but `Exception`: those of the network are another package's.
+        folder = as_value(
+            snapshot_download,
+            name,
+            revision=revision or None,
+            allow_patterns=patterns,
+            cache_dir=str(cache_dir()),
+        )
+        if isinstance(folder, Exception):
+            reason = next(iter(str(folder).strip().splitlines()), type(folder).__name__)
             raise ValueError(
                 f"{missing}, and it cannot be downloaded ({reason}): put it there, or name a path"
-            ) from None
+            )
         if any(file.suffix in (".safetensors", ".bin") for file in Path(folder).iterdir()):
             return
     raise ValueError(f"{name} on the Hugging Face hub has no weights of PyTorch: name another model")
