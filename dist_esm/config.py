@@ -131,7 +131,7 @@ class ModelConfig:
     embed_dim: int = MISSING
     attention_heads: int = MISSING
     weights: str | None = None
-    """A path; an id in Hugging Face's cache; null: fair-esm's own, fetched once; random: seeded, for tests."""
+    """A path; an id in Hugging Face's cache; null: fair-esm's own, fetched once; random: for tests."""
     adapter: str | None = None
     """Directory or id of a LoRA adapter (peft) to merge into the weights; null: none."""
     seed: int = 0

@@ -166,11 +166,28 @@ def test_a_protein_model_of_another_family_is_named(tmp_path, kind, config, word
         read_checkpoint(tmp_path)
 
 
-def test_esm1b_is_named(tmp_path):
-    config = hugging_face_config(ODD, position_embedding_type="absolute", emb_layer_norm_before=True)
+@pytest.mark.parametrize("has_norm", [True, False], ids=["ESM-1b", "ESM-1v"])
+def test_learned_positions_are_named(tmp_path, has_norm):
+    config = hugging_face_config(ODD, position_embedding_type="absolute", emb_layer_norm_before=has_norm)
     transformers.EsmForMaskedLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds an ESM-1b or ESM-1v"):
         read_checkpoint(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="holds an ESM-1b or ESM-1v"):
         read_checkpoint(tmp_path)
+
+
+def test_early_files_with_positions_that_nothing_reads_are_esm2(tmp_path):
+    """facebook's own files of ESM-2 have them, and rotary frequencies once for each layer."""
+    model = hugging_face_model(ODD, random_state(ODD))
+    state = {name: tensor for name, tensor in model.state_dict().items() if "inv_freq" not in name}
+    state["esm.embeddings.position_embeddings.weight"] = torch.zeros(1026, 96)
+    state["esm.embeddings.position_ids"] = torch.arange(1026)[None]
+    frequencies = random_state(ODD)["layers.0.self_attn.rot_emb.inv_freq"]
+    for layer in range(3):
+        state[f"esm.encoder.layer.{layer}.attention.self.rotary_embeddings.inv_freq"] = frequencies
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    theirs = write_checkpoint(tmp_path / "fair.pt", ODD, random_state(ODD))
+    ours = auto(tmp_path)
+    assert same_bits(*(load_model(config, CPU, torch.float32, PLAIN) for config in (ours, auto(theirs))))
+    assert "left out" not in check_weights(ours).words

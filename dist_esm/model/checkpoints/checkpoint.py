@@ -24,7 +24,7 @@ from dist_esm.model.checkpoints.files import (
     read_torch,
     refuse_by_first_bytes,
 )
-from dist_esm.model.checkpoints.names import HUGGING_FACE, INV_FREQ, Body, find_body
+from dist_esm.model.checkpoints.names import HUGGING_FACE, INV_FREQ, Body, find_body, name_stranger
 from dist_esm.model.esm2 import Architecture
 
 KNOWN = {
@@ -91,7 +91,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         One line that names the path, what it is instead, and what to use.
     """
     source = read_directory(path) if path.is_dir() else read_file(path)
-    refuse_other_models(path, source.config)
+    refuse_other_models(path, source)
     try:
         body = find_body(source.tensors)
     except ValueError as error:
@@ -257,19 +257,25 @@ def refuse_other_vocabulary(path: Path) -> None:
         )
 
 
-def refuse_other_models(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what a ``config.json`` says is no ESM-2.
+def refuse_other_models(path: Path, source: Source) -> None:
+    """Refuse what a ``config.json`` says is no ESM-2, or what has learned positions and no ``config.json``.
 
     Raises
     ------
     ValueError
         If it is another model, or an ESM-2 that was changed in a way that its shapes do not tell.
     """
+    config = source.config
     family = config.get("model_type", "esm")
     name = ", ".join(config.get("architectures") or [str(family)])
     if family != "esm":
         raise ValueError(f"{path} holds a Hugging Face {name} (model_type {family}) and no ESM-2: {USE}")
-    positions = config.get("position_embedding_type", "rotary")
+    keys = " ".join(source.tensors)
+    is_learned = (
+        "position_embeddings.weight" in keys and "inv_freq" not in keys and not name_stranger(source.tensors)
+    )
+    # Early files of ESM-2 have learned positions that nothing reads beside their rotary frequencies.
+    positions = config.get("position_embedding_type", "learned" if is_learned else "rotary")
     if positions != "rotary" or config.get("emb_layer_norm_before"):
         raise ValueError(f"{path} holds an ESM-1b or ESM-1v ({positions} positions) and no ESM-2: {USE}")
     for key, expected in (
