@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -296,7 +297,7 @@ def unknown_model(name: str, names: Sequence[str]) -> str:
 def by_layers(name: str) -> tuple[int, str]:
     """Return what sorts models from the smallest to the largest."""
     layers = re.search(r"_t(\d+)_", name)
-    return (int(layers[1]) if layers else 0), name
+    return (int(layers[1]) if layers else sys.maxsize), name
 
 
 def choice(choices: type[E], key: str, value: str) -> E:
