@@ -254,6 +254,8 @@ def fill_in(config: Config) -> Config:
     config.output_dir = Path(at_home)
     if config.model.weights is not None:
         config.model.weights = variables_filled_in("model.weights", config.model.weights)
+    if config.model.adapter is not None:
+        config.model.adapter = variables_filled_in("model.adapter", config.model.adapter)
     return config
 
 

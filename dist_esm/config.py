@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -131,7 +132,9 @@ class ModelConfig:
     embed_dim: int = MISSING
     attention_heads: int = MISSING
     weights: str | None = None
-    """A checkpoint's path; null: torch hub's cache, downloaded once if absent; random: seeded, for tests."""
+    """A path; an id in Hugging Face's cache; null: fair-esm's own, fetched once; random: for tests."""
+    adapter: str | None = None
+    """Directory or id of a LoRA adapter (peft) to merge into the weights; null: none."""
     seed: int = 0
     """Seed of model.weights=random."""
 
@@ -296,7 +299,7 @@ def unknown_model(name: str, names: Sequence[str]) -> str:
 def by_layers(name: str) -> tuple[int, str]:
     """Return what sorts models from the smallest to the largest."""
     layers = re.search(r"_t(\d+)_", name)
-    return (int(layers[1]) if layers else 0), name
+    return (int(layers[1]) if layers else sys.maxsize), name
 
 
 def choice(choices: type[E], key: str, value: str) -> E:
@@ -362,16 +365,10 @@ def check(config: Config) -> None:
     if not inputs or not all(isinstance(item, str) and item for item in inputs):
         remedy = "for example input=proteins/ or input=[a.fasta,b.fasta]"
         raise ValueError(f"input={config.input!r} is neither a path, a glob nor a list of these: {remedy}")
-    num_layers = config.model.num_layers
-    resolved = config.resolved_layers()
-    if not resolved:
+    if not config.repr_layers:
         raise ValueError("repr_layers is empty: name at least one layer, for example repr_layers=[-1]")
-    for given, layer in zip(config.repr_layers, resolved, strict=True):
-        if not 0 <= layer <= num_layers:
-            there_are = f"use {-num_layers - 1} to {num_layers}"
-            raise ValueError(f"repr_layers: {config.model.name} has no layer {given}: {there_are}")
-    if len(set(resolved)) < len(resolved):
-        raise ValueError(f"repr_layers={config.repr_layers} names a layer twice: name each once")
+    if config.model.num_layers:  # of model=auto they are not known yet
+        check_layers(config)
     if not config.include or len(set(config.include)) < len(config.include):
         raise ValueError("include must name each wanted representation once: any of mean, bos, per_tok")
     for key, least in LEAST.items():
@@ -398,6 +395,23 @@ def check(config: Config) -> None:
     check_selfcheck(config.selfcheck)
     if config.job is Job.plan:
         raise ValueError("job=plan is not there yet: use job=embed, job=selfcheck or job=verify")
+
+
+def check_layers(config: Config) -> None:
+    """Refuse layers that the model does not have.
+
+    Raises
+    ------
+    ValueError
+        With the layers that it has.
+    """
+    num_layers, resolved = config.model.num_layers, config.resolved_layers()
+    for given, layer in zip(config.repr_layers, resolved, strict=True):
+        if not 0 <= layer <= num_layers:
+            there_are = f"use {-num_layers - 1} to {num_layers}"
+            raise ValueError(f"repr_layers: {config.model.name} has no layer {given}: {there_are}")
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"repr_layers={config.repr_layers} names a layer twice: name each once")
 
 
 def check_selfcheck(config: SelfcheckConfig) -> None:

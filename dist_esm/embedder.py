@@ -18,15 +18,17 @@ from dist_esm.config import (
     LinearKind,
     Long,
     check,
+    check_layers,
     choice,
     model_config,
 )
 from dist_esm.fasta.letters import make_protein
 from dist_esm.fasta.segments import apply_length_policy, make_segments, num_embedded
+from dist_esm.model.checkpoints.locate import fetch
 from dist_esm.model.engine import build_engine
 from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels
 from dist_esm.model.pool import combine
-from dist_esm.model.weights import architecture, fetch
+from dist_esm.model.weights import architecture, check_weights, complete
 from dist_esm.pipeline.packer import Packer
 from dist_esm.pipeline.retry import embed_pack
 from dist_esm.types import Pack, SegmentEmbedding
@@ -38,9 +40,12 @@ class Embedder:
     Parameters
     ----------
     model
-        One of fair-esm's names, `esm2_t6_8M_UR50D` to `esm2_t48_15B_UR50D`.
+        One of fair-esm's names, `esm2_t6_8M_UR50D` to `esm2_t48_15B_UR50D`, or `auto`: what the weights are.
     weights
-        As `model.weights` on the command line: a path, `random`, or None for torch hub's cache.
+        As `model.weights` on the command line: a path, an id in Hugging Face's cache, `random`, or None for
+        torch hub's cache.
+    adapter
+        As `model.adapter` on the command line: the directory of a LoRA adapter; None: none.
     layer
         The layer to return, fair-esm's numbering, negatives from the end.
     device, dtype, attention, linear
@@ -69,6 +74,7 @@ class Embedder:
         model: str = "esm2_t33_650M_UR50D",
         *,
         weights: str | os.PathLike[str] | None = None,
+        adapter: str | os.PathLike[str] | None = None,
         layer: int = -1,
         device: str = "auto",
         dtype: str = "auto",
@@ -93,7 +99,12 @@ class Embedder:
             toks_per_batch=toks_per_batch,
         )
         config.model.weights = None if weights is None else os.fspath(weights)
+        config.model.adapter = None if adapter is None else os.fspath(adapter)
         check(config)
+        fetch(config.model)
+        complete(config.model)
+        check_layers(config)
+        self.weights = check_weights(config.model).words
         self.config = config
         (self.layer,) = config.resolved_layers()
         place = choose_device(config.device, 0, 1, "this machine")
@@ -101,7 +112,6 @@ class Embedder:
         kernels = choose_kernels(
             config.attention, config.linear, place, precision, architecture(config.model).head_dim
         )
-        fetch(config.model)
         self.engine = build_engine(config, place, precision, kernels)
 
     def embed(self, sequences: Iterable[str], include: str = "mean") -> Any:

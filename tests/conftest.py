@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_esm.model.weights import KNOWN
+from dist_esm.model.checkpoints.checkpoint import KNOWN
 from helpers.checkpoints import A8M, random_state, write_checkpoint
 
 

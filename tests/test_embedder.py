@@ -92,5 +92,7 @@ def test_an_unknown_model_is_answered_with_those_that_there_are(name, problem):
     names = (
         "esm2_t6_8M_UR50D, esm2_t12_35M_UR50D, esm2_t30_150M_UR50D, esm2_t33_650M_UR50D, esm2_t36_3B_UR50D, "
     )
-    with pytest.raises(ValueError, match=f"^model={name} {problem} use one of {names}esm2_t48_15B_UR50D$"):
+    with pytest.raises(
+        ValueError, match=f"^model={name} {problem} use one of {names}esm2_t48_15B_UR50D, auto$"
+    ):
         Embedder(name)

@@ -20,7 +20,7 @@ from typing import Any
 from dist_esm.atomic import atomically
 from dist_esm.config import Config, plain_values
 from dist_esm.jobs.setup import Setup
-from dist_esm.model.weights import RANDOM, locate
+from dist_esm.model.checkpoints.locate import RANDOM, locate
 from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.planning.units import Plan
 from dist_esm.types import (

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from dist_esm.config import Config, plain_values
+from dist_esm.config import Config, check_layers, plain_values
 from dist_esm.distributed import World
 from dist_esm.model import NUMERICS
+from dist_esm.model.checkpoints.locate import RANDOM, fetch
 from dist_esm.model.engine import Engine, build_engine, default_toks_per_batch, num_cores
 from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, choose_kernels
-from dist_esm.model.weights import RANDOM, architecture, fetch, weights_id
+from dist_esm.model.weights import WeightsId, architecture, check_weights, complete
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.output_dir import make_output_dir
 from dist_esm.planning.inputs import find_files, refuse_nested
@@ -24,6 +26,7 @@ from dist_esm.version import code_version
 
 log = logging.getLogger("dist_esm")
 P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def find_inputs(config: Config) -> list[FastaFile]:
@@ -70,19 +73,36 @@ def choose_setup(config: Config, world: World) -> Setup:
         choose_device, config.device, world.local_rank, world.local_world_size, world.host
     )
     dtype = choose_dtype(config.dtype, device)
+    weights = find_weights(config, world)
     head_dim = architecture(config.model).head_dim
     kernels = world.all_or_none(choose_kernels, config.attention, config.linear, device, dtype, head_dim)
-    world.all_or_none(first_on_host, world, fetch, config.model)
     world.start_process_group(device)
-    numbers = numbers_of(config, dtype, world.all_or_none(weights_id, config.model))
-    provenance = {**numbers, "dist_esm": code_version()}
+    numbers = numbers_of(config, dtype, weights.fingerprint)
+    provenance = {**numbers, "weights_in_words": weights.words, "dist_esm": code_version()}
     return Setup(device, dtype, kernels, provenance, settings_of(config, device, kernels, numbers))
 
 
-def first_on_host(world: World, step: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+def find_weights(config: Config, world: World) -> WeightsId:
+    """Find the weights and check that they are the model's; `model=auto` becomes the model that they are.
+
+    The first rank of each host fetches them and checks their bytes.
+
+    Raises
+    ------
+    RefusedError
+        On every rank, if the weights cannot be had on one, or are not those of the model.
+    """
+    world.all_or_none(first_on_host, world, fetch, config.model)
+    world.all_or_none(complete, config.model)
+    world.all_or_none(check_layers, config)
+    checked = world.all_or_none(first_on_host, world, check_weights, config.model)
+    answers = [json.loads(text) for text in world.exchange(json.dumps((world.host, checked)))]
+    return WeightsId(*next(answer for host, answer in answers if answer and host == world.host))
+
+
+def first_on_host(world: World, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
     """Take a step that is for a whole host on the first of its ranks alone."""
-    if world.local_rank == 0:
-        step(*args, **kwargs)
+    return step(*args, **kwargs) if world.local_rank == 0 else None
 
 
 def numbers_of(config: Config, dtype: torch.dtype, weights: str) -> dict[str, Any]:
@@ -125,6 +145,8 @@ def load_engine(config: Config, setup: Setup, world: World) -> Engine:
         config, setup.device, setup.dtype, setup.kernels, max(1, num_cores() // world.local_world_size)
     )
     loaded = time.monotonic()
+    if world.is_main:
+        log.info("weights: %s", setup.provenance["weights_in_words"])
     engine.warm_up()
     engine.startup = {"load_seconds": loaded - began, "kernels_seconds": time.monotonic() - loaded}
     log.info(

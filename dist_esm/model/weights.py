@@ -1,7 +1,7 @@
-"""fair-esm's checkpoints to an `ESM2` on a device: located or fetched, checked, copied to device and dtype.
+"""Weights to an `ESM2` on a device: opened, checked, and copied straight to device and dtype.
 
-The file is memory-mapped and each tensor is copied once, so a rank holds neither a random initialisation nor
-an fp32 copy of the model. The contact-regression file that fair-esm asks for is not needed: contacts are not
+Files are memory-mapped and each tensor is copied once, so a rank holds neither a random initialisation nor an
+fp32 copy of the model. The contact-regression file that fair-esm asks for is not needed: contacts are not
 computed here.
 
 ``weights=random`` draws seeded weights on the device itself, for tests and benchmarks. They are the same on
@@ -10,99 +10,104 @@ every device of a kind.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from pickle import UnpicklingError
-from urllib.error import URLError
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dist_esm.config import ModelConfig
-from dist_esm.fasta.tokens import token_table
+from dist_esm.model.checkpoints.adapter import with_adapter
+from dist_esm.model.checkpoints.checkpoint import KNOWN, Checkpoint, read_checkpoint, tensor_shapes
+from dist_esm.model.checkpoints.files import check_and_fingerprint
+from dist_esm.model.checkpoints.hub import is_id
+from dist_esm.model.checkpoints.locate import AUTO, OFFICIAL, RANDOM, is_official, locate, locate_adapter
 from dist_esm.model.esm2 import ESM2, TOKEN_DROPOUT_FACTOR, Architecture, Layer
 from dist_esm.model.kernels.choose import Kernels
 
-URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
-RANDOM = "random"
-KNOWN = {
-    Architecture(6, 320, 20): "esm2_t6_8M_UR50D",
-    Architecture(12, 480, 20): "esm2_t12_35M_UR50D",
-    Architecture(30, 640, 20): "esm2_t30_150M_UR50D",
-    Architecture(33, 1280, 20): "esm2_t33_650M_UR50D",
-    Architecture(36, 2560, 40): "esm2_t36_3B_UR50D",
-    Architecture(48, 5120, 40): "esm2_t48_15B_UR50D",
-}
-_PREFIX = re.compile(r"^encoder\.(sentence_encoder\.)?")
+
+class WeightsId(NamedTuple):
+    """What a set of weights is."""
+
+    fingerprint: str
+    """Of the bytes of all files that the numbers come from."""
+    words: str
+    """For people: "Hugging Face EsmForMaskedLM, 33 layers, from facebook/esm2_t33_650M_UR50D"."""
 
 
 def architecture(config: ModelConfig) -> Architecture:
-    """Return the architecture that a configuration names."""
+    """Return the architecture that a configuration names; for `model=auto` that is known after `complete`."""
     return Architecture(config.num_layers, config.embed_dim, config.attention_heads)
 
 
-def locate(config: ModelConfig) -> Path | None:
-    """Return where the checkpoint is or will be; None for random weights.
-
-    That is the path given, or fair-esm's own place in torch hub's cache.
-    """
-    if config.weights == RANDOM:
-        return None
-    if config.weights is not None:
-        return Path(config.weights).expanduser()
-    return Path(torch.hub.get_dir()) / "checkpoints" / f"{config.name}.pt"
-
-
-def fetch(config: ModelConfig) -> None:
-    """Make sure that the checkpoint is there, downloading it into torch hub's cache if need be.
+def complete(config: ModelConfig) -> None:
+    """Make sure that the weights are those of the model that is named; fill in `model=auto`.
 
     Raises
     ------
     ValueError
-        If a path that was given does not exist, or if the download fails.
+        If the weights cannot be read, or are not those of the model.
     """
-    path = locate(config)
-    if path is None or path.is_file():
+    if config.weights == RANDOM:
         return
-    if config.weights is not None:
-        raise ValueError(
-            f"model.weights={config.weights} is not a file: "
-            "name a fair-esm checkpoint, or use null (download) or random"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    url = URL.format(name=config.name)
-    try:
-        torch.hub.download_url_to_file(url, str(path), progress=False)
-    except (URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        remedy = "put the file there, or name it with model.weights=PATH"
-        raise ValueError(f"{path} is missing and {url} cannot be downloaded ({reason}): {remedy}") from None
+    arch = open_weights(config).arch
+    if config.name == AUTO:
+        config.name = KNOWN.get(arch) or f"esm2_t{arch.num_layers}_d{arch.embed_dim}_h{arch.attention_heads}"
+        config.num_layers, config.embed_dim = arch.num_layers, arch.embed_dim
+        config.attention_heads = arch.attention_heads
 
 
-def weights_id(config: ModelConfig) -> str:
-    """Return a fingerprint of the weights.
+def open_weights(config: ModelConfig) -> Checkpoint:
+    """Open the checkpoint of a configuration, with its adapter if it has one. No tensor is read yet.
 
-    It is taken from the checksums that the checkpoint's archive holds of each tensor, so no tensor is read.
+    Raises
+    ------
+    ValueError
+        If it cannot be read, is no ESM-2, or not the model that is named.
     """
     path = locate(config)
-    if path is None:
-        return f"random-{config.seed}"
-    digest = hashlib.sha256()
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for entry in sorted(archive.infolist(), key=lambda entry: entry.filename.partition("/")[2]):
-                digest.update(
-                    f"{entry.filename.partition('/')[2]} {entry.file_size} {entry.CRC:08x}\n".encode()
-                )
-    else:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-    return digest.hexdigest()[:32]
+    assert path is not None
+    checkpoint = read_checkpoint(path)
+    if config.name != AUTO and checkpoint.arch != architecture(config):
+        known = KNOWN.get(checkpoint.arch)
+        raise ValueError(
+            f"{path} holds {known or 'another model'} ({checkpoint.arch}), but model={config.name} has "
+            f"{architecture(config)}: use model={known or AUTO}"
+        )
+    adapter = locate_adapter(config)
+    return checkpoint if adapter is None else with_adapter(checkpoint, adapter)
+
+
+def check_weights(config: ModelConfig) -> WeightsId:
+    """Check the bytes of the weights, and return what they are. All are read: once for a host is enough.
+
+    Raises
+    ------
+    ValueError
+        If some bytes do not have the checksum that their file states, or as `open_weights`.
+    """
+    if config.weights == RANDOM:
+        return WeightsId(f"random-{config.seed}", f"random weights (seed {config.seed})")
+    checkpoint = open_weights(config)
+    prints = [check_and_fingerprint(file) for file in checkpoint.files]
+    place = str(config.weights or checkpoint.files[0])
+    if (
+        config.weights is not None
+        and is_id(config.weights)
+        and checkpoint.files[0].parent.parent.name == "snapshots"
+    ):
+        place += f" (revision {checkpoint.files[0].parent.name[:12]})"
+    if config.adapter is not None:
+        place += f" and {config.adapter}"
+    if not checkpoint.is_fair_esm:
+        together = hashlib.sha256(repr((prints, str(checkpoint.arch))).encode()).hexdigest()[:32]
+        return WeightsId(together, f"{checkpoint.words}, from {place}")
+    name = KNOWN.get(checkpoint.arch, "")
+    if is_official(checkpoint.files[0], name, prints[0]):
+        return WeightsId(prints[0], f"fair-esm's own {name} (sha256 verified)")
+    caveat = ", not one of fair-esm's own files" if name in OFFICIAL else ""
+    return WeightsId(prints[0], f"{checkpoint.words}{caveat}, from {place}")
 
 
 def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, kernels: Kernels) -> ESM2:
@@ -131,9 +136,8 @@ def tensor_source(config: ModelConfig, device: torch.device) -> Callable[[str], 
         If the checkpoint is damaged, incomplete or of another architecture.
     """
     arch = architecture(config)
-    path = locate(config)
-    if path is not None:
-        return read_checkpoint(path, arch, config.name).__getitem__
+    if config.weights != RANDOM:
+        return open_weights(config).tensors.__getitem__
     shapes = tensor_shapes(arch)
     generator = torch.Generator(device).manual_seed(config.seed)
     return lambda name: random_tensor(name, shapes[name], arch.num_layers, generator)
@@ -160,90 +164,6 @@ def fair_esm_tensors(config: ModelConfig, device: torch.device) -> Iterator[tupl
     tensor = tensor_source(config, device)
     for name in dict.fromkeys((*asked, *shapes)):
         yield name, tensor(name)
-
-
-def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return fair-esm's names of the tensors that the forward needs, with their shapes."""
-    width = arch.embed_dim
-    norm = {"weight": (width,), "bias": (width,)}
-    layer: dict[str, tuple[int, ...]] = {}
-    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        layer |= {f"self_attn.{name}.weight": (width, width), f"self_attn.{name}.bias": (width,)}
-    for name, rows, columns in (("fc1", 4 * width, width), ("fc2", width, 4 * width)):
-        layer |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
-    for name in ("self_attn_layer_norm", "final_layer_norm"):
-        layer |= {f"{name}.{part}": shape for part, shape in norm.items()}
-    layer["self_attn.rot_emb.inv_freq"] = (arch.head_dim // 2,)
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (token_table().num_tokens, width)}
-    shapes |= {
-        f"layers.{index}.{name}": shape for index in range(arch.num_layers) for name, shape in layer.items()
-    }
-    return shapes | {f"emb_layer_norm_after.{part}": shape for part, shape in norm.items()}
-
-
-def read_checkpoint(path: Path, arch: Architecture, name: str) -> Mapping[str, Tensor]:
-    """Return fair-esm's tensors of a checkpoint, memory-mapped, by their names without the encoder prefixes.
-
-    Raises
-    ------
-    ValueError
-        If the file is not a readable checkpoint of this architecture with all its tensors.
-    """
-    with open(path, "rb") as file:
-        starts_as_zip = file.read(2) == b"PK"
-    is_zip = zipfile.is_zipfile(path)
-    if starts_as_zip and not is_zip:
-        raise ValueError(
-            f"{path} is truncated: {path.stat().st_size} bytes without the end of the archive; "
-            "remove it and fetch it again"
-        )
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, zlib.error) as error:
-        raise ValueError(
-            f"{path} cannot be read as a fair-esm checkpoint: {str(error).splitlines()[0]}"
-        ) from None
-    tensors = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path} is no fair-esm checkpoint: it has no entry 'model'")
-    state = {_PREFIX.sub("", key): value for key, value in tensors.items()}
-    _check_architecture(path, state, arch, name)
-    shapes = tensor_shapes(arch)
-    missing = [key for key in shapes if key not in state]
-    if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ValueError(f"{path} lacks {shown}: it is not a whole {name}")
-    wrong = next((key for key, shape in shapes.items() if tuple(state[key].shape) != shape), None)
-    if wrong is not None:
-        raise ValueError(
-            f"{path}: {wrong} has shape {tuple(state[wrong].shape)}, {name} wants {shapes[wrong]}"
-        )
-    settings = content.get("cfg", {}).get("model") if isinstance(content.get("cfg"), dict) else None
-    if not getattr(settings, "token_dropout", True):
-        raise ValueError(
-            f"{path} was trained without token dropout: no ESM-2 is, and its embeddings would be "
-            "scaled wrongly"
-        )
-    return state
-
-
-def _check_architecture(path: Path, state: Mapping[str, Tensor], arch: Architecture, name: str) -> None:
-    embedding = state.get("embed_tokens.weight")
-    layers = [int(key.split(".")[1]) for key in state if re.match(r"layers\.\d+\.", key)]
-    frequencies = state.get("layers.0.self_attn.rot_emb.inv_freq")
-    if embedding is None or embedding.ndim != 2 or not layers or frequencies is None:
-        raise ValueError(
-            f"{path} is no ESM-2 checkpoint: it lacks embed_tokens, layers or rotary frequencies"
-        )
-    width = embedding.shape[1]
-    actual = Architecture(max(layers) + 1, width, width // (2 * len(frequencies)))
-    if actual != arch:
-        known = KNOWN.get(actual)
-        remedy = f"use model={known}" if known else "name the checkpoint of that model"
-        raise ValueError(
-            f"{path} holds {known or 'another model'} ({actual}), but model={name} has {arch}: {remedy}"
-        )
 
 
 def random_tensor(name: str, shape: tuple[int, ...], num_layers: int, generator: torch.Generator) -> Tensor:

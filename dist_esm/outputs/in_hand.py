@@ -65,8 +65,8 @@ class Deaths:
         protein = f"{self.protein}: " if self.protein else ""
         how = f" ({self.how})" if self.how else ""
         return (
-            f"{protein}the process that had it in hand died {self.seen + self.unseen} times{how}; it is left out "
-            f"from now on: remove {RECORD} in output_dir to try it again"
+            f"{protein}the process that had it in hand died {self.seen + self.unseen} times{how}; "
+            f"it is left out from now on: remove {RECORD} in output_dir to try it again"
         )
 
 
@@ -88,6 +88,8 @@ class InHand:
 
     def __init__(self, output_dir: Path, launch: int, rank: int) -> None:
         self.path = output_dir / FOLDER / f"{launch:020d}.{rank:05d}.jsonl"
+        self.is_alone = False
+        """The unit in hand may kill its process: nothing else may be in hand meanwhile."""
         self._lock = threading.Lock()
         self._file: int | None = None
         self._in_pack: dict[int, tuple[str, str]] = {}
@@ -97,6 +99,7 @@ class InHand:
 
     def read(self, unit: str, is_alone: bool = False) -> None:
         """A unit is about to be read."""
+        self.is_alone = is_alone
         self._write({"read": unit, "alone": is_alone})
 
     def announce(self, protein_index: int, unit: str, protein_id: str) -> None:

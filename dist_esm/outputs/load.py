@@ -121,12 +121,16 @@ def open_output(path: Path) -> Opened:
     return opened
 
 
+WORDS = ("dist_esm", "weights_in_words")
+"""Provenance that tells nothing of the numbers that other keys do not tell."""
+
+
 def settings_of(about: About) -> tuple[dict[str, Any], dict[str, list[int]], int]:
     """Return what outputs that are read together must share: all but the code, which tells its numerics
     apart."""
     # Before numerics had a version of their own they were the first.
     provenance = {"numerics": 1, **about.provenance}
-    return {key: value for key, value in provenance.items() if key != "dist_esm"}, about.kinds, about.width
+    return {key: value for key, value in provenance.items() if key not in WORDS}, about.kinds, about.width
 
 
 class EmbeddingSet:

@@ -176,6 +176,8 @@ def run_packs(
             result.first_pack_at = result.first_pack_at or time.time()
             in_hand.submit([segment.protein for segment in pack.segments])
             ahead.append((pack, as_value(engine.submit, pack)))
+            while ahead and in_hand.is_alone:  # one pack at a time, so that the one that kills can be told
+                settle()
     while ahead:
         settle()
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from esm.model import esm2 as fair_esm
 
+from dist_esm.model.checkpoints.checkpoint import tensor_shapes
 from dist_esm.model.esm2 import Architecture
-from dist_esm.model.weights import random_tensor, tensor_shapes
+from dist_esm.model.weights import random_tensor
 
 A8M, A35M = Architecture(6, 320, 20), Architecture(12, 480, 20)
 A650M_SHAPED, A3B_SHAPED = Architecture(2, 1280, 20), Architecture(2, 2560, 40)

@@ -74,7 +74,9 @@ def assert_only_the_poison_failed(out: Path, protein: str) -> None:
     ("where", "ending", "protein"),
     [("forward", "SIGSEGV", "9_1: the process"), ("reader", "SIGKILL", "the process")],
 )
-def test_within_one_command_that_may_restart_all_but_the_poison_is_done(where, ending, protein, inputs, tmp_path):
+def test_within_one_command_that_may_restart_all_but_the_poison_is_done(
+    where, ending, protein, inputs, tmp_path
+):
     out = tmp_path / "out"
     done = launch(torchrun(2, max_restarts=3), where, ending, inputs, out)
     assert_only_the_poison_failed(out, protein)
@@ -85,7 +87,7 @@ def test_within_one_command_that_may_restart_all_but_the_poison_is_done(where, e
 def test_over_launches_of_two_ranks_the_third_is_through(inputs, tmp_path):
     out = tmp_path / "out"
     assert launch(torchrun(2), "forward", "exit_code_3", inputs, out).returncode == 1
-    assert read_report(out)["status"] == "aborted"
+    assert read_report(out)["status"] in ("aborted", "running"), "running: rank 0 is the one that died"
     assert launch(torchrun(2), "forward", "exit_code_3", inputs, out).returncode == 1
     assert len(list(out.glob("*.pt"))) == 19, "all but the suspect are done before it is tried again"
     launch(torchrun(2), "forward", "exit_code_3", inputs, out)

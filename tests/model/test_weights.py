@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from dist_esm.config import ModelConfig
+from dist_esm.model.checkpoints.checkpoint import KNOWN
+from dist_esm.model.checkpoints.locate import fetch, locate
 from dist_esm.model.kernels.choose import PLAIN
-from dist_esm.model.weights import KNOWN, fetch, load_model, locate
+from dist_esm.model.weights import load_model
 from helpers.checkpoints import A8M, A35M, random_state, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -45,10 +47,10 @@ def test_a_truncated_file_is_named(checkpoint_8m, tmp_path):
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match=r"text\.pt cannot be read as a fair-esm checkpoint"):
+    with pytest.raises(ValueError, match=r"text\.pt cannot be read as a checkpoint"):
         load(tmp_path / "text.pt")
     torch.save({"weights": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt is no fair-esm checkpoint: it has no entry 'model'"):
+    with pytest.raises(ValueError, match=r"other\.pt is no checkpoint of ESM-2, it holds no tensors by name"):
         load(tmp_path / "other.pt")
 
 
@@ -97,7 +99,7 @@ def test_the_cache_is_torch_hubs(monkeypatch, tmp_path):
 
 def test_offline_with_an_empty_cache_says_where_the_file_goes(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("dist_esm.model.weights.URL", "http://127.0.0.1:9/{name}.pt")
+    monkeypatch.setattr("dist_esm.model.checkpoints.locate.URL", "http://127.0.0.1:9/{name}.pt")
     with pytest.raises(
         ValueError,
         match=r"hub/checkpoints/esm2_t6_8M_UR50D\.pt is missing and http.*cannot be downloaded"
@@ -109,11 +111,11 @@ def test_offline_with_an_empty_cache_says_where_the_file_goes(monkeypatch, tmp_p
 
 def test_a_download_lands_in_the_cache_once(monkeypatch, tmp_path, checkpoint_8m):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("dist_esm.model.weights.URL", checkpoint_8m.parent.as_uri() + "/{name}.pt")
+    monkeypatch.setattr("dist_esm.model.checkpoints.locate.URL", checkpoint_8m.parent.as_uri() + "/{name}.pt")
     fetch(config(None))
     path = locate(config(None))
     assert path.read_bytes() == checkpoint_8m.read_bytes()
-    monkeypatch.setattr("dist_esm.model.weights.URL", "http://127.0.0.1:9/{name}.pt")
+    monkeypatch.setattr("dist_esm.model.checkpoints.locate.URL", "http://127.0.0.1:9/{name}.pt")
     fetch(config(None))
     assert load(None).arch == A8M
 

@@ -51,9 +51,9 @@ from dist_esm.jobs.selfcheck.sample import (
     with_spans,
 )
 from dist_esm.jobs.setup import Setup, choose_setup, describe, find_inputs, load_engine
+from dist_esm.model.checkpoints.locate import RANDOM, locate
 from dist_esm.model.engine import Engine, is_out_of_memory
 from dist_esm.model.pool import combine
-from dist_esm.model.weights import RANDOM, locate
 from dist_esm.pipeline.packer import Packer
 from dist_esm.planning.agree import agree_on_plan
 from dist_esm.types import FastaFile, Pack, Segment, SegmentEmbedding

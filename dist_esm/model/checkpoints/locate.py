@@ -1,0 +1,156 @@
+"""Where the weights of a configuration are: a path, a model in the hub's cache, or fair-esm's own file,
+fetched once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+
+from dist_esm.atomic import atomically
+from dist_esm.attempt import as_value
+from dist_esm.config import ModelConfig
+from dist_esm.model.checkpoints import hub
+from dist_esm.model.checkpoints.checkpoint import WHOLE
+from dist_esm.model.kernels.kernel_cache import cache_dir
+
+log = logging.getLogger("dist_esm")
+
+URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
+RANDOM = "random"
+AUTO = "auto"
+OFFICIAL = {
+    "esm2_t6_8M_UR50D": (30_099_493, "46f002a9870c9bdecd0ea887acb1f9a38a6b561e8f8bf8a6990b679b9d31b928"),
+    "esm2_t12_35M_UR50D": (134_095_705, "7f21e80e61d16a71735163ef555d3009afb0c98da74c48e29df08606973cc55e"),
+    "esm2_t30_150M_UR50D": (592_774_773, "881c7176cf198ef8dec26a3c375d40eb58d0c33df95c22562ca6cc6d3f812c62"),
+    "esm2_t33_650M_UR50D": (
+        2_604_537_549,
+        "ea9d0522b335a8778dea6535a65301f10208dece28cd5865482b0b1fc446168c",
+    ),
+    "esm2_t36_3B_UR50D": (5_678_116_398, "7de8b4082ba15891959ab368b77ce3886697af1efb16d3c9e9e7b0c5d3f07500"),
+}
+"""Bytes and sha256 of the files that fair-esm serves; that of 15B is not known here."""
+
+
+def locate(config: ModelConfig) -> Path | None:
+    """Return where the checkpoint is or will be; None for random weights.
+
+    That is the path given, the model of that id in the hub's cache, or fair-esm's own place in torch hub's
+    cache.
+    """
+    if config.weights == RANDOM:
+        return None
+    if config.weights is not None:
+        return resolve(config.weights)
+    return Path(torch.hub.get_dir()) / "checkpoints" / f"{config.name}.pt"
+
+
+def locate_adapter(config: ModelConfig) -> Path | None:
+    """Return where the adapter is or will be; None without one."""
+    return None if config.adapter is None else resolve(config.adapter)
+
+
+def resolve(text: str) -> Path:
+    """Return the path that a value means: the path itself, or the place of that id in the hub's cache."""
+    path = Path(text).expanduser()
+    if path.exists() or not hub.is_id(text):
+        return path
+    return hub.snapshot(text) or path
+
+
+def fetch(config: ModelConfig) -> None:
+    """Make sure that weights and adapter are there, downloading what the configuration lets it.
+
+    Raises
+    ------
+    ValueError
+        If a path that was given does not exist, or if the download fails.
+    """
+    if config.weights == RANDOM and config.adapter is not None:
+        raise ValueError(
+            "model.adapter needs the weights that it was trained on, not random ones: set model.weights"
+        )
+    if config.name == AUTO and config.weights in (None, RANDOM):
+        raise ValueError(
+            "model=auto takes the size from the weights: set model.weights=PATH, "
+            "or name one of the six models"
+        )
+    if config.adapter is not None:
+        fetch_given("model.adapter", config.adapter, "name a directory that peft wrote", is_adapter=True)
+    if config.weights is not None and config.weights != RANDOM:
+        fetch_given(
+            "model.weights",
+            config.weights,
+            "name fair-esm's .pt or a Hugging Face directory, or use null (download) or random",
+        )
+    elif config.weights is None:
+        fetch_official(config)
+
+
+def fetch_given(key: str, text: str, remedy: str, is_adapter: bool = False) -> None:
+    """Make sure that a path exists, or that the model of that id is in the hub's cache.
+
+    Raises
+    ------
+    ValueError
+        If it does not, or cannot be had.
+    """
+    path = resolve(text)
+    if not hub.is_id(text) or Path(text).expanduser().exists():
+        if not path.exists():
+            raise ValueError(f"{key}={text} is not a file or directory: {remedy}")
+        return
+    names = ("adapter_config.json",) if is_adapter else WHOLE
+    if not any((path / name).is_file() for name in names):
+        hub.download(text, is_adapter)
+
+
+def fetch_official(config: ModelConfig) -> None:
+    """Download fair-esm's own file into torch hub's cache if it is not there.
+
+    Raises
+    ------
+    ValueError
+        If the download fails.
+    """
+    path = locate(config)
+    assert path is not None
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    url = URL.format(name=config.name)
+    try:
+        torch.hub.download_url_to_file(url, str(path), progress=False)
+    except (URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        remedy = "put the file there, or name it with model.weights=PATH"
+        raise ValueError(f"{path} is missing and {url} cannot be downloaded ({reason}): {remedy}") from None
+
+
+def is_official(path: Path, name: str, fingerprint: str) -> bool:
+    """Tell whether a file is fair-esm's own of that name, by its sha256.
+
+    That is computed once for a machine: the fingerprint, whose checksums were compared with the bytes,
+    recalls it.
+    """
+    num_bytes, sha256 = OFFICIAL.get(name, (0, ""))
+    if path.stat().st_size != num_bytes:
+        return False
+    kept = cache_dir() / "checkpoints" / f"{fingerprint}.json"
+    content = as_value(json.loads, kept.read_text(encoding="utf-8")) if kept.is_file() else None
+    if not isinstance(content, dict):
+        log.info("taking the sha256 of %s, once for this machine", path)
+        with path.open("rb") as file:
+            content = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        as_value(keep, kept, content)  # a cache that cannot be written costs the same seconds next time
+    return content.get("sha256") == sha256
+
+
+def keep(path: Path, content: dict[str, str]) -> None:
+    """Write a small JSON file."""
+    with atomically(path) as beside:
+        beside.write_text(json.dumps(content), encoding="utf-8")
