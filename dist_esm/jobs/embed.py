@@ -166,10 +166,11 @@ class TakenOver:
 
 def take_units(
     plan: Plan, config: Config, world: World, stop: Stop, taken_over: TakenOver
-) -> Iterator[TakenUnit]:
+) -> Iterator[TakenUnit | None]:
     """Claim units for this rank, one when it is asked for: its own bin, then what others have not begun.
 
-    Units that may kill their process come last, when no rank has anything else to do.
+    Units that may kill their process come last, behind None, which asks the caller to finish all that it has in hand:
+    the next one is given out when every rank has done so.
     """
     order = ClaimOrder(plan.bins, plan.costs)
     for claim in order.claims(world.rank, world.claim, world.count_claims, config.steal):
@@ -180,6 +181,7 @@ def take_units(
         world.set_in_hand(str(plan.files[unit.file].path))
         yield TakenUnit(unit)
     if plan.suspects:
+        yield None
         world.wait_for_all_at("suspects", unless=lambda: stop.reason is not None)
     while stop.reason is None and (place := world.claim(world.world_size)) < len(plan.suspects):
         unit = plan.units[plan.suspects[place]]

@@ -123,7 +123,7 @@ class InHand:
         self._write({"settle": 1})
 
     def end_reading(self) -> None:
-        """The unit has been read."""
+        """The unit has been read; its packs may still be in hand."""
         self._write({"read": None, "alone": False})
 
     def leave(self) -> None:

@@ -54,7 +54,8 @@ class Reader(Service):
     Parameters
     ----------
     units
-        What to read, in order; the next is asked for when the one before it has been read.
+        What to read, in order; the next is asked for when the one before it has been read. None: finish all that is
+        in hand before the next is asked for.
     files
         The plan's files.
     config
@@ -73,7 +74,7 @@ class Reader(Service):
 
     def __init__(
         self,
-        units: Iterable[TakenUnit],
+        units: Iterable[TakenUnit | None],
         files: Sequence[FastaFile],
         config: Config,
         toks_per_batch: int,
@@ -125,12 +126,13 @@ class Reader(Service):
             self._read_units()
 
     def _read_units(self) -> None:
-        for key, (unit, is_alone) in enumerate(self._units):
-            if is_alone:
-                self._flush_packs()
-                self._wait_until_nothing_is_open()
+        for key, taken in enumerate(self._units):
             if self._is_over:
                 break
+            if taken is None:
+                self._finish_what_is_in_hand()
+                continue
+            unit, is_alone = taken
             if unit.file in self._failures.files:
                 continue
             self._failures.begin(key, unit)
@@ -149,8 +151,7 @@ class Reader(Service):
             else:
                 self._collector.end(key, text_digest)
             if is_alone:
-                self._flush_packs()
-                self._wait_until_nothing_is_open()
+                self._finish_what_is_in_hand()
         self._in_hand.end_reading()
         self._flush_packs()
         self._put(None)
@@ -159,10 +160,13 @@ class Reader(Service):
         for pack in self._packer.flush():
             self._emit(pack)
 
-    def _wait_until_nothing_is_open(self) -> None:
+    def _finish_what_is_in_hand(self) -> None:
+        """Wait until every unit that was taken has an outcome."""
+        self._flush_packs()
         while self._failures.num_open and not self._is_over:
             self._collector.check()
             time.sleep(LOOK_SECONDS / 10)
+        self._in_hand.end_reading()
 
     @property
     def _is_over(self) -> bool:

@@ -57,7 +57,7 @@ class Destination:
 
 
 def embed_units(
-    units: Iterable[TakenUnit],
+    units: Iterable[TakenUnit | None],
     files: Sequence[FastaFile],
     config: Config,
     engine: Engine,
@@ -70,7 +70,8 @@ def embed_units(
     Parameters
     ----------
     units
-        What to do; the next one is asked for, in the reader's thread, when there is room for it.
+        What to do; the next one is asked for, in the reader's thread, when there is room for it. None: finish all that
+        is in hand before the next one is asked for.
     files
         The plan's files.
     config
@@ -106,7 +107,7 @@ def embed_units(
 
 
 def _run_threads(
-    units: Iterable[TakenUnit],
+    units: Iterable[TakenUnit | None],
     files: Sequence[FastaFile],
     config: Config,
     engine: Engine,

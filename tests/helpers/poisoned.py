@@ -1,7 +1,7 @@
 """The command, with one protein that ends its process: poisoned.py WHERE ENDING RESIDUES key=value ...
 
-WHERE is ``forward`` (when a pack that holds the protein is submitted) or ``reader`` (when its record is read), ENDING
-a key of `ENDINGS` in faulty.py. How the process ends is real; what is arranged is which protein it happens to.
+WHERE is ``forward`` (when a pack that holds the protein is submitted) or ``reader`` (when its record is
+read), ENDING a key of `ENDINGS`. How the process ends is real; what is arranged is which protein does it.
 """
 
 import os

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,9 @@ def test_over_launches_of_two_ranks_the_third_is_through(inputs, tmp_path):
     assert launch(torchrun(2), "forward", "exit_code_3", inputs, out).returncode == 1
     assert read_report(out)["status"] in ("aborted", "running"), "running: rank 0 is the one that died"
     assert launch(torchrun(2), "forward", "exit_code_3", inputs, out).returncode == 1
-    assert len(list(out.glob("*.pt"))) == 19, "all but the suspect are done before it is tried again"
+    suspects = json.loads((out / ".dist_esm" / "suspects.json").read_text())["units"]
+    assert any(name.endswith("09_ESM") for name in suspects)
+    assert len(list(out.glob("*.pt"))) >= 20 - len(suspects), "suspects come last"
     launch(torchrun(2), "forward", "exit_code_3", inputs, out)
     assert_only_the_poison_failed(out, "9_1: the process")
     (out / ".dist_esm" / "suspects.json").unlink()
