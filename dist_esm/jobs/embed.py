@@ -169,8 +169,8 @@ def take_units(
 ) -> Iterator[TakenUnit | None]:
     """Claim units for this rank, one when it is asked for: its own bin, then what others have not begun.
 
-    Units that may kill their process come last, behind None, which asks the caller to finish all that it has in hand:
-    the next one is given out when every rank has done so.
+    Units that may kill their process come last, behind None, which asks the caller to finish all that it
+    has in hand: the next one is given out when every rank has done so.
     """
     order = ClaimOrder(plan.bins, plan.costs)
     for claim in order.claims(world.rank, world.claim, world.count_claims, config.steal):

@@ -54,8 +54,8 @@ class Reader(Service):
     Parameters
     ----------
     units
-        What to read, in order; the next is asked for when the one before it has been read. None: finish all that is
-        in hand before the next is asked for.
+        What to read, in order; the next is asked for when the one before it has been read. None: finish all
+        that is in hand before the next is asked for.
     files
         The plan's files.
     config

@@ -70,8 +70,8 @@ def embed_units(
     Parameters
     ----------
     units
-        What to do; the next one is asked for, in the reader's thread, when there is room for it. None: finish all that
-        is in hand before the next one is asked for.
+        What to do; the next one is asked for, in the reader's thread, when there is room for it. None:
+        finish all that is in hand before the next one is asked for.
     files
         The plan's files.
     config
