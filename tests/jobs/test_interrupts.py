@@ -159,6 +159,7 @@ def test_a_rank_that_waits_for_the_others_still_reports_when_the_run_is_interrup
         MODEL,
         f"model.weights={checkpoint_8m}",
         "toks_per_batch=1000",
+        "steal=false",
     ]
     report = interrupt(settings, tmp_path / "out", signal.SIGTERM, enough=4)
     assert report["status"] == "aborted"

@@ -216,7 +216,7 @@ def test_shards_that_are_not_joined_yet_or_whose_output_is_gone_are_kept(tmp_pat
     journal.write_bytes(
         b"".join(line for line in journal.read_bytes().splitlines(True) if b'"is_joined":false' in line)
     )
-    with open_alone(out) as opened:
+    with open_alone(out, read_settings(out)) as opened:
         config = make_config(str(tmp_path / "a.fasta"), out, unit_share=0.1)
         plan = agree_on_plan(config, find_files(config.input_list()), opened.entries, World(None, 0, 1, 0, 1))
         assert len(plan.done) == len(plan.units) == len(names)
