@@ -21,6 +21,9 @@ from dist_esm.config import Config, Job, check
 from dist_esm.stop import on_signals
 from dist_esm.version import code_version
 
+PARTIAL = 2
+"""Exit code of a run in which some files failed, and all others are done."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
@@ -86,7 +89,8 @@ def start(config: Config | None, problem: str | None) -> int:
         try:
             world.agree(problem)
             assert config is not None
-            return {Job.embed: run, Job.selfcheck: selfcheck, Job.verify: verify}[config.job](config, world)
+            code = {Job.embed: run, Job.selfcheck: selfcheck, Job.verify: verify}[config.job](config, world)
+            return 0 if code == PARTIAL and may_be_restarted() else code
         except LostRankError as lost:
             print(f"dist_esm: error: {lost}: start it again, it goes on from what is done", file=sys.stderr)
             return 1
@@ -95,6 +99,15 @@ def start(config: Config | None, problem: str | None) -> int:
                 for line in refused.problems:
                     print(f"dist_esm: error: {line}", file=sys.stderr, flush=True)
             return 1
+
+
+def may_be_restarted() -> bool:
+    """Tell whether torchrun would start all ranks again if this one failed.
+
+    Only a crash is worth that: files that failed would fail again. report.json says `partial` all the same.
+    """
+    restarts = [os.environ.get(f"TORCHELASTIC_{name}") or "0" for name in ("RESTART_COUNT", "MAX_RESTARTS")]
+    return int(restarts[0]) < int(restarts[1])
 
 
 def leave(code: int) -> NoReturn:

@@ -7,7 +7,6 @@ every rank makes the same plan of them, and digests of the plans are compared be
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 
@@ -89,7 +88,7 @@ def count_units(config: Config, files: Sequence[FastaFile], world: World) -> lis
             for part, count in counted
         ]
     everything = sorted(
-        (item for text in world.exchange(json.dumps(own)) for item in json.loads(text)),
+        (item for share in world.all_gather(own) for item in share),
         key=lambda item: item[:2],
     )
     merged: list[CountedSlice] = []
@@ -125,7 +124,7 @@ def find_done(
             candidates.append((entry, covered))
     own = range(world.rank, len(candidates), world.world_size)
     intact = [index for index in own if is_done(*candidates[index], config)]
-    everything = sorted(index for text in world.exchange(json.dumps(intact)) for index in json.loads(text))
+    everything = sorted(index for share in world.all_gather(intact) for index in share)
     done: dict[tuple[int, int], UnitResult] = {}
     joined: dict[int, JoinedFile] = {}
     for entry, covered in (candidates[index] for index in everything):

@@ -100,6 +100,17 @@ def test_over_launches_of_two_ranks_the_third_is_through(inputs, tmp_path):
     assert healthy.returncode == 0, healthy.stderr
 
 
+@pytest.mark.distributed
+def test_a_file_that_fails_restarts_nothing(inputs, tmp_path):
+    (inputs / "no.fasta").write_text("this is no FASTA")
+    done = launch(
+        torchrun(2, max_restarts=2), "forward", "exit_code_3", inputs / "no.fasta", tmp_path / "out"
+    )
+    assert done.returncode == 0, "torchrun would start the ranks again for any other code"
+    assert read_report(tmp_path / "out")["status"] == "partial"
+    assert done.stdout.count("partial: 0 of 1 files embedded") == 1
+
+
 @pytest.mark.slow
 def test_over_launches_of_one_process_that_nobody_sees_die_the_fifth_is_through(inputs, tmp_path):
     """A process alone may have been killed by a person, so it takes more deaths to blame a protein."""
