@@ -1,4 +1,4 @@
-"""Real ranks that claim units: each is done once, and a fast rank takes over what a slow one has not begun."""
+"""Real ranks that claim units: each is done once, and a fast rank relieves a slow one."""
 
 from __future__ import annotations
 
