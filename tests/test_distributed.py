@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import pickle
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from dist_esm.distributed import World
-from dist_esm.types import WorkerStatus
+from dist_esm.types import Tally, UnitResult, WorkerStatus, WrittenFile
+from dist_esm.wire import WireError, decode, encode
 from helpers.command import HELPERS, environment, run_ranks
 from helpers.data import PROTEINS
 
@@ -91,3 +94,49 @@ def test_help_is_printed_once():
     assert result.returncode == 0
     assert result.stdout.count("usage: torchrun") == 1
     assert "truncation_seq_length=1022" in result.stdout
+
+
+@pytest.mark.distributed
+def test_values_of_any_size_pass_between_ranks(tmp_path):
+    """One value of torchrun's store holds at most 8 MiB."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line = [*launch, str(HELPERS / "large_values.py"), str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        seen = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert seen["exchanged"] == [4_300_000, 4_300_001]
+        assert seen["gathered"] == [[3_000_000, 0, 0], [3_000_000, 1, 1]]
+        assert seen["is_equal"]
+    assert json.loads((tmp_path / "0.json").read_text())["hasty"] == [[0, 50_000], [1, 50_000]]
+
+
+class Harmful:
+    """Runs code in whoever unpickles it."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("unpickled"),))
+
+
+def test_nothing_is_made_of_a_message_but_the_data_that_is_expected(tmp_path, monkeypatch):
+    """Whoever reaches torchrun's store can leave anything in it."""
+    monkeypatch.chdir(tmp_path)
+    written = WrittenFile("a.pt", 3, "sum")
+    result = UnitResult(0, 1, (written,), "digest", Tally({"ok": 2}), 0, 1.5)
+    assert decode(encode([result, {"bytes": b"\x00\xff"}]), UnitResult, WrittenFile, Tally) == [
+        result,
+        {"bytes": b"\x00\xff"},
+    ]
+    forged = [
+        pickle.dumps(Harmful()),
+        encode(result),
+        b'{"__type__": "WrittenFile", "path": "a"}',
+        b'{"__type__": "Path"}',
+        b"\xff\xfe",
+    ]
+    for message in forged:
+        with pytest.raises(WireError):
+            decode(message, WrittenFile)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="Path has no place in a message|PosixPath has no place"):
+        encode(Path("a"))
