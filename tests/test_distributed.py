@@ -138,5 +138,5 @@ def test_nothing_is_made_of_a_message_but_the_data_that_is_expected(tmp_path, mo
         with pytest.raises(WireError):
             decode(message, WrittenFile)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(TypeError, match="Path has no place in a message|PosixPath has no place"):
+    with pytest.raises(TypeError, match="Path has no place in a message"):
         encode(Path("a"))
