@@ -115,6 +115,28 @@ class Unknown(Enum):
     fail = "fail"
 
 
+class SpecialTokens(Enum):
+    """What becomes of a record with a special token such as `<mask>`: skipped, its file failed, or masks embedded."""
+
+    skip = "skip"
+    fail = "fail"
+    mask = "mask"
+
+
+class Chains(Enum):
+    """What becomes of a record of several chains, separated by `:`, `/` or `|`: skipped, or a protein for each."""
+
+    skip = "skip"
+    split = "split"
+
+
+class HeaderEncoding(Enum):
+    """How headers are read: as UTF-8, or, where they are not, as Latin-1; or as UTF-8 alone, else the file fails."""
+
+    auto = "auto"
+    utf8 = "utf8"
+
+
 @dataclass
 class ModelConfig:
     """One ESM-2; ``conf/model`` has a file for each."""
@@ -140,6 +162,8 @@ class ResidueConfig:
     """`fix`: `*` at the end of a sequence (Prodigal) is removed."""
     gaps: Letter = Letter.fix
     """`fix`: `-` and `.` are removed."""
+    blanks: Letter = Letter.fix
+    """`fix`: blanks and tabs inside a sequence are removed, and numbers that stand alone between them."""
     unknown: Unknown = Unknown.replace
     """Anything outside `ACDEFGHIKLMNPQRSTVWY` and `XBUZO`: `replace` by X, `skip` the record, or `fail` the file."""
 
@@ -176,6 +200,12 @@ class Config:
     window_overlap: int = 256
     """Residues that neighbouring windows share under `long=window`."""
     residues: ResidueConfig = field(default_factory=ResidueConfig)
+    special_tokens: SpecialTokens = SpecialTokens.skip
+    """Records with a special token such as `<mask>`; `mask` embeds fair-esm's mask token as fair-esm does."""
+    chains: Chains = Chains.skip
+    """Records of several chains; `split` makes each chain a protein, with its place behind the record's id."""
+    header_encoding: HeaderEncoding = HeaderEncoding.auto
+    """`auto`: a header that is not UTF-8 is read as Latin-1, and listed."""
     dedupe: bool = True
     """Embed identical sequences once per rank and give every id its copy."""
     toks_per_batch: int | None = None

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.config import Attention, DeviceKind, Dtype, Include, LinearKind, Long, check
-from dist_esm.fasta.letters import make_protein
+from dist_esm.fasta.letters import make_proteins
 from dist_esm.fasta.segments import apply_length_policy, make_segments, num_embedded
 from dist_esm.model.engine import make_engine
 from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels
@@ -122,10 +122,8 @@ class Embedder:
         answers: dict[int, list[SegmentEmbedding | None]] = {}
         lengths: list[int] = []
         for place, letters in enumerate(sequences):
-            protein, _, spans = apply_length_policy(
-                make_protein(f"sequence_{place}", "".join(letters.split()), place + 1, self.config.residues),
-                self.config,
-            )
+            (protein,) = make_proteins(f"sequence_{place}", letters, place + 1, self.config)
+            protein, _, spans = apply_length_policy(protein, self.config)
             if protein.skipped is not None:
                 raise ValueError(f"sequence {place} is left out: {protein.skipped}")
             lengths.append(num_embedded(spans))

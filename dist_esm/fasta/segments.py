@@ -44,7 +44,12 @@ def apply_length_policy(protein: Protein, config: Config) -> tuple[Protein, Reco
     """
     if protein.skipped is not None:
         return protein, RecordOutcome.skipped, []
-    num_residues, limit = len(protein.residues), config.truncation_seq_length
+    num_residues, limit = protein.num_residues, config.truncation_seq_length
+    if protein.num_unread and (limit is None or len(protein.residues) < limit):
+        raise FastaError(
+            f"{protein.id} has more letters than are looked at, and fewer than truncation_seq_length={limit} "
+            "residues among those: no protein, perhaps a genome"
+        )
     if limit is None or num_residues <= limit:
         return protein, RecordOutcome.ok, [Span(0, num_residues, 0, num_residues)]
     if config.long is Long.truncate:

@@ -42,6 +42,8 @@ from dist_esm.outputs.journal import read as read_journal
 from dist_esm.outputs.shards import join
 from dist_esm.pipeline.worker import embed_units
 from dist_esm.planning.agree import agree_on_plan, results_in_journal
+from dist_esm.planning.inputs import Inputs
+from dist_esm.planning.pipes import remove_copies, remove_leftovers
 from dist_esm.planning.units import Plan
 from dist_esm.stop import Stop, on_signals
 from dist_esm.types import Failure, JoinedFile, RankResult, RankSummary, Tally, Unit, UnitResult, WorkerStatus
@@ -65,9 +67,12 @@ def run(config: Config, world: World) -> int:
         If it is interrupted before it is known what there is to do.
     """
     started = loaded = time.monotonic()
-    files = world.all_or_none(find_inputs, config)
+    inputs = find_inputs(config, world)
+    files = inputs.files
     setup = choose_setup(config, world)
     with output_directory(config, setup, world) as journal:
+        if world.is_main:
+            remove_leftovers(config.output_dir, files)
         entries = read_journal(config.output_dir) if config.resume else []
         plan = agree_on_plan(config, files, entries, world)
         units = [plan.units[index] for index in plan.bins[world.rank]]
@@ -87,7 +92,9 @@ def run(config: Config, world: World) -> int:
             return int(stop.at_once)  # a rank that was interrupted alone must not look as if it were done
         now = time.monotonic()
         reason = stop.reason or (None if stop.at_once else world.stop_reason())
-        return conclude(config, setup, plan, ranks, joined, journal, reason, now - started, now - loaded)
+        return conclude(
+            config, setup, inputs, plan, ranks, joined, journal, reason, now - started, now - loaded
+        )
 
 
 def embed_bin(
@@ -268,6 +275,7 @@ def join_file(config: Config, plan: Plan, file: int, parts: list[UnitResult], jo
 def conclude(
     config: Config,
     setup: Setup,
+    inputs: Inputs,
     plan: Plan,
     ranks: list[RankSummary],
     joined: Mapping[int, JoinedFile | Failure],
@@ -286,6 +294,8 @@ def conclude(
         joined = {**joined, **joined_since}
     report = make_report(plan, ranks, joined, reason, seconds, embedding_seconds, others)
     fail_what_vanished(report, config.output_dir)
+    remove_copies(inputs.files)
+    report.passed_over = inputs.report()
     report.config = to_dict(config)
     report.model = {
         "name": config.model.name,

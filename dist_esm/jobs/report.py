@@ -36,6 +36,8 @@ class FileReport:
     resumed: bool
     """An earlier launch finished it."""
     tally: Tally
+    remarks: list[str]
+    """Things about its records that a person should look at."""
 
 
 @dataclass
@@ -56,6 +58,8 @@ class Report:
     model: dict[str, Any] = field(default_factory=dict)
     kernels: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    passed_over: dict[str, Any] = field(default_factory=dict)
+    """Files that a search for inputs saw and did not take: how many, by reason, and the first of them."""
 
     @property
     def exit_code(self) -> int:
@@ -147,19 +151,24 @@ def make_report(
                     units=len(units),
                     resumed=all((result.file, result.ordinal) in resumed for result in results),
                     tally=tally,
+                    remarks=remarks_on(tally),
                 )
             )
     status = "aborted" if reason is not None else "partial" if failed else "complete"
     records = {
-        "in": sum(unit.count.sequences for unit in plan.units),
+        "in": sum(unit.count.sequences for unit in plan.units) + total.more_chains,
         **total.outcomes,
         "not_attempted": num_not_attempted,
         "skipped_by_reason": total.skipped,
         "changed": total.changed,
+        "replaced_letters": total.replaced,
         "residues": total.residues,
         "duplicate_ids": total.duplicate_ids,
         "unnamed": total.unnamed,
         "windows": total.windows,
+        "more_chains": total.more_chains,
+        "latin1_headers": total.latin1,
+        "nucleotides": total.nucleotides,
         "deduplicated": total.deduplicated,
     }
     failures, entries = [failed[file] for file in sorted(failed)], [rank_entry(rank) for rank in ranks]
@@ -174,6 +183,17 @@ def make_report(
         round(seconds, 3),
         max(0.001, round(embedding_seconds, 3)),
     )
+
+
+def remarks_on(tally: Tally) -> list[str]:
+    """Return what a person should look at in a file: text that is probably no protein."""
+    num_embedded = tally.sequences - tally.outcomes.get("skipped", 0)
+    remarks = []
+    if 2 * tally.nucleotides > num_embedded:
+        remarks.append(f"looks like DNA: {tally.nucleotides:,} of {num_embedded:,} records")
+    if tally.latin1:
+        remarks.append(f"headers read as Latin-1, not UTF-8: {tally.latin1:,}")
+    return remarks
 
 
 def fail_what_vanished(report: Report, output_dir: Path) -> None:
@@ -194,6 +214,8 @@ def fail_what_vanished(report: Report, output_dir: Path) -> None:
                 report.records[outcome] -= number
             report.records["failed"] += entry.tally.sequences
             report.records["residues"] -= entry.tally.residues
+            report.records["in"] -= entry.tally.more_chains
+            report.records["failed"] -= entry.tally.more_chains
             report.status = "partial" if report.status == "complete" else report.status
 
 
@@ -237,7 +259,15 @@ def write_report(report: Report, output_dir: Path) -> None:
         entry["records"] = tally["outcomes"]
         entry |= {
             key: tally[key]
-            for key in ("skipped", "changed", "duplicate_ids", "unnamed", "windows", "deduplicated")
+            for key in (
+                "skipped",
+                "changed",
+                "replaced",
+                "duplicate_ids",
+                "unnamed",
+                "windows",
+                "deduplicated",
+            )
         }
     with atomically(output_dir / "report.json") as beside:
         beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -267,8 +297,16 @@ def summary(report: Report, output_dir: Path) -> str:
     if changed := {key: number for key, number in records["changed"].items() if key != "records"}:
         lines.append(
             f"letters changed in {records['changed']['records']} proteins: "
-            + ", ".join(f"{number} {key}" for key, number in changed.items())
+            + ", ".join(f"{number} {key}" for key, number in changed.items() if number)
         )
+    if skipped := records["skipped_by_reason"]:
+        lines.append("skipped: " + ", ".join(f"{count} {reason}" for reason, count in skipped.items()))
+    remarked = [entry for entry in report.files if entry.remarks]
+    lines += [f"warning: {entry.path}: {remark}" for entry in remarked[:20] for remark in entry.remarks]
+    if len(remarked) > 20:
+        lines.append(f"and {len(remarked) - 20} more files with warnings, all in report.json")
+    if report.passed_over.get("files"):
+        lines.append(f"passed over while searching: {report.passed_over['files']}, listed in report.json")
     for rank in report.ranks:
         split = f", {rank['split_packs']} packs split" if rank["split_packs"] else ""
         speed = (

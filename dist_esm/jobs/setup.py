@@ -18,18 +18,27 @@ from dist_esm.distributed import World
 from dist_esm.model.engine import Engine, default_toks_per_batch, make_engine, num_cores
 from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, choose_kernels
 from dist_esm.model.weights import RANDOM, architecture, fetch, weights_id
-from dist_esm.planning.inputs import find_files, refuse_nested
-from dist_esm.types import FastaFile
+from dist_esm.planning.inputs import Inputs, refuse_nested, search_inputs
+from dist_esm.planning.pipes import spool_pipes
 
 log = logging.getLogger("dist_esm")
 
 
-def find_inputs(config: Config) -> list[FastaFile]:
-    """The input files; a ValueError if their outputs would get into each other's way."""
-    files = find_files(config.input_list())
+def find_inputs(config: Config, world: World) -> Inputs:
+    """Find the input files on every rank; pipes are copied by rank 0, which also says what a search passed over.
+
+    Raises
+    ------
+    RefusedError
+        On every rank, if an input cannot be taken, or outputs would get into each other's way.
+    """
+    spooled = spool_pipes(config, world)
+    inputs = world.all_or_none(search_inputs, config.input_list(), spooled, config.output_dir)
     if config.format is Format.fair_esm:
-        refuse_nested(files)
-    return files
+        world.all_or_none(refuse_nested, inputs.files)
+    if world.is_main and (summary := inputs.summary()):
+        log.warning("%s", summary)
+    return inputs
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,16 @@ def choose_setup(config: Config, world: World) -> Setup:
     values = to_dict(config)
     settings = {
         key: values[key]
-        for key in ("format", "include", "window_overlap", "residues", "max_proteins_per_output")
+        for key in (
+            "format",
+            "include",
+            "window_overlap",
+            "residues",
+            "special_tokens",
+            "chains",
+            "header_encoding",
+            "max_proteins_per_output",
+        )
     }
     # On a GPU the rows of a pack choose the matrix kernels, so they are part of what the bits depend on.
     shape = (

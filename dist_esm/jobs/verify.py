@@ -28,7 +28,8 @@ from dist_esm.outputs.journal import Entry
 from dist_esm.outputs.journal import read as read_journal
 from dist_esm.outputs.load import EmbeddingSet, load
 from dist_esm.planning.assign import assign_to_bins
-from dist_esm.planning.inputs import find_files
+from dist_esm.planning.inputs import search_inputs
+from dist_esm.planning.pipes import remove_copies, spool_pipes
 from dist_esm.types import Count, FastaFile, Unit
 
 log = logging.getLogger("dist_esm")
@@ -56,7 +57,8 @@ def verify(config: Config, world: World) -> int:
     RefusedError
         On every rank, if there is nothing to check.
     """
-    files = world.all_or_none(find_files, config.input_list())
+    spooled = spool_pipes(config, world)
+    files = world.all_or_none(search_inputs, config.input_list(), spooled).files
     report, settings = world.all_or_none(read_report, config)
     world.start_process_group(torch.device("cpu"))
     journal = {one.path: entry for entry in read_journal(config.output_dir) for one in entry.written}
@@ -89,6 +91,7 @@ def verify(config: Config, world: World) -> int:
         findings += [Finding(path, problem) for problem in problems]
         num_proteins += entry["sequences"]
     told = world.all_gather((findings, len(mine), num_proteins))
+    remove_copies(files)
     if not world.is_main:
         return 0
     everything = sorted(
@@ -197,9 +200,9 @@ def check_file(
 
 def expected_records(file: FastaFile, settings: Config, tee: Tee) -> tuple[list[str], list[int]]:
     """Ids and embedded residues of the records of a file that get an embedding, in order; its text goes to `tee`."""
-    unit = Unit(0, 0, whole_file(file.path), Count(), Count(), is_whole=True)
+    unit = Unit(0, 0, whole_file(file.location), Count(), Count(), is_whole=True)
     ids, lengths = [], []
-    for protein in read_proteins(unit, settings.residues, tee):
+    for protein in read_proteins(unit, settings, tee):
         shaped, _, spans = apply_length_policy(protein, settings)
         if spans:
             ids.append(shaped.id)

@@ -13,6 +13,11 @@ def note(record: RecordRead, number: int, tally: Tally, notes: list[str]) -> Non
     tally.outcomes[outcome] = tally.outcomes.get(outcome, 0) + 1
     tally.residues += record.num_embedded
     tally.unnamed += protein.is_unnamed
+    tally.nucleotides += protein.is_nucleotide and protein.skipped is None
+    tally.more_chains += protein.is_continued
+    tally.latin1 += protein.is_latin1
+    for letter, times in protein.replaced_letters:
+        tally.replaced[letter] = tally.replaced.get(letter, 0) + times
     if is_windowed:
         tally.windows += record.num_segments
     if protein.skipped:
@@ -20,17 +25,26 @@ def note(record: RecordRead, number: int, tally: Tally, notes: list[str]) -> Non
     if changes:
         for name, count in {**changes._asdict(), "records": 1}.items():
             tally.changed[name] = tally.changed.get(name, 0) + count
-    if changes or protein.is_unnamed or record.outcome is not RecordOutcome.ok:
-        remark = protein.skipped or ("no id in the header" if protein.is_unnamed else "")
+    remarks = [protein.skipped or ""]
+    remarks += ["no id in the header"] * protein.is_unnamed + ["header read as Latin-1"] * protein.is_latin1
+    remark = "; ".join(filter(None, remarks))
+    if changes or remark or record.outcome is not RecordOutcome.ok:
+        replaced = " ".join(f"{visible(letter)}:{times}" for letter, times in protein.replaced_letters)
         windows = record.num_segments if is_windowed else 0
         columns = (
             number,
             protein.id,
             outcome,
-            len(protein.residues),
+            protein.num_residues,
             record.num_embedded,
             windows,
             *changes,
+            replaced,
             remark,
         )
         notes.append("\t".join(map(str, columns)))
+
+
+def visible(letter: str) -> str:
+    """Return a letter as it can stand in a table: blanks and what is not printable are escaped."""
+    return letter if letter.isprintable() and letter != " " else ascii(letter)[1:-1].replace(" ", r"\x20")

@@ -230,7 +230,7 @@ class Collector:
             protein.id,
             protein.header,
             number,
-            len(protein.residues),
+            protein.num_residues,
             record.num_embedded,
             record.outcome.name,
             *protein.changes,
@@ -251,6 +251,8 @@ class Collector:
     def _piece_for(self, state: UnitState, record: RecordRead) -> OutputBuilder:
         """The piece that the next record belongs to; a part that is full is closed."""
         unit = state.unit
+        if record.protein.is_continued:  # a chain goes where the first one of its record went
+            return state.pieces[-1]
         part, index = (
             divmod(state.num_records, self.settings.max_proteins_per_output)
             if unit.first_part is not None

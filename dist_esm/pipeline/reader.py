@@ -95,10 +95,10 @@ class Reader(threading.Thread):
         """Announce and pack the records of a unit, and give the sha256 of its text; None if the run was stopped half way."""
         num_records = 0
         digest = hashlib.sha256()
-        for protein in read_proteins(unit, self.config.residues, digest.update):
+        for protein in read_proteins(unit, self.config, digest.update):
             if self.stop.reason is not None:
                 return None
-            num_records += 1
+            num_records += not protein.is_continued
             for segment in self._announce(key, protein):
                 for pack in self._packer.add(segment):
                     self._emit(pack)
@@ -108,7 +108,7 @@ class Reader(threading.Thread):
                     self._emit(pack)
                 self._num_held = 0
         file = self.files[unit.file]
-        stat = os.stat(file.path)
+        stat = os.stat(file.location)
         if num_records != unit.count.sequences or (stat.st_size, stat.st_mtime_ns) != (
             file.num_bytes,
             file.mtime_ns,

@@ -38,6 +38,8 @@ class Plan:
     """Units that an earlier launch finished; they are in no bin."""
     joined: Mapping[int, JoinedFile] = field(default_factory=dict)
     """Files whose shards an earlier launch joined, with their outputs; their units are all done."""
+    remarks: Mapping[int, str] = field(default_factory=dict)
+    """By file, what a person should know of it before it is embedded."""
 
     def digest(self) -> str:
         """Return a fingerprint of files, units and bins."""
@@ -79,9 +81,12 @@ def cut_files(files: Sequence[FastaFile], unit_share: float) -> list[tuple[int, 
     unit_bytes = unit_size(sum(file.num_bytes for file in files), unit_share)
     slices: list[tuple[int, Slice, str | None]] = []
     for index, file in enumerate(files):
+        if file.problem is not None:
+            slices.append((index, Slice(file.path), file.problem))
+            continue
         try:
-            num_slices = math.ceil(file.num_bytes / unit_bytes)
-            file_slices = cut_slice(whole_file(file.path), file.num_bytes, num_slices)
+            num_slices = math.ceil(file.num_bytes / unit_bytes) if file.copy is None else 1
+            file_slices = cut_slice(whole_file(file.location), file.num_bytes, num_slices)
             slices.extend((index, slice_, None) for slice_ in file_slices)
         except (OSError, FastaError) as error:
             slices.append((index, Slice(file.path), reason(error)))
@@ -158,6 +163,7 @@ def make_plan(
     embed_dim: int,
     done: Sequence[UnitResult] = (),
     joined: Mapping[int, JoinedFile] | None = None,
+    remarks: Mapping[int, str] | None = None,
 ) -> Plan:
     """Assign the units that are not done to ranks."""
     finished = {(result.file, result.ordinal) for result in done}
@@ -166,4 +172,4 @@ def make_plan(
     keys = [(str(files[units[index].file].path), units[index].ordinal) for index in missing]
     assigned = assign_to_bins(costs, keys, num_workers)
     bins = tuple(tuple(missing[item] for item in own) for own in assigned)
-    return Plan(tuple(files), tuple(units), bins, tuple(done), joined or {})
+    return Plan(tuple(files), tuple(units), bins, tuple(done), joined or {}, remarks or {})

@@ -21,7 +21,7 @@ from Bio import SeqIO, bgzf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_esm.config import Include, Letter, Long, ResidueConfig, Unknown
+from dist_esm.config import Config, Include, Letter, Long, ResidueConfig, SpecialTokens, Unknown
 from dist_esm.fasta import blocks as scan
 from dist_esm.fasta import slices
 from dist_esm.fasta.blocks import FastaError, raw_blocks, whole_file
@@ -103,7 +103,10 @@ def read(
 ) -> list[tuple[str, bytes]]:
     before = before or Count()
     unit = Unit(0, 0, piece, Count(), before, True)
-    return [(protein.header, protein.residues) for protein in read_proteins(unit, policy or ResidueConfig())]
+    return [
+        (protein.header, protein.residues)
+        for protein in read_proteins(unit, Config(residues=policy or ResidueConfig()))
+    ]
 
 
 # Finding files.
@@ -122,7 +125,7 @@ def test_every_suffix_in_any_case_plain_or_gzip_is_taken_and_embedded(tmp_path):
             gzip.compress(f">zipped{i}\n{sequence(i + 5, 1)}\n".encode()),
         )
     write(tmp_path / "in/no.txt", ">x\nMK\n")
-    write(tmp_path / "in/no.fasta.bz2", ">x\nMK\n")
+    write(tmp_path / "in/no.fasta.lz4", ">x\nMK\n")
     done = embed_directory(tmp_path / "in", tmp_path / "out")
     assert done.report.status == "complete"
     assert done.outputs() == sorted([f"p{i}_ESM" for i in range(8)] + [f"z{i}_ESM" for i in range(8)])
@@ -175,7 +178,7 @@ def test_links_are_followed_once_and_real_names_win(tmp_path):
     (tmp_path / "in/to_again").symlink_to("../elsewhere/sub")
     (tmp_path / "elsewhere/back").symlink_to("../in")
     (tmp_path / "in/gone.fasta").symlink_to("nowhere.fasta")
-    assert found(tmp_path / "in") == ["real_ESM", "to/far_ESM", "to/sub/farther_ESM"]
+    assert found(tmp_path / "in") == ["gone_ESM", "real_ESM", "to/far_ESM", "to/sub/farther_ESM"]
     link = tmp_path / "in/a_link.fasta"
     assert found(link) == ["a_link_ESM"]
     assert found(link, tmp_path / "in/real.fasta") == ["a_link_ESM", "real_ESM"], (
@@ -183,20 +186,37 @@ def test_links_are_followed_once_and_real_names_win(tmp_path):
     )
     assert found(tmp_path / "in" / "*l*.fasta", tmp_path / "in/real.fasta")[-1:] == ["real_ESM"]
     paths = [file.path for file in find_files([str(tmp_path / "in/to"), str(tmp_path / "elsewhere")])]
-    assert len({os.path.realpath(path) for path in paths}) == len(paths) == 3
+    assert len({os.path.realpath(path) for path in paths}) == len(paths) == 4
 
 
-def test_links_to_themselves_are_no_files(tmp_path):
+def test_links_that_lead_nowhere_fail_with_their_target(tmp_path):
     write(tmp_path / "ok.fasta", GOOD)
     (tmp_path / "a.fasta").symlink_to("b.fasta")
     (tmp_path / "b.fasta").symlink_to("a.fasta")
-    assert found(tmp_path) == found(tmp_path / "*.fasta") == ["ok_ESM"]
+    (tmp_path / "gone.fa").symlink_to("/nowhere/gone.fa")
+    (tmp_path / "folder").symlink_to("/nowhere/folder")
+    (tmp_path / "gone.txt").symlink_to("/nowhere/gone.txt")
+    everything = ["a_ESM", "b_ESM", "folder_ESM", "gone_ESM", "ok_ESM"]
+    assert found(tmp_path) == found(tmp_path / "*") == everything
+    assert found(tmp_path / "gone.fa") == ["gone_ESM"]
+    done = embed_directory(tmp_path, tmp_path / "out")
+    assert done.report.status == "partial"
+    assert done.outputs() == ["ok_ESM"]
+    problems = {Path(failure.path).name: failure.error_message for failure in done.report.failed}
+    assert problems["gone.fa"] == "it is a link to /nowhere/gone.fa, which is not there"
+    assert problems["folder"] == "it is a link to /nowhere/folder, which is not there"
+    for name in ("a.fasta", "b.fasta"):
+        assert re.fullmatch(r"it is a link to .*/[ab].fasta, which leads back to itself", problems[name])
+    assert len(problems) == 4
 
 
-@pytest.mark.parametrize("given", ["missing.fasta", "empty", "no.txt", "*.nothing", "missing/*.fasta"])
+@pytest.mark.parametrize(
+    "given", ["missing.fasta", "empty", "others", "*.nothing", "missing/*.fasta", "pipe"]
+)
 def test_an_input_that_gives_no_file_is_refused_by_name(tmp_path, given):
     (tmp_path / "empty").mkdir()
-    write(tmp_path / "no.txt", GOOD)
+    write(tmp_path / "others" / "no.txt", GOOD)
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="input=.*" + given.replace("*", r"\*")):
         find_files([str(tmp_path / given)])
 
@@ -305,7 +325,6 @@ ZIPPED = gzip.compress("".join(f">r{i}\n{sequence(50, i)}\n" for i in range(40))
         (b" >a\nMK\n", r"line 1 has text before the first '>'"),
         (b">a\nMK\nMK>b\nKM\n", r"line 3 has a '>' or a byte order mark inside a sequence"),
         (b">a\nMK\n\xef\xbb\xbf>b\nKM\n", r"line 3 has a '>' or a byte order mark inside a sequence"),
-        (b">a\nMK\n>caf\xe9\nMK\n", r"line 3, byte 5 \(0xe9\) is not UTF-8 text"),
         (b">a\r\nMK\r\nM\xffK\r\n", r"line 3, byte 2 \(0xff\) is not UTF-8 text"),
         (b">a\rMK\rM\xc3", r"line 3, byte 2 \(0xc3\) is not UTF-8 text"),
         (b">a\nM\0K\n", r"line 2 holds control characters"),
@@ -315,11 +334,13 @@ ZIPPED = gzip.compress("".join(f">r{i}\n{sequence(50, i)}\n" for i in range(40))
             b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<< /Type /Catalog >>\n",
             r"line 1 has text before the first '>' \('%PDF-1.7'\)",
         ),
-        (b"\x7fELF\x02\x01\x01\0\0\0", r"line 1 holds control characters"),
-        (b"PK\x03\x04\x14\0\0\0", r"line 1 holds control characters"),
-        (b"@read\nACGT\n+\nIIII\n", r"line 1 has text before the first '>' \('@read'\)"),
-        (">a\nMK\n".encode("utf-16"), r"line 1"),
-        (b">genome\n" + (b"ACGT" * 250 + b"\n") * 1001, r"reaches line 1002 has more than 1000000 letters"),
+        (b"\x7fELF\x02\x01\x01\0\0\0", r"this is a program \(ELF\)"),
+        (b"PK\x03\x04\x14\0\0\0", r"this is a zip archive: unpack it"),
+        (
+            b"@read\nACGT\n+\nIIII\n",
+            r"line 1 has text before the first '>' \('@read'\): this looks like FASTQ",
+        ),
+        (">a\nMK\n".encode("utf-16"), r"this is text in UTF-16: convert it \(iconv -f utf-16"),
     ],
 )
 def test_what_is_no_fasta_fails_with_its_line_and_the_others_go_on(tmp_path, content, message):
@@ -385,20 +406,25 @@ def changes_of(done: Embedded) -> dict[str, int]:
 
 def test_by_default_letters_are_put_right_and_every_change_is_counted(tmp_path):
     done = embed_one(
-        tmp_path, ">a\nmkVl*\n>b\nM-K..V\n>c\nM*KJ?1 V\n>d\nMKV\n>e\nmk-*j**\n", include=EVERYTHING
+        tmp_path,
+        ">a\nmkVl*\n>b\nM-K..V\n>c\nM*KJ?1 V\n>d\nMKV\n>e\nmk-*j**\n>f\nM KV\t 12\n13 L\n",
+        include=EVERYTHING,
     )
     check(
         done.load("a_ESM"),
-        [("a", "MKVL"), ("b", "MKV"), ("c", "MXKXXXXV"), ("d", "MKV"), ("e", "MKXX")],
+        [("a", "MKVL"), ("b", "MKV"), ("c", "MXKXXXV"), ("d", "MKV"), ("e", "MKXX"), ("f", "MKVL")],
         is_each_kind=True,
     )
     assert changes_of(done) == {
         "upper_cased": 3 + 3,
         "stops_removed": 1 + 2,
         "gaps_removed": 3 + 1,
-        "replaced": 5 + 2,
-        "records": 4,
+        "replaced": 4 + 2,
+        "blanks_removed": 1 + 4,
+        "digits_removed": 4,
+        "records": 5,
     }
+    assert done.report.records["replaced_letters"] == {"*": 1 + 1, "J": 1 + 1, "?": 1, "1": 1}
     keys = (
         "record",
         "id",
@@ -408,12 +434,16 @@ def test_by_default_letters_are_put_right_and_every_change_is_counted(tmp_path):
         "stops_removed",
         "gaps_removed",
         "replaced",
+        "blanks_removed",
+        "digits_removed",
+        "replaced_letters",
     )
     assert [tuple(note[key] for key in keys) for note in done.notes("a_ESM")] == [
-        ("1", "a", "4", "4", "3", "1", "0", "0"),
-        ("2", "b", "3", "3", "0", "0", "3", "0"),
-        ("3", "c", "8", "8", "0", "0", "0", "5"),
-        ("5", "e", "4", "4", "3", "2", "1", "2"),
+        ("1", "a", "4", "4", "3", "1", "0", "0", "0", "0", ""),
+        ("2", "b", "3", "3", "0", "0", "3", "0", "0", "0", ""),
+        ("3", "c", "7", "7", "0", "0", "0", "4", "1", "0", "*:1 1:1 ?:1 J:1"),
+        ("5", "e", "4", "4", "3", "2", "1", "2", "0", "0", "*:1 J:1"),
+        ("6", "f", "4", "4", "0", "0", "0", "0", "4", "4", ""),
     ]
 
 
@@ -441,7 +471,7 @@ def test_by_default_letters_are_put_right_and_every_change_is_counted(tmp_path):
 def test_each_key_of_the_policy_decides_on_its_own_letters(tmp_path, policy, residues, changed):
     done = embed_one(tmp_path, ">a\nMk-lVJ.*\n", residues=ResidueConfig(**policy))
     check(done.load("a_ESM"), [("a", residues)])
-    assert changes_of(done) == {**changed, "records": 1}
+    assert changes_of(done) == {**changed, "blanks_removed": 0, "digits_removed": 0, "records": 1}
 
 
 @pytest.mark.parametrize("key", ["lower_case", "gaps", "trailing_stop", "none"])
@@ -462,9 +492,19 @@ def test_unknown_letters_become_x_or_skip_the_record_or_fail_the_file(tmp_path, 
         assert done.report.records["skipped_by_reason"] == ({} if middle else {"unknown letters": 1})
 
 
-def test_text_that_looks_like_a_token_has_no_special_meaning(tmp_path):
-    done = embed_one(tmp_path / "1", ">a <mask> here\nMK<mask>V\n<eos>\n>b\nMK<cls\nV<mask\n")
-    check(done.load("a_ESM"), [("a", "MKXMASKXVXEOSX"), ("b", "MKXCLSVXMASK")])
+def test_a_token_is_no_letters_and_its_record_is_skipped_or_its_file_failed(tmp_path):
+    text = ">a <mask> here\nMK<mask>V\n<eos>\n>b\nMK<cls\nV\n>c\nMK<ma\nsk>V\n>d\nM[MASK]V\n>e\nMK<a>V\n>f\nMKV\n>g\nK<mask\n"
+    done = embed_one(tmp_path / "1", text)
+    check(done.load("a_ESM"), [("f", "MKV")])
+    assert done.report.records["skipped_by_reason"] == {
+        "special token <eos>": 1,
+        "special token <mask>": 1,
+        "special token [mask]": 1,
+        "text in angle brackets": 3,
+    }
+    for token, rest in (("<mask>", "V\n"), ("<m", "ask>V\n"), ("<CLS>", "\n")):
+        message = failure_of(tmp_path / token, f">a\nMK{token}\n{rest}", special_tokens=SpecialTokens.fail)
+        assert re.match(r"record 1 \(a\) has a special token <(mask|cls)>: special_tokens=skip", message)
 
 
 @pytest.mark.parametrize("line", ["MKV>b second", ">MKV>b", "<mask>MK>b", "<a<b>c>"])

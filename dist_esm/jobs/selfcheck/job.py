@@ -42,6 +42,7 @@ from dist_esm.model.pool import combine
 from dist_esm.model.weights import RANDOM, locate
 from dist_esm.pipeline.packer import Packer
 from dist_esm.planning.agree import agree_on_plan
+from dist_esm.planning.pipes import remove_copies
 from dist_esm.types import FastaFile, Pack, Segment, SegmentEmbedding
 
 MAX_UNREAD = 5
@@ -61,9 +62,10 @@ def selfcheck(config: Config, world: World) -> int:
     RefusedError
         On every rank, if the check cannot be made on one of them.
     """
-    files = world.all_or_none(find_inputs, config)
+    files = find_inputs(config, world).files
     setup = choose_setup(config, world)
     proteins, num_seen, unread = sample_together(config, files, world)
+    remove_copies(files)
     began = time.monotonic()
     own = world.all_or_none(own_answers, config, setup, proteins, world)
     free = world.all_or_none(free_memory)

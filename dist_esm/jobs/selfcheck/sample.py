@@ -91,7 +91,7 @@ def draw(units: Iterable[Unit], files: Sequence[FastaFile], config: Config) -> t
 
 def _read(unit: Unit, file: FastaFile, config: Config, sampler: Sampler) -> None:
     number = 0
-    for protein in read_proteins(unit, config.residues):
+    for protein in read_proteins(unit, config):
         shaped, _, spans = apply_length_policy(protein, config)
         if spans:
             residues = shaped.residues[: max(span.stop for span in spans)]
@@ -103,7 +103,7 @@ def _read(unit: Unit, file: FastaFile, config: Config, sampler: Sampler) -> None
                     file.source,
                     number,
                     shaped.id,
-                    len(shaped.residues),
+                    shaped.num_residues,
                     embedded,
                     residues,
                     tuple(spans),
