@@ -135,7 +135,7 @@ def name_of_bytes(head: bytes) -> str | None:
 
 
 def _is_old_tar(head: bytes) -> bool:
-    """Tell if this is the header of a tar archive without a signature: a name, and numbers in octal digits."""
+    """Tell if this is the header of a tar archive without a signature: a name and numbers in octal."""
     name = head[:100].rstrip(b"\0")
     is_name = 0 < len(name) < 100 and not any(byte < 32 or byte == 127 for byte in name)
     return is_name and len(head) >= 257 and not head[100:156].strip(b"01234567 \0")

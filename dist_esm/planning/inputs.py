@@ -168,7 +168,7 @@ def search_inputs(
     passed_over = [
         PassedOver(path, reason)
         for path, reason in sorted(found.passed_over.items(), key=lambda item: str(item[0]))
-        if path not in taken and not (output_dir and _is_output(path, output_dir.absolute()))
+        if path not in taken and not (output_dir and _is_output(path, Path(os.path.abspath(output_dir))))
     ]
     return Inputs(files, passed_over)
 
