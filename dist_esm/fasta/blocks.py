@@ -115,9 +115,10 @@ def _lacks_end(file: BinaryIO) -> bool:
 class _Unpacked:
     """The text of a compressed file. Members or frames follow each other; zeros between them are padding."""
 
-    def __init__(self, file: BinaryIO, new_decompressor: Callable[[], Any]) -> None:
+    def __init__(self, file: BinaryIO, new_decompressor: Callable[[], Any], magic: bytes = b"") -> None:
         self._file = file
         self._new_decompressor = new_decompressor
+        self._magic = magic
         self._decompressor: Any = None
         self._rest = b""
 
@@ -137,6 +138,8 @@ class _Unpacked:
                     self._rest = self._file.read(CHUNK)
                     if not self._rest:
                         return b""
+                if not data.startswith(self._magic[: len(data)]):
+                    raise gzip.BadGzipFile(f"Not a gzipped file ({data[:2]!r})")
                 self._decompressor = self._new_decompressor()
             else:
                 data = self._rest
@@ -165,7 +168,7 @@ def _open_stream(file: BinaryIO, compression: Compression | None) -> tuple[Any, 
         except ImportError:
             return gzip.GzipFile(fileobj=file), (gzip.BadGzipFile, zlib.error)
         new = partial(igzip_lib.IgzipDecompressor, flag=igzip_lib.DECOMP_GZIP)
-        return _Unpacked(file, new), (igzip_lib.error,)
+        return _Unpacked(file, new, b"\x1f\x8b"), (gzip.BadGzipFile, igzip_lib.error)
     if compression == "bz2":
         import bz2
 

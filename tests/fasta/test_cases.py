@@ -449,7 +449,8 @@ def test_bz2_and_xz_are_read_through_whatever_the_name(tmp_path, name):
 
 
 def test_zstd_is_read_through_or_named_with_a_remedy(tmp_path):
-    content = (CASES / "z.fa").read_bytes()
+    header = b"\x28\xb5\x2f\xfd\x20" + bytes([len(TWO_TEXT)])  # a frame of one block that is not compressed
+    content = header + (8 * len(TWO_TEXT) + 1).to_bytes(3, "little") + TWO_TEXT
     if is_readable("zstd"):
         for name, data in (
             ("a.fa", content),
@@ -459,6 +460,7 @@ def test_zstd_is_read_through_or_named_with_a_remedy(tmp_path):
             done = embed_one(tmp_path / name, data, name)
             check(done.load(f"{name[0]}_ESM"), TWO * (2 if name == "b.fa.zst" else 1))
         assert "truncated zstd" in failure_of(tmp_path / "cut", content[:-3], "a.fa")
+        assert "truncated zstd" in failure_of(tmp_path / "kept", (CASES / "z.fa").read_bytes(), "a.fa")
     else:
         remedy = "install backports.zstd, or unpack it (unzstd)"
         message = failure_of(tmp_path, content, "a.fa")

@@ -359,9 +359,12 @@ def test_what_is_no_fasta_fails_with_its_line_and_the_others_go_on(tmp_path, con
         (ZIPPED[:2], "truncated gzip: the file ends at byte 2,"),
         (
             ZIPPED[:-8] + b"\0\0\0\0" + ZIPPED[-4:],
-            rf"damaged gzip at or before byte {len(ZIPPED)} of the file: CRC",
+            rf"damaged gzip at or before byte {len(ZIPPED)} of the file: .*(CRC|checksum)",
         ),
-        (ZIPPED[:-4] + b"\0\0\0\0", rf"damaged gzip at or before byte {len(ZIPPED)} of the file: .*length"),
+        (
+            ZIPPED[:-4] + b"\0\0\0\0",
+            rf"damaged gzip at or before byte {len(ZIPPED)} of the file: .*(length|checksum)",
+        ),
         (ZIPPED[:300] + b"\xff" * 20 + ZIPPED[320:], r"(damaged|truncated) gzip"),
         (ZIPPED + b"rubbish", "damaged gzip at or before .*Not a gzipped file"),
     ],
