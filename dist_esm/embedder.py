@@ -101,7 +101,8 @@ class Embedder:
         Parameters
         ----------
         sequences
-            Letters; put right as the command line does by default (upper-cased, gaps and trailing stops removed, unknown letters X).
+            Letters; put right as the command line does by default (upper-cased, blanks, gaps and trailing stops
+            removed, unknown letters X). Special tokens such as `<mask>` and several chains in one are refused.
         include
             `mean` over residues, `bos`, or `per_tok`.
 
@@ -112,7 +113,7 @@ class Embedder:
         Raises
         ------
         ValueError
-            If a sequence is empty or left out by the policy for long ones; the message has its place.
+            If a sequence is empty or left out by the policies for letters and lengths; the message has its place.
         """
         if isinstance(sequences, str):
             raise ValueError("sequences is one string: pass a list of sequences")

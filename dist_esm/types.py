@@ -141,8 +141,7 @@ class Changes(NamedTuple):
 NO_CHANGES = Changes()
 
 
-@dataclass(frozen=True)
-class Protein:
+class Protein(NamedTuple):
     """One FASTA record after the residue policy, or the reason why it has none."""
 
     id: str

@@ -231,11 +231,11 @@ def child_read(path: str, how: str, repeats: int, toks_per_batch: int) -> dict[s
     expected = sum(unit.count.residues for unit in units)
 
     def parse() -> int:
-        return sum(len(protein.residues) for protein in read_proteins(units[0], config.residues))
+        return sum(len(protein.residues) for protein in read_proteins(units[0], config))
 
     def by_hand() -> int:
         packer, num_tokens = Packer(toks_per_batch), 0
-        for protein_index, protein in enumerate(read_proteins(units[0], config.residues)):
+        for protein_index, protein in enumerate(read_proteins(units[0], config)):
             segment = Segment(protein_index, 0, tokenize(protein.residues), (0, len(protein.residues)))
             num_tokens += sum(pack.num_tokens for pack in packer.add(segment))
         num_tokens += sum(pack.num_tokens for pack in packer.flush())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import replace
 
 from dist_esm.config import Chains, Config, Letter, ResidueConfig, SpecialTokens, Unknown
 from dist_esm.fasta.blocks import FastaError
@@ -82,18 +81,14 @@ def make_proteins(header: str, letters: str, record_number: int, config: Config)
         if config.chains is Chains.skip:
             chains, skipped = [letters], "chain separators"
     return [
-        replace(
-            _make_protein(
-                name if len(chains) == 1 else f"{name}_{index + 1}",
-                header,
-                chain,
-                place,
-                skipped,
-                config.residues,
-            ),
-            is_unnamed=not words,
-            is_continued=index > 0,
-        )
+        _make_protein(
+            name if len(chains) == 1 else f"{name}_{index + 1}",
+            header,
+            chain,
+            place,
+            skipped,
+            config.residues,
+        )._replace(is_unnamed=not words, is_continued=index > 0)
         for index, chain in enumerate(chains)
     ]
 

@@ -27,8 +27,8 @@ MAX_RESIDUES = 1_000_000
 """Letters of a record that are looked at. One that is not truncated must not have more: it is a
 genome. The longest protein that is known has 45,212 residues (doi:10.1126/science.ado3290)."""
 
-FIRST_RECORDS, FIRST_LETTERS = 100, 20_000
-"""Records and letters of a file that `look_at_first_records` looks at."""
+FIRST_RECORDS, FIRST_BYTES = 20, 1 << 14
+"""Records, and bytes of a plain file, that `look_at_first_records` looks at."""
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
 _BRACKETED = re.compile(r"<[^<>]*>")  # such as <mask>
@@ -65,10 +65,10 @@ def read_proteins(unit: Unit, config: Config, tee: Tee | None = None) -> Iterato
     for record_number, (header, letters) in enumerate(records, start=unit.before.sequences + 1):
         proteins = make_proteins(header, letters, record_number, config)
         if lines.remarks and (remark := lines.remarks.pop(record_number, None)):
-            proteins[0] = replace(proteins[0], is_latin1=remark.is_latin1)
-            proteins[-1] = replace(proteins[-1], num_unread=remark.num_unread)
+            proteins[0] = proteins[0]._replace(is_latin1=remark.is_latin1)
+            proteins[-1] = proteins[-1]._replace(num_unread=remark.num_unread)
             if remark.skipped:
-                proteins = [replace(proteins[0], residues=b"", num_unread=0, skipped=remark.skipped)]
+                proteins = [proteins[0]._replace(residues=b"", num_unread=0, skipped=remark.skipped)]
         yield from proteins
 
 
@@ -78,16 +78,14 @@ def look_at_first_records(slice_: Slice, config: Config) -> str | None:
     It is a look at a few kilobytes, so that a person hears of it before the file is embedded. A file that
     cannot be read gives no warning: it fails later, with its reason.
     """
-    proteins: list[Protein] = []
+    if slice_.compression is None:
+        slice_ = replace(slice_, stop=min(FIRST_BYTES, slice_.stop or FIRST_BYTES))
     unit = Unit(0, 0, slice_, Count(), Count(), is_whole=True)
     try:
-        for protein in islice(read_proteins(unit, config), FIRST_RECORDS):
-            if protein.skipped is None:
-                proteins.append(protein)
-            if sum(len(protein.residues) for protein in proteins) > FIRST_LETTERS:
-                break
+        first = list(islice(read_proteins(unit, config), FIRST_RECORDS))
     except (OSError, FastaError):
         return None
+    proteins = [protein for protein in first if protein.skipped is None]
     num_nucleotide = sum(protein.is_nucleotide for protein in proteins)
     if 2 * num_nucleotide <= len(proteins):
         return None

@@ -6,7 +6,6 @@ Files, notebooks and the checks of both cut proteins here, so that all of them s
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -59,7 +58,7 @@ def apply_length_policy(protein: Protein, config: Config) -> tuple[Protein, Reco
     if config.long is Long.fail:
         limit_in_words = f"{num_residues} residues, more than truncation_seq_length={limit}"
         raise FastaError(f"{protein.id} has {limit_in_words}: use long=truncate, skip or window")
-    return replace(protein, skipped="too long"), RecordOutcome.skipped, []
+    return protein._replace(skipped="too long"), RecordOutcome.skipped, []
 
 
 def windows(num_residues: int, width: int, overlap: int) -> list[Span]:

@@ -32,6 +32,7 @@ HIDDEN = (".", "~")
 MOST_LISTED = 1000
 """Files passed over that the report names."""
 _OUTPUTS = (".dist_esm", "report.json", "failed_files.txt", "verify.json", "selfcheck.json")
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/\d+")
 _MAGIC = re.compile(r"[*?\[\]]")
 
 
@@ -156,6 +157,11 @@ def search_inputs(
                     "check the pattern, and quote it for the shell"
                 )
             roots.append(Path(os.path.commonpath([match.parent for match in matches])))
+        elif _DESCRIPTOR.fullmatch(item):
+            raise ValueError(
+                f"input={item} is not there: torchrun passes its ranks standard input, but no other pipe; "
+                "use input=- and pipe into the command, for example with < <(...)"
+            )
         else:
             raise ValueError(
                 f"input={item} does not exist: name a FASTA file, a directory, a glob or a list of these"

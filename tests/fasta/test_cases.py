@@ -31,23 +31,33 @@ from conftest import (
     relative_error,
     run_ranks,
 )
+from dist_esm import Embedder
 from dist_esm.config import (
+    Attention,
     Chains,
     Config,
     HeaderEncoding,
+    Include,
     Letter,
+    LinearKind,
     Long,
+    ModelConfig,
     ResidueConfig,
     SpecialTokens,
     Unknown,
 )
+from dist_esm.fair_esm import fair_esm_tokens
 from dist_esm.fasta.blocks import whole_file
 from dist_esm.fasta.formats import is_readable
-from dist_esm.fasta.letters import SPECIAL_TOKEN, is_nucleotide, make_proteins
+from dist_esm.fasta.letters import MASK, SPECIAL_TOKEN, is_nucleotide, make_proteins
 from dist_esm.fasta.parser import look_at_first_records
+from dist_esm.fasta.segments import Span, make_segments
 from dist_esm.fasta.tokens import tokenize
+from dist_esm.model.engine import make_engine
+from dist_esm.model.kernels.choose import choose_kernels
 from dist_esm.planning import units as plan
 from dist_esm.planning.inputs import search_inputs
+from dist_esm.types import Pack
 from standin import embed_directory, expected
 from test_intake import block_gzip, check, embed_one, failure_of, sequence, write
 
@@ -192,6 +202,37 @@ def test_masked_tokens_are_embedded_as_fair_esm_does_and_in_any_company(tmp_path
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_masked_tokens_on_a_gpu_are_fair_esms_in_any_company(dtype, checkpoint_8m):
+    config = Config(
+        model=ModelConfig(
+            "esm2_t6_8M_UR50D", A8M.num_layers, A8M.embed_dim, A8M.attention_heads, str(checkpoint_8m)
+        ),
+        repr_layers=[0, 3, 6],
+        include=[Include.mean, Include.per_tok],
+        toks_per_batch=1024,
+    )
+    device = torch.device("cuda", 0)
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    kernels = choose_kernels(Attention.auto, LinearKind.auto, device, precision, A8M.head_dim)
+    engine = make_engine(config, device, precision, kernels)
+    texts = [b"KA" + MASK + b"ISQ", MASK * 7 + b"MKV", sequence(80).encode(), b"MKV" * 30 + MASK]
+    segments = [make_segments(i, text, [Span(0, len(text), 0, len(text))])[0] for i, text in enumerate(texts)]
+    alone = [engine.run(Pack((segment,)))[0] for segment in segments]
+    together = engine.run(Pack(tuple(reversed(segments))))[::-1]
+    oracle = fair_esm_model(A8M, random_state(A8M))
+    for text, one, other in zip(texts, alone, together, strict=True):
+        with torch.inference_mode():
+            hidden = oracle(fair_esm_tokens(text), repr_layers=[0, 3, 6])["representations"]
+        for layer in (0, 3, 6):
+            np.testing.assert_array_equal(one.rows[layer], other.rows[layer])
+            np.testing.assert_array_equal(one.sums[layer], other.sums[layer])
+            rows = hidden[layer][0, 1:-1]
+            most = 1e-5 if dtype == "fp32" else 0.05
+            assert (torch.from_numpy(one.rows[layer]) - rows).norm() <= most * rows.norm()
+
+
 CHAINS = ">a one\nMKV:LAG\n>b\nMKV/LAG\n>c\nMK|LA|V*\n>d\nMKVXLAG\n>e\nMKV/\n>\nAC:DE\n"
 
 
@@ -266,6 +307,33 @@ def test_gaps_masked_residues_and_unusual_letters_are_residues_enough(tmp_path):
     done = embed_one(tmp_path, ">a\n-----M-K.......-*\n>b\nXXXXXXXXXX\n>c\nJJJ\n>d\nM??\n>e\nMK??\n")
     check(done.load("a_ESM"), [("a", "MK"), ("b", "X" * 10), ("c", "XXX"), ("e", "MKXX")])
     assert done.report.records["replaced_letters"] == {"J": 3, "?": 2}
+
+
+def test_a_notebook_follows_the_same_policy(checkpoint_8m):
+    embedder = Embedder("esm2_t6_8M_UR50D", weights=checkpoint_8m, device="cpu")
+    same = ["MKTAYIAKQR", "M K T A Y\tIAKQR", "1 mktay\n  6 iakqr", " MKTAY IAKQR* "]
+    vectors = embedder.embed(same)
+    assert all(np.array_equal(vector, vectors[0]) for vector in vectors)
+    for letters, reason in (
+        ("KA<mask>ISQ", "special token <mask>"),
+        ("MKV:LAG", "chain separators"),
+        ("40 40 38", "mostly no residues"),
+        (" \n", "empty sequence"),
+    ):
+        with pytest.raises(ValueError, match=f"sequence 1 is left out: {reason}"):
+            embedder.embed(["MKV", letters])
+
+
+def test_verify_reads_the_inputs_under_the_same_policy(tmp_path):
+    write(tmp_path / "in" / "a.fa", CHAINS + ">m\nK<mask>V\n>n\n1 MK 3 LA\n>q\n40 40\n")
+    write(tmp_path / "in" / "b.fa", (CASES / "toy_pir.fa").read_bytes() + (CASES / "latin1.fa").read_bytes())
+    result = cli(f"input={tmp_path / 'in'}", "chains=split", "special_tokens=mask", tmp_path=tmp_path)
+    assert result.returncode == 0, result.stderr
+    checked = cli("job=verify", f"input={tmp_path / 'in'}", tmp_path=tmp_path)
+    assert checked.returncode == 0, checked.stdout
+    assert checked.stdout.startswith("ok: 2 files, 18 proteins checked, 0 findings")
+    other = cli(f"input={tmp_path / 'in'}", "special_tokens=mask", tmp_path=tmp_path)
+    assert "made under other settings (chains='split' before, 'skip' now)" in other.stderr
 
 
 # PIR.
