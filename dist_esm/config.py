@@ -163,7 +163,7 @@ class ResidueConfig:
     gaps: Letter = Letter.fix
     """`fix`: `-` and `.` are removed."""
     blanks: Letter = Letter.fix
-    """`fix`: blanks and tabs inside a sequence are removed, and numbers that stand alone between them."""
+    """`fix`: blanks and tabs inside a sequence are removed, and numbers at the ends of its blocks."""
     unknown: Unknown = Unknown.replace
     """Anything outside `ACDEFGHIKLMNPQRSTVWY` and `XBUZO`: `replace` by X, `skip` the record, or `fail` the file."""
 
@@ -194,7 +194,7 @@ class Config:
     include: list[Include] = field(default_factory=lambda: [Include.mean])
     """Representations to write for each protein and layer."""
     truncation_seq_length: int | None = 1022
-    """Residues that one forward sees of a protein; null: all of them."""
+    """Residues that one forward sees of a protein; null: all of them, of at most 1,000,000 letters."""
     long: Long = Long.truncate
     """What becomes of a protein of more residues than that."""
     window_overlap: int = 256
@@ -203,7 +203,7 @@ class Config:
     special_tokens: SpecialTokens = SpecialTokens.skip
     """Records with a special token such as `<mask>`; `mask` embeds fair-esm's mask token as fair-esm does."""
     chains: Chains = Chains.skip
-    """Records of several chains; `split` makes each chain a protein, with its place behind the record's id."""
+    """Records of several chains; `split` makes each a protein, named by the record's id and its place."""
     header_encoding: HeaderEncoding = HeaderEncoding.auto
     """`auto`: a header that is not UTF-8 is read as Latin-1, and listed."""
     dedupe: bool = True

@@ -30,7 +30,8 @@ SPECIAL_TOKEN = re.compile(
 _NAMED_TOKEN = re.compile(r"<(?:cls|pad|eos|bos|unk|mask|sep|null_\d)>|\[(?:cls|pad|eos|bos|unk|mask|sep)\]")
 _MASK_TOKEN = re.compile(r"<\s*m\s*a\s*s\s*k\s*>", re.IGNORECASE)
 _CHAIN_SEPARATOR = re.compile(r"[:/|]")
-_POSITION = re.compile(r"(?<!\S)[0-9]+(?!\S)")
+_POSITION = re.compile(r"(?<!\S)[0-9]+|[0-9]+(?!\S)")
+_TERMINATOR = re.compile(r"(?<!\S)//\s*$")  # as GenBank ends a record
 _LOWER = b"abcdefghijklmnopqrstuvwxyz"
 _NO_LETTERS = bytes(set(range(256)) - set(_LOWER + _LOWER.upper() + MASK))
 _NEUTRAL = b" \t\n\r\x0b\x0c.*-"
@@ -70,6 +71,7 @@ def make_proteins(header: str, letters: str, record_number: int, config: Config)
                 Protein(name, header, residues, is_unnamed=not words, is_nucleotide=is_nucleotide(residues))
             ]
     place = f"record {record_number} ({name})"
+    letters = _TERMINATOR.sub("", letters)
     try:
         letters, skipped = _mask_tokens(letters.replace(MASK.decode(), "?"), config.special_tokens)
         skipped = skipped or _not_a_protein(letters, config.residues)

@@ -35,7 +35,7 @@ _BRACKETED = re.compile(r"<[^<>]*>")  # such as <mask>
 _OPEN_BRACKET = re.compile(r"<\s*[A-Za-z_0-9]{0,6}$")  # a token that goes on in the next line
 _BLANK = re.compile(r"\s")
 _LETTERS = string.ascii_letters.encode()
-_PIR_HEADER = re.compile(r">(?:P1|F1|D1|DL|DC|RL|RC|N1|N3|XX);(.*)", re.DOTALL)
+_PIR_HEADER = re.compile(r">(?:P1|F1|D1|DL|DC|RL|RC|N1|N3|XX);(.*)", re.DOTALL | re.IGNORECASE)
 _PIR_ANNOTATION = re.compile(r"[A-Z];")
 
 
@@ -186,7 +186,7 @@ class _Lines:
                 line = self._within_limit(line, length, line_number)
                 if not line:
                     continue
-            begins_apart = is_after_digit or line[0] in string.digits
+            begins_apart = is_after_digit or line[0] in string.digits or line == "//"
             is_after_digit = line[-1] in string.digits
             line = ("\n" if begins_apart else "") + _BLANK.sub("\t", line)
             if pir is None:

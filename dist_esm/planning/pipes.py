@@ -83,6 +83,10 @@ def _spool(config: Config, is_main: bool) -> dict[str, Path]:
             continue
         if item in spooled or name in {path.name for path in spooled.values()}:
             raise ValueError(f"input={item} is a pipe and is named twice: it can be read once")
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            raise ValueError(
+                f"input={item} was read before torchrun restarted the ranks: write it to a file first"
+            )
         copy = _folder(config.output_dir) / uuid.uuid4().hex / name
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +95,8 @@ def _spool(config: Config, is_main: bool) -> dict[str, Path]:
                 shutil.copyfileobj(source, target, 1 << 20)
         except OSError as error:
             raise ValueError(f"input={item} cannot be copied to {copy} ({error.strerror})") from None
+        if not copy.stat().st_size:
+            raise ValueError(f"input={item} is empty: did the command that should fill the pipe fail?")
         spooled[item] = copy
     return spooled
 

@@ -98,6 +98,9 @@ def test_blanks_are_removed_and_counted_as_fair_esm_and_biopython_do(tmp_path):
         ("1 MKTAYIAKQR 11 QISFVKSHFS 21 RQ", "MKTAYIAKQRQISFVKSHFSRQ", 5),
         ("MKTAYIAKQR 10\nQISFVKSHFS 20\nRQ 22", "MKTAYIAKQRQISFVKSHFSRQ", 6),
         ("MKTAYIAKQR\t10\r\n20\nQISFVKSHFS", "MKTAYIAKQRQISFVKSHFS", 4),
+        ("1MKTAYIAKQR 11QISFVKSHFS\nRQ22", "MKTAYIAKQRQISFVKSHFSRQ", 5),
+        ("1. MKTAYIAKQR\n11. QISFVKSHFS\n//", "MKTAYIAKQRQISFVKSHFS", 3),
+        ("  1 mktayiakqr\n//\n", "MKTAYIAKQR", 1),
         ("   10        20\nMKTAYIAKQRQISFVKSHFS", "MKTAYIAKQRQISFVKSHFS", 4),
         ("MKTAY\u00a0IAKQR\u2003QIS\x0bFVK\x0cSHFS", "MKTAYIAKQRQISFVKSHFS", 0),
     ],
@@ -805,6 +808,16 @@ def test_devices_are_refused(tmp_path, device):
     assert "standard input is a device" in result.stderr
 
 
+def test_a_pipe_that_gives_nothing_or_was_read_already_is_refused(tmp_path):
+    result = cli("input=-", tmp_path=tmp_path, input="")
+    assert "input=- is empty: did the command that should fill the pipe fail?" in result.stderr
+    assert result.returncode == 1
+    line = command(None, MODEL, "model.weights=random", f"output_dir={tmp_path / 'out'}", "input=-")
+    again = environment(TORCHELASTIC_RESTART_COUNT="1")
+    result = subprocess.run(line, input=">a\nMK\n", text=True, capture_output=True, check=False, env=again)
+    assert "input=- was read before torchrun restarted the ranks" in result.stderr
+
+
 def test_a_pipe_named_twice_is_refused(tmp_path):
-    result = cli("input=[-,/dev/stdin]", tmp_path=tmp_path, stdin=subprocess.PIPE)
+    result = cli("input=[-,/dev/stdin]", tmp_path=tmp_path, input=">a\nMK\n")
     assert "is a pipe and is named twice" in result.stderr

@@ -106,6 +106,8 @@ def modelled(record: Record, number: int, policy: Policy, width: int) -> list[tu
     """
     name = record.header.split()[0] if record.header.split() else f"unnamed_{number}"
     lines = [record.letters[i : i + width].strip() for i in range(0, len(record.letters), width)]
+    while lines and lines[-1] in ("", "//"):
+        lines.pop()
     text = "".join(lines).replace("\n", "")
     if tokens := tokens_in(text):
         named = sorted(token for token in tokens if token[1:-1] in TOKEN_NAMES)
@@ -141,7 +143,7 @@ def put_right(letters: list[str], policy: ResidueConfig) -> tuple[list[str], str
         return [], "empty sequence"
     words = re.split(r"(\s+)", "".join(letters))
     if policy.blanks is Letter.fix:
-        words = [word for word in words if not word.isspace() and not re.fullmatch("[0-9]+", word)]
+        words = [word.strip("0123456789") for word in words if not word.isspace()]
     letters = list("".join(words).replace("\n", ""))
     if policy.lower_case is Letter.fix:
         letters = [letter.upper() if "a" <= letter <= "z" else letter for letter in letters]
