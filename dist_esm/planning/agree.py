@@ -8,6 +8,7 @@ every rank makes the same plan of them, and digests of the plans are compared be
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 
@@ -15,11 +16,14 @@ from dist_esm.attempt import as_value
 from dist_esm.config import Config
 from dist_esm.distributed import World
 from dist_esm.fasta.blocks import Digests, raw_blocks, text_digest, whole_file
+from dist_esm.fasta.parser import look_at_first_records
 from dist_esm.outputs.in_hand import Deaths
 from dist_esm.outputs.journal import Entry, is_intact
 from dist_esm.planning.assign import assign_to_bins
 from dist_esm.planning.units import CountedSlice, Plan, count_slice, cut_files, make_plan, make_units
 from dist_esm.types import Count, FastaFile, JoinedFile, Slice, Tally, Unit, UnitResult
+
+log = logging.getLogger("dist_esm")
 
 
 def agree_on_plan(
@@ -49,10 +53,21 @@ def agree_on_plan(
     RefusedError
         If ranks see different inputs.
     """
-    units = count_units(config, files, world)
+    units, remarks = count_units(config, files, world)
+    if world.is_main:
+        for file, remark in remarks.items():
+            log.warning("%s %s", files[file].path, remark)
     done, joined = find_done(config, files, units, entries, world)
     plan = make_plan(
-        files, units, world.world_size, config.assign_by, config.model.embed_dim, done, joined, deaths
+        files,
+        units,
+        world.world_size,
+        config.assign_by,
+        config.model.embed_dim,
+        done,
+        joined,
+        deaths,
+        remarks,
     )
     seen = world.exchange(
         f"{plan.digest()} ({len(plan.files)} files, {sum(file.num_bytes for file in plan.files)} bytes)"
@@ -67,15 +82,27 @@ def agree_on_plan(
     return plan
 
 
-def count_units(config: Config, files: Sequence[FastaFile], world: World) -> list[Unit]:
-    """Cut the files into units and count what is in each; every rank counts its share of the bytes."""
+def count_units(
+    config: Config, files: Sequence[FastaFile], world: World
+) -> tuple[list[Unit], dict[int, str]]:
+    """Cut the files into units and count what is in each; every rank counts its share of the bytes.
+
+    Returns
+    -------
+    list of Unit
+        Of all files, in their order.
+    dict of int to str
+        By file, what a person should know of it before it is embedded.
+    """
     slices = cut_files(files, config.unit_share)
     sizes = [(slice_.stop or files[file].num_bytes) - slice_.start for file, slice_, _ in slices]
     keys = [(str(files[file].path), index) for index, (file, _, _) in enumerate(slices)]
     cut_into_slices = {file for file, slice_, _ in slices if slice_.stop is not None}
-    own = []
+    own, own_remarks = [], {}
     for index in sorted(assign_to_bins(sizes, keys, world.world_size)[world.rank]):
         file, slice_, unreadable = slices[index]
+        if slice_.start == 0 and (remark := look_at_first_records(slice_, config)):
+            own_remarks[file] = remark
         counted = [(slice_, Count())]
         if unreadable is None:
             counted, unreadable = count_slice(
@@ -88,16 +115,15 @@ def count_units(config: Config, files: Sequence[FastaFile], world: World) -> lis
             (index, part.start, part.stop, part.seek, list(astuple(count)), unreadable)
             for part, count in counted
         ]
-    everything = sorted(
-        (item for text in world.exchange(json.dumps(own)) for item in json.loads(text)),
-        key=lambda item: item[:2],
-    )
+    told = [json.loads(text) for text in world.exchange(json.dumps([own, list(own_remarks.items())]))]
+    everything = sorted((item for items, _ in told for item in items), key=lambda item: item[:2])
+    remarks = {file: remark for _, pairs in told for file, remark in pairs}
     merged: list[CountedSlice] = []
     for index, start, stop, seek, counts, unreadable in everything:
         file, slice_, _ = slices[index]
-        part = Slice(slice_.path, start, stop, (seek[0], seek[1]), slice_.is_gzip)
+        part = Slice(slice_.path, start, stop, (seek[0], seek[1]), slice_.compression)
         merged.append((file, part, Count(*counts), unreadable))
-    return make_units(merged, config.max_proteins_per_output)
+    return make_units(merged, config.max_proteins_per_output), dict(sorted(remarks.items()))
 
 
 def find_done(
