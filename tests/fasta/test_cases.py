@@ -40,22 +40,24 @@ from dist_esm.fair_esm import fair_esm_tokens
 from dist_esm.fasta.blocks import whole_file
 from dist_esm.fasta.formats import is_readable
 from dist_esm.fasta.letters import SPECIAL_TOKEN, is_nucleotide, make_proteins
-from dist_esm.types import MASK
 from dist_esm.fasta.parser import look_at_first_records
 from dist_esm.fasta.segments import Span, make_segments
 from dist_esm.fasta.tokens import tokenize
-from dist_esm.model.engine import make_engine
+from dist_esm.model.engine import build_engine
 from dist_esm.model.kernels.choose import choose_kernels
-from dist_esm.planning import units as plan
+from dist_esm.planning import units
 from dist_esm.planning.inputs import search_inputs
-from dist_esm.types import Pack
-from standin import embed_directory, expected
-from test_intake import block_gzip, check, embed_one, failure_of, sequence, write
+from dist_esm.types import MASK, Pack
+from helpers.checkpoints import A8M, fair_esm_model, random_state
+from helpers.command import MODEL, command, environment, read_report, run_ranks
+from helpers.compare import relative_error
+from helpers.fasta import block_gzip, random_sequence, write
+from helpers.intake import check_output, embed_beside_good, failure_of
+from helpers.standin import embed_directory, expected
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
 TWO = [("p1", "MKTAYIAKQR"), ("p2", "GAVLIPFMW")]
 TWO_TEXT = (CASES / "two.faa").read_bytes()
-MODEL = "model=esm2_t6_8M_UR50D"
 
 
 def skipped(done) -> dict[str, int]:
@@ -66,11 +68,11 @@ def skipped(done) -> dict[str, int]:
 
 
 def test_blanks_are_removed_and_counted_as_fair_esm_and_biopython_do(tmp_path):
-    done = embed_one(tmp_path, (CASES / "blanks.fa").read_bytes())
+    done = embed_beside_good(tmp_path, (CASES / "blanks.fa").read_bytes())
     right = [
         (record.id, str(record.seq).replace(" ", "")) for record in SeqIO.parse(CASES / "blanks.fa", "fasta")
     ]
-    check(done.load("a_ESM"), right)
+    check_output(done.load("a_ESM"), right)
     assert [len(residues) for _, residues in right] == [20, 10, 20, 10]
     assert done.report.records["changed"]["blanks_removed"] == 10
     convert = Alphabet.from_architecture("ESM-1b").get_batch_converter()
@@ -97,16 +99,16 @@ def test_blanks_are_removed_and_counted_as_fair_esm_and_biopython_do(tmp_path):
     ],
 )
 def test_numbers_of_blocks_go_with_the_blanks(tmp_path, text, residues, digits):
-    done = embed_one(tmp_path, f">a\n{text}\n>b\nMKV\n")
-    check(done.load("a_ESM"), [("a", residues), ("b", "MKV")])
+    done = embed_beside_good(tmp_path, f">a\n{text}\n>b\nMKV\n")
+    check_output(done.load("a_ESM"), [("a", residues), ("b", "MKV")])
     assert done.report.records["changed"]["digits_removed"] == digits
     assert done.report.records["changed"]["replaced"] == 0
 
 
 def test_blanks_and_numbers_are_unknown_letters_if_one_wants_that(tmp_path):
     policy = ResidueConfig(blanks=Letter.unknown)
-    done = embed_one(tmp_path, ">a\n1 MK TV\n  AC\t\n2\n", residues=policy)
-    check(done.load("a_ESM"), [("a", "XXMKXTVACX")])
+    done = embed_beside_good(tmp_path, ">a\n1 MK TV\n  AC\t\n2\n", residues=policy)
+    check_output(done.load("a_ESM"), [("a", "XXMKXTVACX")])
     assert done.report.records["replaced_letters"] == {"\t": 2, "1": 1, "2": 1}
     (note,) = done.notes("a_ESM")
     assert note["replaced_letters"] == r"\t:2 1:1 2:1"
@@ -124,13 +126,13 @@ def test_the_specials_known_here_are_all_of_fair_esms():
 
 def test_tokens_are_skipped_with_their_name_failed_or_the_mask_embedded(tmp_path):
     content = (CASES / "tokens.fa").read_bytes()
-    done = embed_one(tmp_path / "skip", content)
-    check(done.load("a_ESM"), [("x", "KAXISQ")])
+    done = embed_beside_good(tmp_path / "skip", content)
+    check_output(done.load("a_ESM"), [("x", "KAXISQ")])
     assert skipped(done) == {"special token <mask>": 1, "special token <cls>": 1}
     assert "record 1 (m) has a special token <mask>" in failure_of(
         tmp_path / "fail", content, special_tokens=SpecialTokens.fail
     )
-    done = embed_one(tmp_path / "mask", content, special_tokens=SpecialTokens.mask)
+    done = embed_beside_good(tmp_path / "mask", content, special_tokens=SpecialTokens.mask)
     assert done.load("a_ESM")["proteins"] == ["m", "x"]
     assert np.array_equal(
         done.load("a_ESM")["data"][0].numpy(), expected(["K", "A", "<mask>", "I", "S", "Q"]).mean
@@ -210,8 +212,8 @@ def test_masked_tokens_on_a_gpu_are_fair_esms_in_any_company(dtype, checkpoint_8
     device = torch.device("cuda", 0)
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     kernels = choose_kernels(Attention.auto, LinearKind.auto, device, precision, A8M.head_dim)
-    engine = make_engine(config, device, precision, kernels)
-    texts = [b"KA" + MASK + b"ISQ", MASK * 7 + b"MKV", sequence(80).encode(), b"MKV" * 30 + MASK]
+    engine = build_engine(config, device, precision, kernels)
+    texts = [b"KA" + MASK + b"ISQ", MASK * 7 + b"MKV", random_sequence(80).encode(), b"MKV" * 30 + MASK]
     segments = [make_segments(i, text, [Span(0, len(text), 0, len(text))])[0] for i, text in enumerate(texts)]
     alone = [engine.run(Pack((segment,)))[0] for segment in segments]
     together = engine.run(Pack(tuple(reversed(segments))))[::-1]
@@ -231,10 +233,10 @@ CHAINS = ">a one\nMKV:LAG\n>b\nMKV/LAG\n>c\nMK|LA|V*\n>d\nMKVXLAG\n>e\nMKV/\n>\n
 
 
 def test_chains_are_no_protein_together_and_each_is_one_if_one_wants_that(tmp_path):
-    done = embed_one(tmp_path / "skip", CHAINS)
-    check(done.load("a_ESM"), [("d", "MKVXLAG")])
+    done = embed_beside_good(tmp_path / "skip", CHAINS)
+    check_output(done.load("a_ESM"), [("d", "MKVXLAG")])
     assert skipped(done) == {"chain separators": 5}
-    done = embed_one(tmp_path / "split", CHAINS, chains=Chains.split)
+    done = embed_beside_good(tmp_path / "split", CHAINS, chains=Chains.split)
     right = [
         ("a_1", "MKV"),
         ("a_2", "LAG"),
@@ -245,7 +247,7 @@ def test_chains_are_no_protein_together_and_each_is_one_if_one_wants_that(tmp_pa
         ("c_3", "V"),
     ]
     right += [("d", "MKVXLAG"), ("e", "MKV"), ("unnamed_6_1", "AC"), ("unnamed_6_2", "DE")]
-    check(done.load("a_ESM"), right)
+    check_output(done.load("a_ESM"), right)
     assert done.load("a_ESM")["headers"][:2] == ["a one", "a one"]
     assert done.report.records["in"] == done.report.records["ok"] == 12
     assert done.report.records["more_chains"] == 5
@@ -254,19 +256,21 @@ def test_chains_are_no_protein_together_and_each_is_one_if_one_wants_that(tmp_pa
 @pytest.mark.parametrize("share", [1.0, 0.2, 0.02])
 @pytest.mark.parametrize("most", [3, 7, 1000])
 def test_chains_go_where_their_record_goes_however_the_file_is_cut(tmp_path, monkeypatch, share, most):
-    monkeypatch.setattr(plan, "MIN_UNIT_BYTES", 60)
-    records = [(f"r{i}", [sequence(5 + i % 7, i + k) for k in range(1 + i % 4)]) for i in range(50)]
+    monkeypatch.setattr(units, "MIN_UNIT_BYTES", 60)
+    records = [(f"r{i}", [random_sequence(5 + i % 7, i + k) for k in range(1 + i % 4)]) for i in range(50)]
     text = "".join(f">{name}\n{':'.join(chains)}\n" for name, chains in records)
     right = [
         (f"{name}_{k + 1}" if len(chains) > 1 else name, chain)
         for name, chains in records
         for k, chain in enumerate(chains)
     ]
-    done = embed_one(tmp_path, text, chains=Chains.split, unit_share=share, max_proteins_per_output=most)
+    done = embed_beside_good(
+        tmp_path, text, chains=Chains.split, unit_share=share, max_proteins_per_output=most
+    )
     found = []
     for output in [output for output in done.outputs() if output.startswith("a_ESM")]:
         content = done.load(output)
-        check(content, right[len(found) : len(found) + len(content["proteins"])])
+        check_output(content, right[len(found) : len(found) + len(content["proteins"])])
         found += content["proteins"]
     assert found == [name for name, _ in right]
     assert done.report.records["in"] == len(right) + 1
@@ -287,8 +291,8 @@ def test_chains_go_where_their_record_goes_however_the_file_is_cut(tmp_path, mon
     ],
 )
 def test_a_record_that_is_mostly_no_residues_is_skipped_with_the_reason(tmp_path, text):
-    done = embed_one(tmp_path / "1", f">q scores\n{text}\n>b\nMKV\n")
-    check(done.load("a_ESM"), [("b", "MKV")])
+    done = embed_beside_good(tmp_path / "1", f">q scores\n{text}\n>b\nMKV\n")
+    check_output(done.load("a_ESM"), [("b", "MKV")])
     assert skipped(done) == {"mostly no residues": 1}
     assert [note["note"] for note in done.notes("a_ESM")] == ["mostly no residues"]
     message = failure_of(
@@ -298,8 +302,8 @@ def test_a_record_that_is_mostly_no_residues_is_skipped_with_the_reason(tmp_path
 
 
 def test_gaps_masked_residues_and_unusual_letters_are_residues_enough(tmp_path):
-    done = embed_one(tmp_path, ">a\n-----M-K.......-*\n>b\nXXXXXXXXXX\n>c\nJJJ\n>d\nM??\n>e\nMK??\n")
-    check(done.load("a_ESM"), [("a", "MK"), ("b", "X" * 10), ("c", "XXX"), ("e", "MKXX")])
+    done = embed_beside_good(tmp_path, ">a\n-----M-K.......-*\n>b\nXXXXXXXXXX\n>c\nJJJ\n>d\nM??\n>e\nMK??\n")
+    check_output(done.load("a_ESM"), [("a", "MK"), ("b", "X" * 10), ("c", "XXX"), ("e", "MKXX")])
     assert done.report.records["replaced_letters"] == {"J": 3, "?": 2}
 
 
@@ -334,8 +338,8 @@ def test_verify_reads_the_inputs_under_the_same_policy(tmp_path):
 
 
 def test_pir_is_read_as_pir(tmp_path):
-    done = embed_one(tmp_path, (CASES / "toy_pir.fa").read_bytes())
-    check(done.load("a_ESM"), [("TOY1", "MKTAYIAKQRQISFVKSHFSRQ"), ("TOY2", "GAVLIPFMW")])
+    done = embed_beside_good(tmp_path, (CASES / "toy_pir.fa").read_bytes())
+    check_output(done.load("a_ESM"), [("TOY1", "MKTAYIAKQRQISFVKSHFSRQ"), ("TOY2", "GAVLIPFMW")])
     assert done.load("a_ESM")["headers"] == ["TOY1 Toy alpha chain - Imaginary virus", "TOY2 Toy beta chain"]
 
 
@@ -370,17 +374,19 @@ MKV
 
 @pytest.mark.parametrize("share", [1.0, 0.01])
 def test_pir_in_all_its_forms_cut_or_not(tmp_path, monkeypatch, share):
-    monkeypatch.setattr(plan, "MIN_UNIT_BYTES", 30)
-    done = embed_one(tmp_path, PIR, unit_share=share)
+    monkeypatch.setattr(units, "MIN_UNIT_BYTES", 30)
+    done = embed_beside_good(tmp_path, PIR, unit_share=share)
     right = [("FRAG", "MKTAY"), ("1abc", "GAVLIPFMW"), ("P1;plain", "MKVLAGGG"), ("P1;stop", "MKVLAG")]
-    check(done.load("a_ESM"), [*right, ("lower", "MKTAYI"), ("LAST", "MKV")])
+    check_output(done.load("a_ESM"), [*right, ("lower", "MKTAYI"), ("LAST", "MKV")])
     assert skipped(done) == {"chain separators": 1}
     assert done.report.records["in"] == 8
 
 
 def test_letters_behind_the_end_of_a_pir_sequence_are_not_dropped_in_silence(tmp_path):
-    done = embed_one(tmp_path, ">P1;A\nsome protein\nMKV*\nLAG\n>P1;B\nother protein\nMKV*LAG\n>c\nMK\n")
-    check(done.load("a_ESM"), [("c", "MK")])
+    done = embed_beside_good(
+        tmp_path, ">P1;A\nsome protein\nMKV*\nLAG\n>P1;B\nother protein\nMKV*LAG\n>c\nMK\n"
+    )
+    check_output(done.load("a_ESM"), [("c", "MK")])
     assert skipped(done) == {"text behind the end of a PIR sequence": 2}
 
 
@@ -391,9 +397,10 @@ def test_dna_is_warned_of_once_for_a_file_and_embedded(tmp_path, caplog):
     contigs = (CASES / "contigs.fa").read_bytes()
     write(tmp_path / "in" / "contigs.fa", contigs)
     write(
-        tmp_path / "in" / "rna.fa", ">r\n" + "ACGUUGCANN" * 9 + "\n>p\n" + sequence(60) + "\n>q\nACGTACGTAC\n"
+        tmp_path / "in" / "rna.fa",
+        ">r\n" + "ACGUUGCANN" * 9 + "\n>p\n" + random_sequence(60) + "\n>q\nACGTACGTAC\n",
     )
-    write(tmp_path / "in" / "good.fa", ">p\n" + sequence(60) + "\n>q\nACGTACGTAC\n>short\nGATTACA\n")
+    write(tmp_path / "in" / "good.fa", ">p\n" + random_sequence(60) + "\n>q\nACGTACGTAC\n>short\nGATTACA\n")
     done = embed_directory(tmp_path / "in", tmp_path / "out")
     assert done.report.status == "complete"
     remarks = {Path(file.path).name: file.remarks for file in done.report.files}
@@ -402,8 +409,9 @@ def test_dna_is_warned_of_once_for_a_file_and_embedded(tmp_path, caplog):
         "good.fa": [],
         "rna.fa": ["looks like DNA: 2 of 3 records"],
     }
+    # The helper makes the plan, and the run makes it again: each warns once for a file.
     warned = [record.getMessage() for record in caplog.records]
-    assert [Path(line.split(" looks like DNA")[0]).name for line in warned] == ["contigs.fa", "rna.fa"]
+    assert [Path(line.split(" looks like DNA")[0]).name for line in warned] == ["contigs.fa", "rna.fa"] * 2
     assert set(done.plan.remarks) == {0, 2}
 
 
@@ -435,8 +443,8 @@ def test_what_looks_like_dna(letters, is_dna):
 
 def test_a_latin1_header_is_read_as_latin1_and_listed(tmp_path):
     content = (CASES / "latin1.fa").read_bytes()
-    done = embed_one(tmp_path / "auto", content)
-    check(done.load("a_ESM"), TWO)
+    done = embed_beside_good(tmp_path / "auto", content)
+    check_output(done.load("a_ESM"), TWO)
     assert done.load("a_ESM")["headers"] == [content.split(b"\n")[0][1:].decode("latin-1"), "p2"]
     assert done.report.records["latin1_headers"] == 1
     assert [(note["record"], note["note"]) for note in done.notes("a_ESM")] == [
@@ -454,16 +462,16 @@ def test_a_latin1_header_is_read_as_latin1_and_listed(tmp_path):
 @pytest.mark.parametrize("limit", [50, None])
 def test_a_record_of_any_length_is_truncated_or_refused_as_no_protein(tmp_path, long, limit):
     genome = ("ACGT" * 250 + "\n") * 1001
-    done = embed_one(
+    done = embed_beside_good(
         tmp_path, f">genome\n{genome}>b\nMKV\n", long=long, truncation_seq_length=limit, window_overlap=5
     )
     if limit is None or long in (Long.fail, Long.window):
         assert "reaches line 1002 has more than 1000000 letters" in done.failure("a.fasta")
     elif long is Long.skip:
-        check(done.load("a_ESM"), [("b", "MKV")])
+        check_output(done.load("a_ESM"), [("b", "MKV")])
         assert skipped(done) == {"too long": 1}
     else:
-        check(done.load("a_ESM"), [("genome", ("ACGT" * 13)[:50]), ("b", "MKV")])
+        check_output(done.load("a_ESM"), [("genome", ("ACGT" * 13)[:50]), ("b", "MKV")])
         assert [(note["id"], note["residues"], note["embedded"]) for note in done.notes("a_ESM")] == [
             ("genome", "1001000", "50")
         ]
@@ -497,17 +505,17 @@ def zipped(content: io.BytesIO) -> None:
 
 @pytest.mark.parametrize("name", ["e.faa.bz2", "b.fa.gz", "x.fa"])
 def test_bz2_and_xz_are_read_through_whatever_the_name(tmp_path, name):
-    done = embed_one(tmp_path, (CASES / name).read_bytes(), name)
+    done = embed_beside_good(tmp_path, (CASES / name).read_bytes(), name)
     content = done.load(f"{name.split('.')[0]}_ESM")
     if name == "x.fa":
         right = [
             tuple(record.split("\n", 1))
             for record in lzma.decompress((CASES / name).read_bytes()).decode().split(">")[1:]
         ]
-        check(content, [(header.split()[0], letters.replace("\n", "")) for header, letters in right])
+        check_output(content, [(header.split()[0], letters.replace("\n", "")) for header, letters in right])
         assert len(right) == 6000
     else:
-        check(content, TWO)
+        check_output(content, TWO)
 
 
 def test_zstd_is_read_through_or_named_with_a_remedy(tmp_path):
@@ -519,8 +527,8 @@ def test_zstd_is_read_through_or_named_with_a_remedy(tmp_path):
             ("b.fa.zst", content + content),
             ("c.fa", b"\x50\x2a\x4d\x18\x03\0\0\0abc" + content),
         ):
-            done = embed_one(tmp_path / name, data, name)
-            check(done.load(f"{name[0]}_ESM"), TWO * (2 if name == "b.fa.zst" else 1))
+            done = embed_beside_good(tmp_path / name, data, name)
+            check_output(done.load(f"{name[0]}_ESM"), TWO * (2 if name == "b.fa.zst" else 1))
         assert "truncated zstd" in failure_of(tmp_path / "cut", content[:-3], "a.fa")
         assert "truncated zstd" in failure_of(tmp_path / "kept", (CASES / "z.fa").read_bytes(), "a.fa")
     else:
@@ -532,10 +540,10 @@ def test_zstd_is_read_through_or_named_with_a_remedy(tmp_path):
 @pytest.mark.parametrize("compress", [bz2.compress, lzma.compress])
 def test_compressed_members_follow_each_other_and_damage_is_found(tmp_path, compress):
     name = "bz2" if compress is bz2.compress else "xz"
-    text = "".join(f">r{i}\n{sequence(50, i)}\n" for i in range(400)).encode()
-    right = [(f"r{i}", sequence(50, i)) for i in range(400)]
+    text = "".join(f">r{i}\n{random_sequence(50, i)}\n" for i in range(400)).encode()
+    right = [(f"r{i}", random_sequence(50, i)) for i in range(400)]
     packed = compress(text[:9000]) + compress(text[9000:])
-    check(embed_one(tmp_path / "1", packed).load("a_ESM"), right)
+    check_output(embed_beside_good(tmp_path / "1", packed).load("a_ESM"), right)
     assert f"truncated {name}: the file ends at byte {len(packed) - 5}" in failure_of(
         tmp_path / "2", packed[:-5]
     )
@@ -590,14 +598,14 @@ def test_compressed_members_follow_each_other_and_damage_is_found(tmp_path, comp
 )
 @pytest.mark.parametrize("share", [1.0, 0.01])
 def test_what_is_no_fasta_is_named_by_its_first_bytes(tmp_path, monkeypatch, content, words, share):
-    monkeypatch.setattr(plan, "MIN_UNIT_BYTES", 30)
+    monkeypatch.setattr(units, "MIN_UNIT_BYTES", 30)
     message = failure_of(tmp_path, content, "a.fa", unit_share=share)
     assert re.search(words.replace("(", r"\(").replace(")", r"\)"), message), message
 
 
 def test_block_gzip_cut_at_a_block_border_fails_as_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "MIN_UNIT_BYTES", 100)
-    text = "".join(f">r{i}\n{sequence(50, i)}\n" for i in range(60)).encode()
+    monkeypatch.setattr(units, "MIN_UNIT_BYTES", 100)
+    text = "".join(f">r{i}\n{random_sequence(50, i)}\n" for i in range(60)).encode()
     whole = block_gzip(text, 300)
     borders = [match.start() for match in re.finditer(re.escape(b"\x1f\x8b\x08\x04"), whole)]
     for border in (borders[1], borders[7], borders[-1]):
@@ -609,11 +617,11 @@ def test_block_gzip_cut_at_a_block_border_fails_as_cut_off(tmp_path, monkeypatch
     joined = whole + gzip.compress(b">last\nMKV\n")
     for name, content, more in (
         ("joined", joined, [("last", "MKV")]),
-        ("twice", whole + whole, [(f"r{i}", sequence(50, i)) for i in range(60)]),
+        ("twice", whole + whole, [(f"r{i}", random_sequence(50, i)) for i in range(60)]),
         ("padded", whole + bytes(100), []),
     ):
-        done = embed_one(tmp_path / name, content, "a.fa.gz")
-        check(done.load("a_ESM"), [*((f"r{i}", sequence(50, i)) for i in range(60)), *more])
+        done = embed_beside_good(tmp_path / name, content, "a.fa.gz")
+        check_output(done.load("a_ESM"), [*((f"r{i}", random_sequence(50, i)) for i in range(60)), *more])
 
 
 # What a search finds.
@@ -777,7 +785,7 @@ def test_pipes_are_read_once_and_embedded_as_the_file_would_be(tmp_path, how):
 
 @pytest.mark.distributed
 def test_ranks_share_what_one_of_them_read_from_standard_input(tmp_path):
-    text = "".join(f">r{i}\n{sequence(30, i)}\n" for i in range(50))
+    text = "".join(f">r{i}\n{random_sequence(30, i)}\n" for i in range(50))
     line = command(
         2, MODEL, "model.weights=random", "device=cpu", f"output_dir={tmp_path / 'out'}", "input=-"
     )

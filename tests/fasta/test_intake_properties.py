@@ -520,7 +520,7 @@ KEPT: dict[str, list[tuple[str, str]] | str] = {
     "block_size_0.fasta.gz": EIGHT,
     "last_crc.fasta.gz": "damaged gzip at or before byte 243 of the file: .*(CRC check failed|checksum)",
     "last_text_size.fasta.gz": r"damaged gzip",
-    "without_end_mark.fasta.gz": "truncated gzip: this is block-gzip \\(BGZF\\), and its end block is missing",
+    "without_end_mark.fasta.gz": r"truncated gzip: this is block-gzip \(BGZF\), and its end block is missing",
     "header_only.fasta.gz": "truncated gzip: the file ends at byte 5,",
     "rubbish_after.fasta.gz": "damaged gzip at or before byte 33 of the file: Not a gzipped file",
     "zeros_after.fasta.gz": [("a", "MK")],

@@ -14,9 +14,9 @@ from esm.data import Alphabet
 
 import dist_esm.fasta
 from dist_esm.fasta.letters import RESIDUES
-from dist_esm.types import MASK
 from dist_esm.fasta.tokens import token_table
 from dist_esm.planning import assign, inputs
+from dist_esm.types import MASK
 
 READ = """
 import importlib, json, sys
