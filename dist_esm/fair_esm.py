@@ -12,7 +12,7 @@ from esm.data import Alphabet
 from esm.model.esm2 import ESM2
 from torch import Tensor, nn
 
-from dist_esm.fasta.letters import MASK
+from dist_esm.types import MASK
 
 ALPHABET = Alphabet.from_architecture("ESM-1b")
 _convert = ALPHABET.get_batch_converter()

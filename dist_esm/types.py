@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 T = TypeVar("T")
 Compression = Literal["gzip", "bz2", "xz", "zstd"]
 """What a file may be compressed with."""
+MASK = b"\x1a"
+"""The byte that stands for fair-esm's mask token among residues, under ``special_tokens=mask``."""
 
 
 class WorkerStatus(Enum):

@@ -12,12 +12,10 @@ from collections import Counter
 
 from dist_esm.config import Chains, Config, Letter, ResidueConfig, SpecialTokens, Unknown
 from dist_esm.fasta.blocks import FastaError
-from dist_esm.types import NO_CHANGES, Changes, Protein
+from dist_esm.types import MASK, NO_CHANGES, Changes, Protein
 
 RESIDUES = b"ACDEFGHIKLMNPQRSTVWYXBUZO"
 """The letters that a protein may have once the residue policy has been applied."""
-MASK = b"\x1a"
-"""The byte that stands for fair-esm's mask token among them, under ``special_tokens=mask``."""
 NUCLEOTIDES = b"ACGTUN"
 FEWEST_NUCLEOTIDES = 8
 """Shorter records may be of these letters by chance."""

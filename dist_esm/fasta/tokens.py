@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_esm.fasta.letters import MASK, RESIDUES
+from dist_esm.fasta.letters import RESIDUES
+from dist_esm.types import MASK
 
 _UINT8 = np.dtype(np.uint8)
 

@@ -49,7 +49,7 @@ from dist_esm.config import (
 from dist_esm.fair_esm import fair_esm_tokens
 from dist_esm.fasta.blocks import whole_file
 from dist_esm.fasta.formats import is_readable
-from dist_esm.fasta.letters import MASK, SPECIAL_TOKEN, is_nucleotide, make_proteins
+from dist_esm.fasta.letters import SPECIAL_TOKEN, is_nucleotide, make_proteins
 from dist_esm.fasta.parser import look_at_first_records
 from dist_esm.fasta.segments import Span, make_segments
 from dist_esm.fasta.tokens import tokenize
@@ -57,7 +57,7 @@ from dist_esm.model.engine import make_engine
 from dist_esm.model.kernels.choose import choose_kernels
 from dist_esm.planning import units as plan
 from dist_esm.planning.inputs import search_inputs
-from dist_esm.types import Pack
+from dist_esm.types import MASK, Pack
 from standin import embed_directory, expected
 from test_intake import block_gzip, check, embed_one, failure_of, sequence, write
 

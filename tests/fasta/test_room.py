@@ -13,9 +13,10 @@ import pytest
 from esm.data import Alphabet
 
 import dist_esm.fasta
-from dist_esm.fasta.letters import MASK, RESIDUES
+from dist_esm.fasta.letters import RESIDUES
 from dist_esm.fasta.tokens import token_table
 from dist_esm.planning import assign, inputs
+from dist_esm.types import MASK
 
 READ = """
 import importlib, json, sys
