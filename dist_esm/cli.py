@@ -54,9 +54,25 @@ options:
                  'defaults: [config, _self_]'
 """
 HELP_GROUPS = {
-    "input and outputs": ("input", "output_dir", "format", "save_dtype", "include", "repr_layers"),
+    "input and outputs": (
+        "input",
+        "header_encoding",
+        "output_dir",
+        "format",
+        "save_dtype",
+        "include",
+        "repr_layers",
+    ),
     "model and device": ("model", "dtype", "device", "attention", "linear", "toks_per_batch"),
-    "proteins": ("truncation_seq_length", "long", "window_overlap", "residues", "dedupe"),
+    "proteins": (
+        "truncation_seq_length",
+        "long",
+        "window_overlap",
+        "residues",
+        "special_tokens",
+        "chains",
+        "dedupe",
+    ),
     "the run": (
         "job",
         "resume",

@@ -121,6 +121,28 @@ class Unknown(Enum):
     fail = "fail"
 
 
+class SpecialTokens(Enum):
+    """Policy for records with a special token such as `<mask>`: skip them, fail the file, or embed masks."""
+
+    skip = "skip"
+    fail = "fail"
+    mask = "mask"
+
+
+class Chains(Enum):
+    """Policy for records of several chains, separated by `:`, `/` or `|`: skip them, or embed each chain."""
+
+    skip = "skip"
+    split = "split"
+
+
+class HeaderEncoding(Enum):
+    """How headers are read: as UTF-8 and those that are not as Latin-1, or as UTF-8 alone."""
+
+    auto = "auto"
+    utf8 = "utf8"
+
+
 @dataclass
 class ModelConfig:
     """One ESM-2; ``conf/model`` has a file for each."""
@@ -149,6 +171,8 @@ class ResidueConfig:
     """fix: `*` at the end of a sequence (Prodigal) is removed."""
     gaps: Letter = Letter.fix
     """fix: `-` and `.` are removed."""
+    blanks: Letter = Letter.fix
+    """fix: blanks and tabs inside a sequence are removed, and numbers at the ends of its blocks."""
     unknown: Unknown = Unknown.replace
     """Letters other than ACDEFGHIKLMNPQRSTVWYXBUZO: replace each by X, skip the record, or fail the file."""
 
@@ -180,7 +204,7 @@ class Config:
     include: list[Include] = field(default_factory=lambda: [Include.mean])
     """Representations to write for each protein and layer."""
     truncation_seq_length: int | None = 1022
-    """Residues that one forward sees of a protein; null: all of them."""
+    """Residues that one forward sees of a protein; null: all of them, of at most 1,000,000 letters."""
     long: Long = Long.truncate
     """What becomes of a longer protein: its first residues are embedded (truncate), it is skipped, its file
     fails, or all of it is embedded in overlapping windows, each residue where it is most central (window)."""
@@ -188,6 +212,14 @@ class Config:
     """Residues that neighbouring windows share under long=window."""
     residues: ResidueConfig = field(default_factory=ResidueConfig)
     """Policies for letters that are no residues."""
+    special_tokens: SpecialTokens = SpecialTokens.skip
+    """Records with a special token such as <mask> are skipped, or fail their file; mask embeds fair-esm's
+    mask token as fair-esm does."""
+    chains: Chains = Chains.skip
+    """Records of several chains (separated by : / or |) are skipped; split makes each chain a protein, named
+    by the record's id and the chain's place."""
+    header_encoding: HeaderEncoding = HeaderEncoding.auto
+    """A header that is not UTF-8 is read as Latin-1, and listed (auto), or its file fails (utf8)."""
     dedupe: bool = True
     """Embed identical sequences once per rank and give every id its copy."""
     toks_per_batch: int | None = None

@@ -22,7 +22,7 @@ from dist_esm.config import (
     choice,
     model_config,
 )
-from dist_esm.fasta.letters import make_protein
+from dist_esm.fasta.letters import make_proteins
 from dist_esm.fasta.segments import apply_length_policy, make_segments, num_embedded
 from dist_esm.model.checkpoints.locate import fetch
 from dist_esm.model.engine import build_engine
@@ -120,8 +120,9 @@ class Embedder:
         Parameters
         ----------
         sequences
-            Letters; put right as the command line does by default: upper-cased, no gaps and trailing stops,
-            X for each unknown letter.
+            Letters; put right as the command line does by default: upper-cased, no blanks, gaps and trailing
+            stops, X for each unknown letter. Special tokens such as `<mask>` and several chains in one are
+            refused.
         include
             `mean` over residues, `bos`, or `per_tok`.
 
@@ -132,7 +133,8 @@ class Embedder:
         Raises
         ------
         ValueError
-            If a sequence is empty or left out by the policy for long ones; the message has its place.
+            If a sequence is empty or left out by the policies for letters and lengths; the message has its
+            place.
         """
         if isinstance(sequences, str):
             raise ValueError("sequences is one string: pass a list of sequences")
@@ -142,10 +144,8 @@ class Embedder:
         segments: dict[int, list[SegmentEmbedding | None]] = {}
         lengths: list[int] = []
         for place, letters in enumerate(sequences):
-            protein, _, spans = apply_length_policy(
-                make_protein(f"sequence_{place}", "".join(letters.split()), place + 1, self.config.residues),
-                self.config,
-            )
+            (protein,) = make_proteins(f"sequence_{place}", letters, place + 1, self.config)
+            protein, _, spans = apply_length_policy(protein, self.config)
             if protein.skipped is not None:
                 raise ValueError(f"sequence {place} is left out: {protein.skipped}")
             lengths.append(num_embedded(spans))

@@ -12,6 +12,8 @@ from esm.data import Alphabet
 from esm.model.esm2 import ESM2
 from torch import Tensor, nn
 
+from dist_esm.types import MASK
+
 ALPHABET = Alphabet.from_architecture("ESM-1b")
 _convert = ALPHABET.get_batch_converter()
 
@@ -24,7 +26,7 @@ def fair_esm_tokens(residues: bytes) -> Tensor:
     int64 Tensor, shape (1, residues + 2)
         BOS, one token for each residue, EOS.
     """
-    tokens = _convert([("protein", residues.decode("ascii"))])[2]
+    tokens = _convert([("protein", residues.decode("ascii").replace(MASK.decode(), "<mask>"))])[2]
     assert isinstance(tokens, Tensor)
     return tokens
 

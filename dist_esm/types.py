@@ -12,12 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.config import Include
+
+Compression = Literal["gzip", "bz2", "xz", "zstd"]
+"""What a file may be compressed with."""
+MASK = b"\x1a"
+"""The byte that stands for fair-esm's mask token among residues, under ``special_tokens=mask``."""
 
 
 class WorkerStatus(Enum):
@@ -51,6 +56,15 @@ class FastaFile:
     mtime_ns: int
     source: str = ""
     """Its path relative to the common root of the inputs, as outputs name it."""
+    problem: str | None = None
+    """Why it cannot be read, if that is known already."""
+    copy: Path | None = None
+    """The file that it was copied to, if it is a pipe or standard input."""
+
+    @property
+    def location(self) -> Path:
+        """Where its bytes are."""
+        return self.copy or self.path
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,7 @@ class Slice:
     stop: int | None = None
     """None: to the end."""
     seek: tuple[int, int] = (0, 0)
-    is_gzip: bool = False
+    compression: Compression | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,8 @@ class Changes(NamedTuple):
     stops_removed: int = 0
     gaps_removed: int = 0
     replaced: int = 0
+    blanks_removed: int = 0
+    digits_removed: int = 0
 
     def __bool__(self) -> bool:
         return any(self)
@@ -130,8 +146,7 @@ class Changes(NamedTuple):
 NO_CHANGES = Changes()
 
 
-@dataclass(frozen=True)
-class Protein:
+class Protein(NamedTuple):
     """One FASTA record after the residue policy, or the reason why it has none."""
 
     id: str
@@ -143,6 +158,21 @@ class Protein:
     """The record had no id and was given one."""
     skipped: str | None = None
     """Why the record gets no embedding."""
+    replaced_letters: tuple[tuple[str, int], ...] = ()
+    """Letters that X was put in place of, and how often."""
+    num_unread: int = 0
+    """Letters of the record behind `residues`, not looked at since truncation drops them."""
+    is_continued: bool = False
+    """It is a second or later chain of its record."""
+    is_nucleotide: bool = False
+    """It looks like DNA or RNA."""
+    is_latin1: bool = False
+    """Its header is not UTF-8 and was read as Latin-1."""
+
+    @property
+    def num_residues(self) -> int:
+        """Residues before truncation."""
+        return len(self.residues) + self.num_unread
 
 
 class Row(NamedTuple):
@@ -162,6 +192,8 @@ class Row(NamedTuple):
     stops_removed: int
     gaps_removed: int
     replaced: int
+    blanks_removed: int = 0
+    digits_removed: int = 0
 
 
 NOTE_COLUMNS = (
@@ -175,6 +207,9 @@ NOTE_COLUMNS = (
     "stops_removed",
     "gaps_removed",
     "replaced",
+    "blanks_removed",
+    "digits_removed",
+    "replaced_letters",
     "note",
 )
 """Columns of an output's ``.records.tsv``; ``record`` counts from 1."""
@@ -261,6 +296,19 @@ class Failure:
         return cls(str(path), type(error).__name__, f"{protein}: {message}" if protein else message, rank)
 
 
+TALLIED = (
+    "residues",
+    "nucleotides",
+    "more_chains",
+    "latin1",
+    "duplicate_ids",
+    "unnamed",
+    "windows",
+    "deduplicated",
+)
+"""Fields of a `Tally` that are one number."""
+
+
 @dataclass
 class Tally:
     """Counts of records and residues, for one unit or for many."""
@@ -270,8 +318,16 @@ class Tally:
     """Reason to records."""
     changed: dict[str, int] = field(default_factory=dict)
     """Kind of change to letters, and `records` to the records that had any."""
+    replaced: dict[str, int] = field(default_factory=dict)
+    """Letter to how often X was put in its place."""
     residues: int = 0
     """Residues that were embedded."""
+    nucleotides: int = 0
+    """Proteins with residues that look like DNA or RNA."""
+    more_chains: int = 0
+    """Proteins that are second or later chains of their record."""
+    latin1: int = 0
+    """Records whose header was read as Latin-1."""
     duplicate_ids: int = 0
     unnamed: int = 0
     windows: int = 0
@@ -284,10 +340,11 @@ class Tally:
             (self.outcomes, other.outcomes),
             (self.skipped, other.skipped),
             (self.changed, other.changed),
+            (self.replaced, other.replaced),
         ):
             for key, number in theirs.items():
                 mine[key] = mine.get(key, 0) + number
-        for name in ("residues", "duplicate_ids", "unnamed", "windows", "deduplicated"):
+        for name in TALLIED:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property

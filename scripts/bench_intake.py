@@ -169,11 +169,11 @@ def measure_read(path: str, reader: str, repeats: int) -> dict[str, Any]:
     (unit,) = plan.units
 
     def only_parse() -> int:
-        return sum(len(protein.residues) for protein in read_proteins(unit, config.residues))
+        return sum(len(protein.residues) for protein in read_proteins(unit, config))
 
     def by_hand() -> int:
         packer, num_tokens = Packer(TOKS_PER_BATCH), 0
-        for protein_index, protein in enumerate(read_proteins(unit, config.residues)):
+        for protein_index, protein in enumerate(read_proteins(unit, config)):
             segment = Segment(protein_index, 0, tokenize(protein.residues), (0, len(protein.residues)))
             num_tokens += sum(pack.num_tokens for pack in packer.add(segment))
         num_tokens += sum(pack.num_tokens for pack in packer.flush())

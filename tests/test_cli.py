@@ -103,6 +103,7 @@ def test_plain_values_are_what_was_given():
         "lower_case": "fix",
         "trailing_stop": "fix",
         "gaps": "unknown",
+        "blanks": "fix",
         "unknown": "replace",
     }
     assert values["selfcheck"] == {"proteins": 32, "min_cosine": None, "max_relative_error": None}

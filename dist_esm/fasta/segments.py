@@ -6,7 +6,6 @@ Files, notebooks and the checks of both cut proteins here, so that all of them s
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -44,7 +43,12 @@ def apply_length_policy(protein: Protein, config: Config) -> tuple[Protein, Reco
     """
     if protein.skipped is not None:
         return protein, RecordOutcome.skipped, []
-    num_residues, limit = len(protein.residues), config.truncation_seq_length
+    num_residues, limit = protein.num_residues, config.truncation_seq_length
+    if protein.num_unread and (limit is None or len(protein.residues) < limit):
+        raise FastaError(
+            f"{protein.id} has more letters than are looked at, and fewer than truncation_seq_length={limit} "
+            "residues among those: no protein, perhaps a genome"
+        )
     if limit is None or num_residues <= limit:
         return protein, RecordOutcome.ok, [Span(0, num_residues, 0, num_residues)]
     if config.long is Long.truncate:
@@ -54,7 +58,7 @@ def apply_length_policy(protein: Protein, config: Config) -> tuple[Protein, Reco
     if config.long is Long.fail:
         limit_in_words = f"{num_residues} residues, more than truncation_seq_length={limit}"
         raise FastaError(f"{protein.id} has {limit_in_words}: use long=truncate, skip or window")
-    return replace(protein, skipped="too long"), RecordOutcome.skipped, []
+    return protein._replace(skipped="too long"), RecordOutcome.skipped, []
 
 
 def windows(num_residues: int, width: int, overlap: int) -> list[Span]:

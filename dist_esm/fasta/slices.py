@@ -9,14 +9,12 @@ byte.
 from __future__ import annotations
 
 import re
-import struct
 from bisect import bisect_right
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
-from dist_esm.fasta.blocks import raw_blocks, text_blocks
+from dist_esm.fasta.blocks import bgzf_index, raw_blocks, text_blocks
 from dist_esm.types import Count, Slice
 
 _BORDER = re.compile(rb"[\r\n]>")
@@ -103,11 +101,16 @@ def cut_slice(slice_: Slice, num_bytes: int, num_slices: int) -> list[Slice]:
     Returns
     -------
     list of Slice
-        In order. Gzip that is not block-gzip is not cut.
+        In order. Of compressed files only block-gzip is cut.
     """
-    index = _bgzf_index(slice_.path) if slice_.is_gzip else None
-    if num_slices < 2 or (slice_.is_gzip and index is None):
+    if num_slices < 2 or slice_.compression not in (None, "gzip"):
         return [slice_]
+    index = None
+    if slice_.compression == "gzip":
+        with open(slice_.path, "rb") as file:
+            index = bgzf_index(file)
+        if index is None:
+            return [slice_]
     end = slice_.stop if slice_.stop is not None else (index[-1][1] if index else num_bytes)
     borders = [slice_.start]
     for index_of_cut in range(1, num_slices):
@@ -116,7 +119,7 @@ def cut_slice(slice_: Slice, num_bytes: int, num_slices: int) -> list[Slice]:
             borders.append(_next_record(slice_, target, end, index))
     borders = [border for border in borders if border < end] + [end]
     slices = [
-        Slice(slice_.path, start, stop, _entry(index, start), slice_.is_gzip)
+        Slice(slice_.path, start, stop, _entry(index, start), slice_.compression)
         for start, stop in pairwise(borders)
     ]
     return slices or [slice_]
@@ -133,33 +136,9 @@ def _next_record(slice_: Slice, target: int, end: int, index: list[tuple[int, in
     """Return the offset of the first record at or after a byte that is not a slice's first."""
     start = target - 1
     position, last = start, b""
-    for block in raw_blocks(Slice(slice_.path, start, end, _entry(index, start), slice_.is_gzip)):
+    for block in raw_blocks(Slice(slice_.path, start, end, _entry(index, start), slice_.compression)):
         if border := _BORDER.search(last + block):
             return position - len(last) + border.end() - 1
         position += len(block)
         last = block[-1:]
     return end
-
-
-def _bgzf_index(path: Path) -> list[tuple[int, int]] | None:
-    """Return (offset in the file, offset in the text) of each block of a block-gzip file, and of its end.
-
-    None if it is not block-gzip. Source: the SAM/BAM format specification, section 4.1.
-    """
-    entries = []
-    offset = text = 0
-    with open(path, "rb") as file:
-        while header := file.read(18):
-            if len(header) < 18 or header[:4] != b"\x1f\x8b\x08\x04" or header[12:16] != b"BC\x02\x00":
-                return None
-            entries.append((offset, text))
-            (size,) = struct.unpack("<H", header[16:18])
-            if size < len(header):
-                return None
-            file.seek(offset + size - 3)
-            tail = file.read(4)
-            if len(tail) < 4:
-                return None
-            offset += size + 1
-            text += struct.unpack("<I", tail)[0]
-    return [*entries, (offset, text)]

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.fasta.letters import RESIDUES
+from dist_esm.types import MASK
 
 _UINT8 = np.dtype(np.uint8)
 
@@ -22,7 +23,7 @@ class TokenTable(NamedTuple):
     """fair-esm's token of each residue letter, and its special tokens."""
 
     token_of_byte: bytes
-    """256 tokens, to be used with `bytes.translate`; `<unk>` for bytes outside `RESIDUES`."""
+    """256 tokens, to be used with `bytes.translate`; the mask token for `MASK`, else `<unk>`."""
     bos: int
     eos: int
     pad: int
@@ -39,6 +40,7 @@ def token_table() -> TokenTable:
     token_of_byte = bytearray([ALPHABET.unk_idx]) * 256
     for letter in RESIDUES:
         token_of_byte[letter] = ALPHABET.get_idx(chr(letter))
+    token_of_byte[ord(MASK)] = ALPHABET.mask_idx
     return TokenTable(
         bytes(token_of_byte),
         bos=ALPHABET.cls_idx,

@@ -31,6 +31,8 @@ from dist_esm.outputs.shards import join_shards
 from dist_esm.pipeline.worker import Destination, embed_units
 from dist_esm.planning.agree import agree_on_output_dir, agree_on_plan, results_in_journal
 from dist_esm.planning.claims import ClaimOrder
+from dist_esm.planning.inputs import Inputs
+from dist_esm.planning.pipes import remove_copies, remove_leftovers
 from dist_esm.planning.units import Plan
 from dist_esm.stop import Stop, stopping
 from dist_esm.types import (
@@ -78,11 +80,13 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
         If it is interrupted before it is known what there is to do.
     """
     clock = Clock()
-    files = world.all_or_none(find_inputs, config)
+    inputs = find_inputs(config, world)
     setup = choose_setup(config, world)
     with OutputDir.open(config, setup.settings, world) as out, stopping() as stop, world.watching(stop.set):
         agree_on_output_dir(out, world)
-        plan = agree_on_plan(config, files, out.entries, world, out.deaths)
+        if world.is_main:
+            remove_leftovers(config.output_dir, inputs.files)
+        plan = agree_on_plan(config, inputs.files, out.entries, world, out.deaths)
         world.all_or_none(out.record_inputs, plan.files)
         if world.is_main:
             write_running_report(plan, out, setup, config)
@@ -103,7 +107,7 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
                 ranks, joined = gather_what_is_left(mine, world), dict(plan.joined)
             if not world.is_main:
                 return int(stop.at_once)  # a rank that was interrupted alone must not look as if it were done
-            return conclude(plan, ranks, joined, config, setup, out, reason_of(stop, world), clock)
+            return conclude(plan, ranks, joined, config, setup, inputs, out, reason_of(stop, world), clock)
 
 
 class Clock:
@@ -355,6 +359,7 @@ def conclude(
     joined: Mapping[int, JoinedFile | Failure],
     config: Config,
     setup: Setup,
+    inputs: Inputs,
     out: OutputDir,
     reason: str | None,
     clock: Clock,
@@ -373,6 +378,8 @@ def conclude(
     acquit(out.path, (name_of(plan.files[unit.file], unit) for unit in finished))
     report = make_report(plan, ranks, joined, reason, now - clock.began, now - clock.loaded, others)
     fail_what_vanished(report, out.path)
+    remove_copies(inputs.files)
+    report.passed_over = inputs.report()
     describe_run(report, config, setup, out)
     try:
         # Where output_dir was removed under way, its report is written all the same.

@@ -38,7 +38,7 @@ from dist_esm.version import code_version
 FORMAT_VERSION = 2
 """Of report.json; reports without one are of version 1. Raise it when a key changes its meaning or goes."""
 MAX_SHOWN = 20
-"""Failures in the summary."""
+"""Failures, and files with warnings, in the summary."""
 OUTCOMES = ("ok", "truncated", "windowed", "skipped", "failed", "not_attempted")
 
 
@@ -60,6 +60,8 @@ class FileReport:
     resumed: bool
     """An earlier launch finished it."""
     tally: Tally
+    remarks: list[str]
+    """Things about its records that a person should look at."""
 
 
 @dataclass
@@ -87,6 +89,8 @@ class Report:
     pid: int = 0
     started: float = 0.0
     """Unix time."""
+    passed_over: dict[str, Any] = field(default_factory=dict)
+    """Files that a search for inputs saw and did not take: how many, by reason, and the first of them."""
 
     @property
     def exit_code(self) -> int:
@@ -162,15 +166,19 @@ def make_report(
             total.add(entry.tally)
             files.append(entry)
     records = {
-        "in": sum(unit.count.sequences for unit in plan.units),
+        "in": sum(unit.count.sequences for unit in plan.units) + total.more_chains,
         **total.outcomes,
         "not_attempted": num_not_attempted,
         "skipped_by_reason": total.skipped,
         "changed": total.changed,
+        "replaced_letters": total.replaced,
         "residues": total.residues,
         "duplicate_ids": total.duplicate_ids,
         "unnamed": total.unnamed,
         "windows": total.windows,
+        "more_chains": total.more_chains,
+        "latin1_headers": total.latin1,
+        "nucleotides": total.nucleotides,
         "deduplicated": total.deduplicated,
     }
     reason = reason or records_without_outcome(records, num_not_attempted)
@@ -222,7 +230,19 @@ def file_entry(
         units=len(results),
         resumed=is_resumed,
         tally=tally,
+        remarks=remarks_on(tally),
     )
+
+
+def remarks_on(tally: Tally) -> list[str]:
+    """Return what a person should look at in a file: text that is probably no protein."""
+    num_embedded = tally.sequences - tally.outcomes.get("skipped", 0)
+    remarks = []
+    if 2 * tally.nucleotides > num_embedded:
+        remarks.append(f"looks like DNA: {tally.nucleotides:,} of {num_embedded:,} records")
+    if tally.latin1:
+        remarks.append(f"headers read as Latin-1, not UTF-8: {tally.latin1:,}")
+    return remarks
 
 
 def fail_what_vanished(report: Report, output_dir: Path) -> None:
@@ -238,6 +258,8 @@ def fail_what_vanished(report: Report, output_dir: Path) -> None:
                 report.records[outcome] -= num_records
             report.records["failed"] += entry.tally.sequences
             report.records["residues"] -= entry.tally.residues
+            report.records["in"] -= entry.tally.more_chains
+            report.records["failed"] -= entry.tally.more_chains
             report.status = "partial" if report.status == "complete" else report.status
 
 
@@ -309,10 +331,38 @@ def write_json(report: Report, output_dir: Path, scratch: Path | None) -> None:
     for entry in content["files"]:
         tally = entry.pop("tally")
         entry["records"] = tally["outcomes"]
-        for key in ("skipped", "changed", "duplicate_ids", "unnamed", "windows", "deduplicated"):
+        for key in (
+            "skipped",
+            "changed",
+            "replaced",
+            "duplicate_ids",
+            "unnamed",
+            "windows",
+            "deduplicated",
+        ):
             entry[key] = tally[key]
     with atomically(output_dir / "report.json", scratch) as beside:
         beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def lines_on_letters(report: Report) -> list[str]:
+    """What the summary says of letters, of skipped records, and of files that a person should look at."""
+    lines = []
+    records = report.records
+    if changed := {what: number for what, number in records["changed"].items() if what != "records"}:
+        what_changed = ", ".join(f"{number} {what}" for what, number in changed.items() if number)
+        lines.append(f"letters changed in {records['changed']['records']} proteins: {what_changed}")
+    if skipped := records["skipped_by_reason"]:
+        lines.append("skipped: " + ", ".join(f"{count} {reason}" for reason, count in skipped.items()))
+    remarked = [entry for entry in report.files if entry.remarks]
+    lines += [
+        f"warning: {entry.path}: {remark}" for entry in remarked[:MAX_SHOWN] for remark in entry.remarks
+    ]
+    if len(remarked) > MAX_SHOWN:
+        lines.append(f"and {len(remarked) - MAX_SHOWN} more files with warnings, all in report.json")
+    if report.passed_over.get("files"):
+        lines.append(f"passed over while searching: {report.passed_over['files']}, listed in report.json")
+    return lines
 
 
 def summary(report: Report, output_dir: Path) -> str:
@@ -335,9 +385,7 @@ def summary(report: Report, output_dir: Path) -> str:
             f"identical sequences: {records['deduplicated']} proteins took the embedding of one "
             "already computed"
         )
-    if changed := {what: number for what, number in records["changed"].items() if what != "records"}:
-        what_changed = ", ".join(f"{number} {what}" for what, number in changed.items())
-        lines.append(f"letters changed in {records['changed']['records']} proteins: {what_changed}")
+    lines += lines_on_letters(report)
     for rank in report.ranks:
         split = f", {rank['split_packs']} packs split" if rank["split_packs"] else ""
         who = f"rank {rank['rank']} ({rank['device']}): {rank['status']}, {rank['sequences']} proteins"

@@ -20,27 +20,43 @@ from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, 
 from dist_esm.model.weights import WeightsId, architecture, check_weights, complete
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.output_dir import make_output_dir
-from dist_esm.planning.inputs import find_files, refuse_nested
-from dist_esm.types import FastaFile
+from dist_esm.planning.inputs import Inputs, refuse_nested, search_inputs
+from dist_esm.planning.pipes import spool_pipes
 from dist_esm.version import code_version
 
 log = logging.getLogger("dist_esm")
 P = ParamSpec("P")
 T = TypeVar("T")
+KEYS_OF_CONTENT = (
+    "format",
+    "include",
+    "window_overlap",
+    "residues",
+    "special_tokens",
+    "chains",
+    "header_encoding",
+    "max_proteins_per_output",
+)
+"""Keys that decide the content of an output, beside those that its numbers depend on."""
 
 
-def find_inputs(config: Config) -> list[FastaFile]:
-    """Find the input files.
+def find_inputs(config: Config, world: World) -> Inputs:
+    """Find the input files on every rank.
+
+    Rank 0 copies the pipes among them, and says what a search passed over.
 
     Raises
     ------
-    ValueError
-        If an input is not there, or two outputs would get into each other's way.
+    RefusedError
+        On every rank, if an input cannot be taken, or two outputs would get into each other's way.
     """
-    files = find_files(config.input_list())
+    spooled = spool_pipes(config, world)
+    inputs = world.all_or_none(search_inputs, config.input_list(), spooled, config.output_dir)
     if FORMATS[config.format.name].is_folder:
-        refuse_nested(files)
-    return files
+        world.all_or_none(refuse_nested, inputs.files)
+    if world.is_main and (summary := inputs.summary()):
+        log.warning("%s", summary)
+    return inputs
 
 
 @dataclass(frozen=True)
@@ -147,8 +163,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """Return all that decides the content of an output; a resume refuses to mix two of these."""
     values = plain_values(config)
-    keys = ("format", "include", "window_overlap", "residues", "max_proteins_per_output")
-    settings = {**numbers, **{key: values[key] for key in keys}}
+    settings = {**numbers, **{key: values[key] for key in KEYS_OF_CONTENT}}
     if device.type == "cuda":  # the rows of a pack choose the matrix kernels, and these the bits
         settings["toks_per_batch"] = config.toks_per_batch or default_toks_per_batch(
             "cuda", config.model.embed_dim

@@ -33,7 +33,8 @@ from dist_esm.outputs.format_version import read_json
 from dist_esm.outputs.load import EmbeddingSet, load
 from dist_esm.outputs.output_dir import inside
 from dist_esm.planning.assign import assign_to_bins
-from dist_esm.planning.inputs import find_files
+from dist_esm.planning.inputs import search_inputs
+from dist_esm.planning.pipes import remove_copies, spool_pipes
 from dist_esm.types import Count, FastaFile, Unit
 
 log = logging.getLogger("dist_esm")
@@ -80,7 +81,8 @@ def verify(config: Config, world: World) -> int:
     RefusedError
         On every rank, if there is nothing to check.
     """
-    files = world.all_or_none(find_files, config.input_list())
+    spooled = spool_pipes(config, world)
+    files = world.all_or_none(search_inputs, config.input_list(), spooled).files
     work = world.all_or_none(read_work, config)
     world.start_process_group(torch.device("cpu"))
     bins = assign_to_bins(
@@ -101,6 +103,7 @@ def verify(config: Config, world: World) -> int:
         findings += [Finding(str(file.path), problem) for problem in problems]
         num_proteins += finished.num_sequences
     shares = world.all_gather((findings, num_proteins), Finding)
+    remove_copies(files)
     if not world.is_main:
         return 0
     everything = sorted(
@@ -272,9 +275,9 @@ def check_file(file: FastaFile, finished: FinishedFile, settings: Config) -> Ite
 def expected_records(file: FastaFile, settings: Config, tee: Tee) -> tuple[list[str], list[int]]:
     """Return ids and embedded residues of the records of a file that get an embedding, in order; its text
     goes to `tee`."""
-    unit = Unit(0, 0, whole_file(file.path), Count(), Count(), is_whole=True)
+    unit = Unit(0, 0, whole_file(file.location), Count(), Count(), is_whole=True)
     ids, lengths = [], []
-    for protein in read_proteins(unit, settings.residues, tee):
+    for protein in read_proteins(unit, settings, tee):
         shaped, _, spans = apply_length_policy(protein, settings)
         if spans:
             ids.append(shaped.id)

@@ -232,11 +232,13 @@ class Engine:
         if self.is_abandoned:
             raise CancelledError
         tokens, positions, bounds = lay_out(segments, num_rows)
+        kept = token_dropout(segments, tokens)
         hidden = self.model(
             torch.from_numpy(tokens),
             torch.from_numpy(positions),
             Seqlens.of(bounds, self.model.device),
             self.layers,
+            None if kept is None else torch.from_numpy(kept).to(self.model.device),
         )
         return pool(hidden, bounds, [segment.keep for segment in segments], self._rows_dtype)
 
@@ -258,7 +260,14 @@ class Engine:
         tiles_C, bos_B, starts_B, stops_B, tokens_T, positions_T = torch.split(
             on_device, [len(part) for part in parts]
         )
-        hidden = self.model(tokens_T, positions_T, Seqlens(bounds, tiles_C.view(tiles_C3.shape)), self.layers)
+        kept = token_dropout(segments, tokens)
+        hidden = self.model(
+            tokens_T,
+            positions_T,
+            Seqlens(bounds, tiles_C.view(tiles_C3.shape)),
+            self.layers,
+            None if kept is None else torch.from_numpy(kept).to(self.model.device),
+        )
         pooled = GpuPool(
             hidden,
             bos_B,
@@ -314,6 +323,30 @@ def lay_out(segments: Sequence[Segment], num_rows: int) -> tuple[np.ndarray, np.
     tokens[:num_tokens] = np.concatenate([segment.tokens for segment in segments])
     positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
     return tokens, positions, bounds.tolist()
+
+
+def token_dropout(segments: Sequence[Segment], tokens: np.ndarray) -> np.ndarray | None:
+    """Return by what fair-esm divides the embedding of each token where tokens of a sequence are masked.
+
+    In a segment of L tokens, of which m are masked, this is 1 - m / L. A mask's own embedding is dropped:
+    infinity. It depends on the segment alone, and is 1 for those without a mask, which changes no bit of
+    them.
+
+    Returns
+    -------
+    float32 array, shape (T,); None if no token is masked, which is nearly always so
+    """
+    is_mask = tokens == token_table().mask
+    if not is_mask.any():
+        return None
+    kept = np.ones(len(tokens), dtype=np.float32)
+    first = 0
+    for segment in segments:
+        after = first + len(segment.tokens)
+        kept[first:after] -= np.float32(is_mask[first:after].sum()) / np.float32(after - first)
+        first = after
+    kept[is_mask] = np.inf
+    return kept
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A pack is whole proteins laid end to end, so there is no padding to multiply. This module leaves out what
 embeddings do not need: the LM head, the contact head, and the layers after the last one wanted. It keeps
-exactly: the token-dropout factor (1 - 0.15 * 0.8 on the embeddings, since no token is masked), rotary
+exactly: the token-dropout factor (1 - 0.15 * 0.8 on the embeddings, and more where tokens are masked), rotary
 positions that start at 0 in each protein with the checkpoint's own ``inv_freq``, erf GELU, pre-norm blocks,
 and the final LayerNorm on the last layer alone.
 
@@ -119,7 +119,12 @@ class ESM2(nn.Module):
         return self.layers[0].qkv.weight.dtype  # type: ignore[return-value, union-attr]
 
     def forward(
-        self, tokens_T: Tensor, positions_T: Tensor, seqlens: Seqlens, repr_layers: Collection[int]
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        seqlens: Seqlens,
+        repr_layers: Collection[int],
+        kept_T: Tensor | None = None,
     ) -> dict[int, Tensor]:
         """Compute the hidden states of a pack.
 
@@ -133,6 +138,8 @@ class ESM2(nn.Module):
             Where the proteins begin and end.
         repr_layers
             Layers to return: 0 is the embedding, and the model's last layer carries the final LayerNorm.
+        kept_T : fp32 Tensor, shape (T,)
+            By what each token's embedding is divided, see `engine.token_dropout`; None: no token is masked.
 
         Returns
         -------
@@ -145,11 +152,13 @@ class ESM2(nn.Module):
             self.arch.attention_heads,
             self.dtype,
         )
-        x_TD = F.embedding(tokens_T, self.stream_table)
+        x_TD = drop_tokens(F.embedding(tokens_T, self.stream_table), kept_T)
         rotary = ops.rotary(positions_T, self.inv_freq)
         last = max(repr_layers)
         layers = cast(list[Layer], list(self.layers))
-        hidden = {0: F.embedding(tokens_T, self.embed_tokens.weight)} if 0 in repr_layers else {}
+        hidden = {}
+        if 0 in repr_layers:
+            hidden[0] = drop_tokens(F.embedding(tokens_T, self.embed_tokens.weight), kept_T)
         h_TD = ops.norm(x_TD, layers[0].attention_norm, dtype)
         for depth, layer in enumerate(layers[:last], start=1):
             a_TNH = attend(*ops.qkv(h_TD, layer.qkv, rotary, heads), seqlens)
@@ -163,3 +172,8 @@ class ESM2(nn.Module):
                     else ops.from_stream(x_TD)
                 )
         return hidden
+
+
+def drop_tokens(x_TD: Tensor, kept_T: Tensor | None) -> Tensor:
+    """Return embeddings as fair-esm's token dropout has them: none of a mask, more of all others."""
+    return x_TD if kept_T is None else (x_TD / kept_T[:, None]).to(x_TD.dtype)

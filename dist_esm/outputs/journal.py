@@ -188,6 +188,9 @@ def _decode(text: bytes, path: Path) -> Entry:
     content.pop("format", None)
     if version == 1:
         content |= _missing_in_version_1(content)
+    if version < 3 and isinstance(content.get("tally"), dict):
+        not_counted = {"replaced": {}, "nucleotides": 0, "more_chains": 0, "latin1": 0}
+        content["tally"] = not_counted | content["tally"]
     check_fields(Entry, content, path)
     check_fields(Tally, content["tally"], path)
     if not all(type(content[name]) is list and content[name] for name in ("slices", "digests", "written")):

@@ -12,6 +12,11 @@ def count_record(record: RecordRead, tally: Tally) -> None:
     tally.outcomes[record.outcome.name] = tally.outcomes.get(record.outcome.name, 0) + 1
     tally.residues += record.num_embedded
     tally.unnamed += protein.is_unnamed
+    tally.nucleotides += protein.is_nucleotide and protein.skipped is None
+    tally.more_chains += protein.is_continued
+    tally.latin1 += protein.is_latin1
+    for letter, times in protein.replaced_letters:
+        tally.replaced[letter] = tally.replaced.get(letter, 0) + times
     if record.outcome is RecordOutcome.windowed:
         tally.windows += record.num_segments
     if protein.skipped:
@@ -38,18 +43,27 @@ def tsv_line(record: RecordRead, place: int) -> str | None:
         came.
     """
     protein = record.protein
-    if record.outcome is RecordOutcome.ok and not protein.changes and not protein.is_unnamed:
+    remarks = [protein.skipped or ""]
+    remarks += ["no id in the header"] * protein.is_unnamed + ["header read as Latin-1"] * protein.is_latin1
+    remark = "; ".join(filter(None, remarks))
+    if record.outcome is RecordOutcome.ok and not protein.changes and not remark:
         return None
-    remark = protein.skipped or ("no id in the header" if protein.is_unnamed else "")
+    replaced = " ".join(f"{visible(letter)}:{times}" for letter, times in protein.replaced_letters)
     windows = record.num_segments if record.outcome is RecordOutcome.windowed else 0
     columns = (
         place,
         protein.id,
         record.outcome.name,
-        len(protein.residues),
+        protein.num_residues,
         record.num_embedded,
         windows,
         *protein.changes,
+        replaced,
         remark,
     )
     return "\t".join(map(str, columns))
+
+
+def visible(letter: str) -> str:
+    """Return a letter as it can stand in a table: blanks and what is not printable are escaped."""
+    return letter if letter.isprintable() and letter != " " else ascii(letter)[1:-1].replace(" ", r"\x20")

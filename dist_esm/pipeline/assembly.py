@@ -217,7 +217,7 @@ class Assembly:
             return
         self._places[record.protein_index] = self._place(record, builder)
         protein = record.protein
-        lengths = len(protein.residues), record.num_embedded
+        lengths = protein.num_residues, record.num_embedded
         builder.rows.append(
             Row(protein.id, protein.header, number - 1, *lengths, record.outcome.name, *protein.changes)
         )
@@ -241,6 +241,8 @@ class Assembly:
 
     def _builder_for(self, state: UnitInProgress, record: RecordRead) -> OutputBuilder:
         """The output that the next record belongs to; a part that is full is closed."""
+        if record.protein.is_continued:  # a chain goes where the first one of its record went
+            return state.builders[-1]
         part, index = 0, state.num_records
         if state.unit.first_part is not None:
             part, index = divmod(state.num_records, self.settings.max_proteins_per_output)

@@ -179,10 +179,10 @@ class Reader(Service):
         unit_name = name_of(self._files[unit.file], unit)
         is_told_apart = is_alone and unit.count.sequences <= MAX_TOLD_APART
         text_digest = hashlib.sha256()
-        for protein in read_proteins(unit, self._config.residues, text_digest.update):
+        for protein in read_proteins(unit, self._config, text_digest.update):
             if self._is_over:
                 return None
-            num_records += 1
+            num_records += not protein.is_continued
             for segment in self._announce(key, protein):
                 self._in_hand.announce(segment.protein, unit_name, protein.id)
                 for pack in [Pack((segment,))] if is_told_apart else self._packer.add(segment):
@@ -192,7 +192,7 @@ class Reader(Service):
                 self._flush_packs()
                 self._num_held = 0
         file = self._files[unit.file]
-        stat = os.stat(file.path)
+        stat = os.stat(file.location)
         is_same = (stat.st_size, stat.st_mtime_ns) == (file.num_bytes, file.mtime_ns)
         if num_records != unit.count.sequences or not is_same:
             raise FastaError("the file was changed while the run was under way: start the run again")

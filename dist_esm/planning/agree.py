@@ -8,6 +8,7 @@ every rank makes the same plan of them, and digests of the plans are compared be
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 
@@ -15,12 +16,15 @@ from dist_esm.attempt import as_value
 from dist_esm.config import Config
 from dist_esm.distributed import RefusedError, World
 from dist_esm.fasta.blocks import Digests, raw_blocks, text_digest, whole_file
+from dist_esm.fasta.parser import look_at_first_records
 from dist_esm.outputs.in_hand import Deaths
 from dist_esm.outputs.journal import Entry, is_intact
 from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.planning.assign import assign_to_bins
 from dist_esm.planning.units import CountedSlice, Plan, count_slice, cut_files, make_plan, make_units
 from dist_esm.types import Count, FastaFile, JoinedFile, Slice, Tally, Unit, UnitResult
+
+log = logging.getLogger("dist_esm")
 
 SAME_FILES = "give all ranks the same files, and wait until a file system that lags shows them"
 
@@ -54,10 +58,21 @@ def agree_on_plan(
     """
     agree_on_inputs(files, world)
     agree_on_journal(entries, world)
-    units = count_units(config, files, world)
+    units, remarks = count_units(config, files, world)
+    if world.is_main:
+        for file, remark in remarks.items():
+            log.warning("%s %s", files[file].path, remark)
     done, joined = find_done(config, files, units, entries, world)
     plan = make_plan(
-        files, units, world.world_size, config.assign_by, config.model.embed_dim, done, joined, deaths
+        files,
+        units,
+        world.world_size,
+        config.assign_by,
+        config.model.embed_dim,
+        done,
+        joined,
+        deaths,
+        remarks,
     )
     # Files of the same sizes, of which ranks read other text, are cut or counted otherwise.
     (main, plan_of_main), *others = world.exchange_by_name(plan.digest())
@@ -141,15 +156,27 @@ def agree_on_output_dir(out: OutputDir, world: World) -> None:
         )
 
 
-def count_units(config: Config, files: Sequence[FastaFile], world: World) -> list[Unit]:
-    """Cut the files into units and count what is in each; every rank counts its share of the bytes."""
+def count_units(
+    config: Config, files: Sequence[FastaFile], world: World
+) -> tuple[list[Unit], dict[int, str]]:
+    """Cut the files into units and count what is in each; every rank counts its share of the bytes.
+
+    Returns
+    -------
+    list of Unit
+        Of all files, in their order.
+    dict of int to str
+        By file, what a person should know of it before it is embedded.
+    """
     slices = cut_files(files, config.unit_share)
     sizes = [(slice_.stop or files[file].num_bytes) - slice_.start for file, slice_, _ in slices]
     keys = [(str(files[file].path), index) for index, (file, _, _) in enumerate(slices)]
     cut_into_slices = {file for file, slice_, _ in slices if slice_.stop is not None}
-    own = []
+    own, own_remarks = [], {}
     for index in sorted(assign_to_bins(sizes, keys, world.world_size)[world.rank]):
         file, slice_, unreadable = slices[index]
+        if slice_.start == 0 and (remark := look_at_first_records(slice_, config)):
+            own_remarks[file] = remark
         counted = [(slice_, Count())]
         if unreadable is None:
             counted, unreadable = count_slice(
@@ -162,16 +189,15 @@ def count_units(config: Config, files: Sequence[FastaFile], world: World) -> lis
             (index, part.start, part.stop, part.seek, list(astuple(count)), unreadable)
             for part, count in counted
         ]
-    everything = sorted(
-        (item for share in world.all_gather(own) for item in share),
-        key=lambda item: item[:2],
-    )
+    told = world.all_gather([own, list(own_remarks.items())])
+    everything = sorted((item for items, _ in told for item in items), key=lambda item: item[:2])
+    remarks = {file: remark for _, pairs in told for file, remark in pairs}
     merged: list[CountedSlice] = []
     for index, start, stop, seek, counts, unreadable in everything:
         file, slice_, _ = slices[index]
-        part = Slice(slice_.path, start, stop, (seek[0], seek[1]), slice_.is_gzip)
+        part = Slice(slice_.path, start, stop, (seek[0], seek[1]), slice_.compression)
         merged.append((file, part, Count(*counts), unreadable))
-    return make_units(merged, config.max_proteins_per_output)
+    return make_units(merged, config.max_proteins_per_output), dict(sorted(remarks.items()))
 
 
 def find_done(

@@ -45,6 +45,8 @@ class Plan:
     """Units that may have killed a process: they are in no bin, and run last, one at a time."""
     quarantined: tuple[UnitFailure, ...] = ()
     """Units that killed a process while they alone were in hand: they do not run."""
+    remarks: Mapping[int, str] = field(default_factory=dict)
+    """By file, what a person should know of it before it is embedded."""
 
     def digest(self) -> str:
         """Return a fingerprint of files, units and bins."""
@@ -93,9 +95,12 @@ def cut_files(files: Sequence[FastaFile], unit_share: float) -> list[tuple[int, 
     unit_bytes = unit_size(sum(file.num_bytes for file in files), unit_share)
     slices: list[tuple[int, Slice, str | None]] = []
     for index, file in enumerate(files):
+        if file.problem is not None:
+            slices.append((index, Slice(file.path), file.problem))
+            continue
         try:
-            num_slices = math.ceil(file.num_bytes / unit_bytes)
-            file_slices = cut_slice(whole_file(file.path), file.num_bytes, num_slices)
+            num_slices = math.ceil(file.num_bytes / unit_bytes) if file.copy is None else 1
+            file_slices = cut_slice(whole_file(file.location), file.num_bytes, num_slices)
             slices.extend((index, slice_, None) for slice_ in file_slices)
         except (OSError, FastaError) as error:
             slices.append((index, Slice(file.path), reason(error)))
@@ -173,6 +178,7 @@ def make_plan(
     done: Sequence[UnitResult] = (),
     joined: Mapping[int, JoinedFile] | None = None,
     deaths: Mapping[str, Deaths] | None = None,
+    remarks: Mapping[int, str] | None = None,
 ) -> Plan:
     """Assign the units that are not done to ranks, but for those whose processes died before."""
     finished = {(result.file, result.ordinal) for result in done}
@@ -185,7 +191,15 @@ def make_plan(
     assigned = assign_to_bins([costs[index] for index in free], keys, num_workers)
     bins = tuple(tuple(free[item] for item in own) for own in assigned)
     return Plan(
-        tuple(files), tuple(units), bins, tuple(done), joined or {}, tuple(costs), suspects, quarantined
+        tuple(files),
+        tuple(units),
+        bins,
+        tuple(done),
+        joined or {},
+        tuple(costs),
+        suspects,
+        quarantined,
+        remarks or {},
     )
 
 

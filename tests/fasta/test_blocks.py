@@ -81,9 +81,12 @@ def test_a_line_longer_than_a_block_and_one_of_many_blocks_are_read_whole(tmp_pa
         (ZIPPED[:2], "truncated gzip: the file ends at byte 2,"),
         (
             ZIPPED[:-8] + b"\0\0\0\0" + ZIPPED[-4:],
-            rf"damaged gzip at or before byte {len(ZIPPED)} of the file: CRC",
+            rf"damaged gzip at or before byte {len(ZIPPED)} of the file: .*(CRC|checksum)",
         ),
-        (ZIPPED[:-4] + b"\0\0\0\0", rf"damaged gzip at or before byte {len(ZIPPED)} of the file: .*length"),
+        (
+            ZIPPED[:-4] + b"\0\0\0\0",
+            rf"damaged gzip at or before byte {len(ZIPPED)} of the file: .*(length|checksum)",
+        ),
         (ZIPPED[:300] + b"\xff" * 20 + ZIPPED[320:], r"(damaged|truncated) gzip"),
         (ZIPPED + b"rubbish", "damaged gzip at or before .*Not a gzipped file"),
     ],

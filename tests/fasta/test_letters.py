@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from dist_esm.config import Letter, ResidueConfig, Unknown
-from helpers.intake import check_output, embed_beside_good
+from dist_esm.config import Letter, ResidueConfig, SpecialTokens, Unknown
+from helpers.intake import check_output, embed_beside_good, failure_of
 from helpers.standin import ALL_KINDS, Embedded
 
 
@@ -17,20 +17,25 @@ def changes_of(done: Embedded) -> dict[str, int]:
 
 def test_by_default_letters_are_put_right_and_every_change_is_counted(tmp_path):
     done = embed_beside_good(
-        tmp_path, ">a\nmkVl*\n>b\nM-K..V\n>c\nM*KJ?1 V\n>d\nMKV\n>e\nmk-*j**\n", include=ALL_KINDS
+        tmp_path,
+        ">a\nmkVl*\n>b\nM-K..V\n>c\nM*KJ?1 V\n>d\nMKV\n>e\nmk-*j**\n>f\nM KV\t 12\n13 L\n",
+        include=ALL_KINDS,
     )
     check_output(
         done.load("a_ESM"),
-        [("a", "MKVL"), ("b", "MKV"), ("c", "MXKXXXXV"), ("d", "MKV"), ("e", "MKXX")],
+        [("a", "MKVL"), ("b", "MKV"), ("c", "MXKXXV"), ("d", "MKV"), ("e", "MKXX"), ("f", "MKVL")],
         has_all_kinds=True,
     )
     assert changes_of(done) == {
         "upper_cased": 3 + 3,
         "stops_removed": 1 + 2,
         "gaps_removed": 3 + 1,
-        "replaced": 5 + 2,
-        "records": 4,
+        "replaced": 3 + 2,
+        "blanks_removed": 1 + 4,
+        "digits_removed": 1 + 4,
+        "records": 5,
     }
+    assert done.report.records["replaced_letters"] == {"*": 1 + 1, "J": 1 + 1, "?": 1}
     keys = (
         "record",
         "id",
@@ -40,12 +45,16 @@ def test_by_default_letters_are_put_right_and_every_change_is_counted(tmp_path):
         "stops_removed",
         "gaps_removed",
         "replaced",
+        "blanks_removed",
+        "digits_removed",
+        "replaced_letters",
     )
     assert [tuple(note[key] for key in keys) for note in done.notes("a_ESM")] == [
-        ("1", "a", "4", "4", "3", "1", "0", "0"),
-        ("2", "b", "3", "3", "0", "0", "3", "0"),
-        ("3", "c", "8", "8", "0", "0", "0", "5"),
-        ("5", "e", "4", "4", "3", "2", "1", "2"),
+        ("1", "a", "4", "4", "3", "1", "0", "0", "0", "0", ""),
+        ("2", "b", "3", "3", "0", "0", "3", "0", "0", "0", ""),
+        ("3", "c", "6", "6", "0", "0", "0", "3", "1", "1", "*:1 ?:1 J:1"),
+        ("5", "e", "4", "4", "3", "2", "1", "2", "0", "0", "*:1 J:1"),
+        ("6", "f", "4", "4", "0", "0", "0", "0", "4", "4", ""),
     ]
 
 
@@ -73,7 +82,7 @@ def test_by_default_letters_are_put_right_and_every_change_is_counted(tmp_path):
 def test_each_key_of_the_policy_decides_on_its_own_letters(tmp_path, policy, residues, changed):
     done = embed_beside_good(tmp_path, ">a\nMk-lVJ.*\n", residues=ResidueConfig(**policy))
     check_output(done.load("a_ESM"), [("a", residues)])
-    assert changes_of(done) == {**changed, "records": 1}
+    assert changes_of(done) == {**changed, "blanks_removed": 0, "digits_removed": 0, "records": 1}
 
 
 @pytest.mark.parametrize("key", ["lower_case", "gaps", "trailing_stop", "none"])
@@ -94,6 +103,19 @@ def test_unknown_letters_become_x_or_skip_the_record_or_fail_the_file(tmp_path, 
         assert done.report.records["skipped_by_reason"] == ({} if middle else {"unknown letters": 1})
 
 
-def test_text_that_looks_like_a_token_has_no_special_meaning(tmp_path):
-    done = embed_beside_good(tmp_path / "1", ">a <mask> here\nMK<mask>V\n<eos>\n>b\nMK<cls\nV<mask\n")
-    check_output(done.load("a_ESM"), [("a", "MKXMASKXVXEOSX"), ("b", "MKXCLSVXMASK")])
+def test_a_token_is_no_letters_and_its_record_is_skipped_or_its_file_failed(tmp_path):
+    text = (
+        ">a <mask> here\nMK<mask>V\n<eos>\n>b\nMK<cls\nV\n>c\nMK<ma\nsk>V\n>d\nM[MASK]V\n>e\nMK<a>V\n"
+        ">f\nMKV\n>g\nK<mask\n"
+    )
+    done = embed_beside_good(tmp_path / "1", text)
+    check_output(done.load("a_ESM"), [("f", "MKV")])
+    assert done.report.records["skipped_by_reason"] == {
+        "special token <eos>": 1,
+        "special token <mask>": 1,
+        "special token [mask]": 1,
+        "text in angle brackets": 3,
+    }
+    for token, rest in (("<mask>", "V\n"), ("<m", "ask>V\n"), ("<CLS>", "\n")):
+        message = failure_of(tmp_path / token, f">a\nMK{token}\n{rest}", special_tokens=SpecialTokens.fail)
+        assert re.match(r"record 1 \(a\) has a special token <(mask|cls)>: special_tokens=skip", message)

@@ -16,6 +16,7 @@ import dist_esm.fasta
 from dist_esm.fasta.letters import RESIDUES
 from dist_esm.fasta.tokens import token_table
 from dist_esm.planning import assign, inputs
+from dist_esm.types import MASK
 
 READ = """
 import importlib, json, sys
@@ -23,12 +24,12 @@ from pathlib import Path
 path, names = Path(sys.argv[1]), sys.argv[2:]
 for name in names:
     importlib.import_module(f"dist_esm.fasta.{name}")
-from dist_esm.config import ResidueConfig
+from dist_esm.config import Config
 from dist_esm.fasta.blocks import whole_file
 from dist_esm.fasta.parser import read_proteins
 from dist_esm.types import Count, Unit
 unit = Unit(0, 0, whole_file(path), Count(), Count(), is_whole=True)
-proteins = [(protein.id, protein.residues.decode()) for protein in read_proteins(unit, ResidueConfig())]
+proteins = [(protein.id, protein.residues.decode()) for protein in read_proteins(unit, Config())]
 print(json.dumps({"proteins": proteins, "torch": "torch" in sys.modules}))
 """
 
@@ -49,8 +50,8 @@ def test_the_table_of_tokens_is_fair_esms():
     specials = (alphabet.cls_idx, alphabet.eos_idx, alphabet.padding_idx, alphabet.mask_idx, len(alphabet))
     assert (table.bos, table.eos, table.pad, table.mask, table.num_tokens) == specials
     for byte in range(256):
-        is_residue = bytes([byte]) in RESIDUES
-        assert table.token_of_byte[byte] == (alphabet.get_idx(chr(byte)) if is_residue else alphabet.unk_idx)
+        token = {**{letter: chr(letter) for letter in RESIDUES}, ord(MASK): "<mask>"}.get(byte, "<unk>")
+        assert table.token_of_byte[byte] == alphabet.get_idx(token)
 
 
 @pytest.mark.parametrize("module", [assign, inputs])

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 from Bio import SeqIO, bgzf
 
-from dist_esm.config import ResidueConfig
+from dist_esm.config import Config
 from dist_esm.fasta import blocks
 from dist_esm.fasta import slices as slices_module
 from dist_esm.fasta.blocks import raw_blocks, whole_file
@@ -23,12 +23,9 @@ from helpers.fasta import block_gzip, random_sequence, write
 from helpers.intake import check_output, embed_beside_good, failure_of
 
 
-def read_records(
-    piece: Slice, before: Count | None = None, policy: ResidueConfig | None = None
-) -> list[tuple[str, bytes]]:
-    before = before or Count()
-    unit = Unit(0, 0, piece, Count(), before, True)
-    return [(protein.header, protein.residues) for protein in read_proteins(unit, policy or ResidueConfig())]
+def read_records(piece: Slice) -> list[tuple[str, bytes]]:
+    unit = Unit(0, 0, piece, Count(), Count(), True)
+    return [(protein.header, protein.residues) for protein in read_proteins(unit, Config())]
 
 
 @pytest.mark.parametrize("seed", range(6))

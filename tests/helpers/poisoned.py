@@ -7,6 +7,7 @@ read), ENDING a key of `ENDINGS`. How the process ends is real; what is arranged
 import os
 import signal
 import sys
+import threading
 
 from dist_esm.__main__ import leave, main
 from dist_esm.fasta import parser
@@ -21,7 +22,7 @@ ENDINGS = {
 }
 
 where, ending, residues, *overrides = sys.argv[1:]
-submit, make_protein = Engine.submit, parser.make_protein
+submit, make_proteins = Engine.submit, parser.make_proteins
 
 
 def poisoned_submit(self, pack, *args, **options):
@@ -31,14 +32,15 @@ def poisoned_submit(self, pack, *args, **options):
     return submit(self, pack, *args, **options)
 
 
-def poisoned_make_protein(header, letters, *args, **options):
-    if letters == residues:
+def poisoned_make_proteins(header, letters, *args, **options):
+    is_read_to_be_embedded = threading.current_thread() is not threading.main_thread()
+    if letters == residues and is_read_to_be_embedded:
         ENDINGS[ending]()
-    return make_protein(header, letters, *args, **options)
+    return make_proteins(header, letters, *args, **options)
 
 
 if where == "forward":
     Engine.submit = poisoned_submit
 else:
-    parser.make_protein = poisoned_make_protein
+    parser.make_proteins = poisoned_make_proteins
 leave(main(overrides))

@@ -121,7 +121,7 @@ def test_a_file_without_proteins_has_an_output_of_the_right_shape(tmp_path, kind
     assert back.vectors.shape == back.vectors_of("bos", 0).shape == (0, WIDTH)
     assert back.vectors.dtype == np.float32
     if kind is Format.parquet:
-        assert polars.read_parquet(path).shape == (0, 17)
+        assert polars.read_parquet(path).shape == (0, 19)
         assert duckdb.sql(f"select count(*) from '{path}'").fetchall() == [(0,)]
         assert len(pandas.read_parquet(path)) == 0
 

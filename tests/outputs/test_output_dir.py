@@ -103,7 +103,7 @@ def test_the_inputs_of_a_launch_are_written_down_in_their_order(tmp_path):
     with open_alone(tmp_path / "out") as out:
         out.record_inputs(files)
     content = json.loads((tmp_path / "out" / ".dist_esm" / "launches" / f"{1:020d}.json").read_text())
-    assert (content["format"], content["launch"], content["dist_esm"]) == (2, 1, code_version())
+    assert (content["format"], content["launch"], content["dist_esm"]) == (3, 1, code_version())
     assert [(item["source"], item["output"]) for item in content["inputs"]] == [
         ("a.fa", "a_ESM"),
         ("b.fasta", "b_ESM"),
@@ -226,6 +226,16 @@ def test_shards_that_are_not_joined_yet_or_whose_output_is_gone_are_kept(tmp_pat
 # Versions and settings.
 
 
+def test_a_line_of_version_2_has_none_of_the_counts_that_came_later(tmp_path):
+    content = json.loads(encode(entry_for("a_ESM", "a.pt")).rpartition(b"\t")[0])
+    for name in ("replaced", "nucleotides", "more_chains", "latin1"):
+        del content["tally"][name]
+    journal = tmp_path / ".dist_esm" / "journal" / "00000000000000000001.00000.jsonl"
+    journal.parent.mkdir(parents=True)
+    journal.write_bytes(line({**content, "format": 2}))
+    assert read(tmp_path) == [entry_for("a_ESM", "a.pt")]
+
+
 def test_a_directory_of_version_1_is_gone_on_with(tmp_path):
     out = make_v1(tmp_path)
     with open_alone(out, SETTINGS_V1) as opened:
@@ -241,7 +251,7 @@ def test_a_directory_of_version_1_is_gone_on_with(tmp_path):
     assert [entry.output for entry in read(out)] == ["viruses/a_ESM", "b_ESM"]
     assert list(finished_files(read(out))) == ["b_ESM", "viruses/a_ESM"]
     assert read_settings(out) == SETTINGS_V1
-    assert json.loads((out / ".dist_esm" / "settings.json").read_text())["format"] == 2
+    assert json.loads((out / ".dist_esm" / "settings.json").read_text())["format"] == 3
 
 
 def test_settings_of_version_1_are_compared_and_lack_the_version_of_numerics_because_it_was_the_first(
@@ -250,6 +260,7 @@ def test_settings_of_version_1_are_compared_and_lack_the_version_of_numerics_bec
     out = make_v1(tmp_path)
     with open_alone(out, {**SETTINGS_V1, "numerics": 1}):
         pass
+    assert "special_tokens=None before, 'skip' now" in refusal(out, {**SETTINGS_V1, "special_tokens": "skip"})
     assert "numerics=1 before, 2 now" in refusal(out, {**SETTINGS_V1, "numerics": 2})
     shutil.rmtree(out)
     shutil.rmtree(tmp_path / "in")
@@ -267,7 +278,7 @@ def line(content: object) -> bytes:
 
 GOOD = json.loads(encode(entry_for("a_ESM", "a.pt")).rpartition(b"\t")[0])
 BROKEN = {
-    "later": ({**GOOD, "format": 3}, "format version 3, and this version of dist_esm reads up to 2"),
+    "later": ({**GOOD, "format": 4}, "format version 4, and this version of dist_esm reads up to 3"),
     "no version": ({**GOOD, "format": "two"}, "format version 'two', which is none"),
     "unknown field": ({**GOOD, "mood": 1}, "Entry has 'mood', which is not known"),
     "missing field": ({key: GOOD[key] for key in GOOD if key != "tally"}, "Entry lacks 'tally'"),
@@ -302,7 +313,7 @@ def test_a_line_that_is_whole_and_not_understood_is_one_line_that_names_the_file
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"format": 3, "settings": {}}', "format version 3"),
+        ('{"format": 4, "settings": {}}', "format version 4"),
         ('{"format": 2, ', "is damaged, it is no JSON"),
         ("[]", "what dist_esm did not write"),
     ],

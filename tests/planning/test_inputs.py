@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_every_suffix_in_any_case_plain_or_gzip_is_taken_and_embedded(tmp_path):
             gzip.compress(f">zipped{i}\n{random_sequence(i + 5, 1)}\n".encode()),
         )
     write(tmp_path / "in/no.txt", ">x\nMK\n")
-    write(tmp_path / "in/no.fasta.bz2", ">x\nMK\n")
+    write(tmp_path / "in/no.fasta.lz4", ">x\nMK\n")
     done = embed_directory(tmp_path / "in", tmp_path / "out")
     assert done.report.status == "complete"
     assert done.outputs() == sorted([f"p{i}_ESM" for i in range(8)] + [f"z{i}_ESM" for i in range(8)])
@@ -81,7 +82,7 @@ def test_links_are_followed_once_and_real_names_win(tmp_path):
     (tmp_path / "in/to_again").symlink_to("../elsewhere/sub")
     (tmp_path / "elsewhere/back").symlink_to("../in")
     (tmp_path / "in/gone.fasta").symlink_to("nowhere.fasta")
-    assert outputs_of(tmp_path / "in") == ["real_ESM", "to/far_ESM", "to/sub/farther_ESM"]
+    assert outputs_of(tmp_path / "in") == ["gone_ESM", "real_ESM", "to/far_ESM", "to/sub/farther_ESM"]
     link = tmp_path / "in/a_link.fasta"
     assert outputs_of(link) == ["a_link_ESM"]
     assert outputs_of(link, tmp_path / "in/real.fasta") == ["a_link_ESM", "real_ESM"], (
@@ -89,20 +90,37 @@ def test_links_are_followed_once_and_real_names_win(tmp_path):
     )
     assert outputs_of(tmp_path / "in" / "*l*.fasta", tmp_path / "in/real.fasta")[-1:] == ["real_ESM"]
     paths = [file.path for file in find_files([str(tmp_path / "in/to"), str(tmp_path / "elsewhere")])]
-    assert len({os.path.realpath(path) for path in paths}) == len(paths) == 3
+    assert len({os.path.realpath(path) for path in paths}) == len(paths) == 4
 
 
-def test_links_to_themselves_are_no_files(tmp_path):
+def test_links_that_lead_nowhere_fail_with_their_target(tmp_path):
     write(tmp_path / "ok.fasta", GOOD)
     (tmp_path / "a.fasta").symlink_to("b.fasta")
     (tmp_path / "b.fasta").symlink_to("a.fasta")
-    assert outputs_of(tmp_path) == outputs_of(tmp_path / "*.fasta") == ["ok_ESM"]
+    (tmp_path / "gone.fa").symlink_to("/nowhere/gone.fa")
+    (tmp_path / "folder").symlink_to("/nowhere/folder")
+    (tmp_path / "gone.txt").symlink_to("/nowhere/gone.txt")
+    everything = ["a_ESM", "b_ESM", "folder_ESM", "gone_ESM", "ok_ESM"]
+    assert outputs_of(tmp_path) == outputs_of(tmp_path / "*") == everything
+    assert outputs_of(tmp_path / "gone.fa") == ["gone_ESM"]
+    done = embed_directory(tmp_path, tmp_path / "out")
+    assert done.report.status == "partial"
+    assert done.outputs() == ["ok_ESM"]
+    problems = {Path(failure.path).name: failure.error_message for failure in done.report.failed}
+    assert problems["gone.fa"] == "it is a link to /nowhere/gone.fa, which is not there"
+    assert problems["folder"] == "it is a link to /nowhere/folder, which is not there"
+    for name in ("a.fasta", "b.fasta"):
+        assert re.fullmatch(r"it is a link to .*/[ab].fasta, which leads back to itself", problems[name])
+    assert len(problems) == 4
 
 
-@pytest.mark.parametrize("given", ["missing.fasta", "empty", "no.txt", "*.nothing", "missing/*.fasta"])
+@pytest.mark.parametrize(
+    "given", ["missing.fasta", "empty", "others", "*.nothing", "missing/*.fasta", "pipe"]
+)
 def test_an_input_that_gives_no_file_is_refused_by_name(tmp_path, given):
     (tmp_path / "empty").mkdir()
-    write(tmp_path / "no.txt", GOOD)
+    write(tmp_path / "others" / "no.txt", GOOD)
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="input=.*" + given.replace("*", r"\*")):
         find_files([str(tmp_path / given)])
 

@@ -56,6 +56,7 @@ from dist_esm.model.engine import Engine, is_out_of_memory
 from dist_esm.model.pool import combine
 from dist_esm.pipeline.packer import Packer
 from dist_esm.planning.agree import agree_on_plan
+from dist_esm.planning.pipes import remove_copies
 from dist_esm.types import FastaFile, Pack, Segment, SegmentEmbedding
 
 MAX_UNREAD = 5
@@ -75,9 +76,10 @@ def selfcheck(config: Config, world: World) -> int:
     RefusedError
         On every rank, if the check cannot be made on one of them.
     """
-    files = world.all_or_none(find_inputs, config)
+    files = find_inputs(config, world).files
     setup = choose_setup(config, world)
     proteins, num_seen, unread = agree_on_sample(config, files, world)
+    remove_copies(files)
     began = time.monotonic()
     ours = world.all_or_none(embed_and_check_bits, config, setup, proteins, world)
     free = world.all_or_none(free_memory)

@@ -101,7 +101,7 @@ def read_candidates(
 
 def _read(unit: Unit, file: FastaFile, config: Config, sampler: Sampler) -> None:
     place = 0
-    for record in read_proteins(unit, config.residues):
+    for record in read_proteins(unit, config):
         protein, _, spans = apply_length_policy(record, config)
         if spans:
             residues = protein.residues[: max(span.stop for span in spans)]
@@ -111,7 +111,7 @@ def _read(unit: Unit, file: FastaFile, config: Config, sampler: Sampler) -> None
                     source=file.source,
                     place=place,
                     id=protein.id,
-                    length=len(protein.residues),
+                    length=protein.num_residues,
                     embedded=num_embedded(spans),
                     residues=residues,
                     spans=tuple(spans),

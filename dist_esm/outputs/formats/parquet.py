@@ -20,7 +20,15 @@ GROUP_BYTES = 32 << 20
 """Numbers in a row group, about: it is what a reader of one row reads, and what the writer holds in
 memory."""
 GROUP_ROWS = 1 << 16
-COUNTS = ("embedded", "upper_cased", "stops_removed", "gaps_removed", "replaced")
+COUNTS = (
+    "embedded",
+    "upper_cased",
+    "stops_removed",
+    "gaps_removed",
+    "replaced",
+    "blanks_removed",
+    "digits_removed",
+)
 
 
 def write_parquet(table: OutputTable, path: Path) -> str:
@@ -29,10 +37,10 @@ def write_parquet(table: OutputTable, path: Path) -> str:
     Columns: ``id``, ``header``, ``source`` (path of the input relative to the common root), ``index`` (of the
     record in its input, from 0), ``length`` (residues before truncation), ``embedded`` (residues that the
     numbers are of), ``outcome`` (ok, truncated or windowed), ``upper_cased``, ``stops_removed``,
-    ``gaps_removed``, ``replaced`` (letters changed), and for each kind and layer ``mean_layer_33`` and
-    ``bos_layer_33``, fixed-size lists of D numbers, and ``per_tok_layer_33``, a list of these. The mean of
-    the last requested layer is always there. The metadata of the schema has ``model_name`` and the fields of
-    `About`, ``provenance`` as JSON.
+    ``gaps_removed``, ``replaced``, ``blanks_removed``, ``digits_removed`` (letters changed), and for each
+    kind and layer ``mean_layer_33`` and ``bos_layer_33``, fixed-size lists of D numbers, and
+    ``per_tok_layer_33``, a list of these. The mean of the last requested layer is always there. The metadata
+    of the schema has ``model_name`` and the fields of `About`, ``provenance`` as JSON.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
