@@ -9,11 +9,12 @@ from dist_esm.types import Failure, Unit
 
 
 class Failures:
-    """Counts failed files in a row, in the order in which units were taken, and stops the run when they are
-    too many.
+    """Counts failed files in a row, in the order in which units were taken, and stops the run at too many.
 
-    The reader tells what it cannot read as soon as it knows, so that it begins nothing after the last failure
-    that is let pass.
+    Then the device or the model is at fault, not the files.
+
+    Files that cannot be read do not count. The reader tells of them as soon as it knows, so that it begins
+    no other unit of such a file.
 
     Parameters
     ----------
@@ -34,6 +35,7 @@ class Failures:
         self._file_of: dict[int, int] = {}
         """Key of each unit that was taken to its file."""
         self._failed: set[int] = set()
+        self._unreadable: set[int] = set()
         self._num_ended = 0
         self._lock = threading.Lock()
 
@@ -53,9 +55,17 @@ class Failures:
         with self._lock:
             return len(self._file_of) - self._num_ended
 
+    def add_unreadable(self, key: int) -> None:
+        """A unit could not be read: its file is at fault, and says nothing of the device."""
+        with self._lock:
+            self._unreadable.add(key)
+            self.files.add(self._file_of[key])
+
     def add(self, key: int, failure: Failure) -> None:
         """A unit failed; telling it twice changes nothing."""
         with self._lock:
+            if key in self._unreadable:
+                return
             self._failed.add(key)
             self.files.add(self._file_of[key])
             in_a_row = {self._file_of[neighbour] for neighbour in run_around(self._failed, key)}

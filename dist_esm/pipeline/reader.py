@@ -25,7 +25,7 @@ from dist_esm.pipeline.failures import Failures
 from dist_esm.pipeline.packer import Packer
 from dist_esm.pipeline.threads import LOOK_SECONDS, DeadThreadError, Service, get, put
 from dist_esm.stop import Stop
-from dist_esm.types import Failure, FastaFile, Pack, Protein, RecordRead, Segment, TakenUnit, Unit
+from dist_esm.types import FastaFile, Pack, Protein, RecordRead, Segment, TakenUnit, Unit
 
 PACKS_AHEAD = 4
 DEDUPE_BYTES = 256 << 20
@@ -143,8 +143,7 @@ class Reader(Service):
             if isinstance(text_digest, DeadThreadError):
                 raise text_digest
             if isinstance(text_digest, Exception):
-                path = self._files[unit.file].path
-                self._failures.add(key, Failure.of(path, text_digest, self.rank))
+                self._failures.add_unreadable(key)
                 self._collector.fail(key, text_digest)
             elif text_digest is None:
                 self._collector.abandon(key)

@@ -14,7 +14,13 @@ from dist_esm.fasta import parser
 from dist_esm.fasta.tokens import tokenize
 from dist_esm.model.engine import Engine
 
+
+def fail() -> None:
+    raise RuntimeError("a fault of the device")
+
+
 ENDINGS = {
+    "RuntimeError": fail,
     "exit_code_0": lambda: os._exit(0),
     "exit_code_3": lambda: os._exit(3),
     "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),

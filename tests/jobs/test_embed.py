@@ -140,67 +140,51 @@ def test_a_file_of_garbage_ends_as_partial_with_the_others_done(alone, tmp_path,
     assert "dist_esm/" not in result.stderr, "a bad file shows no frame of ours"
 
 
-@pytest.mark.distributed
-def test_three_bad_files_in_a_row_abort_and_name_what_was_not_attempted(tmp_path, checkpoint_8m):
-    """One rank meets three bad files first; both ranks stop, and files not begun are listed."""
+def test_bad_files_in_a_row_stop_nobody(tmp_path, checkpoint_8m):
+    """Each shows a fault of its own, and says nothing of the device."""
     (tmp_path / "in").mkdir()
-    for i in range(
-        3
-    ):  # many records, so they come first in the bin of rank 0; the other rank has one file, and then nothing
+    for i in range(4):
         (tmp_path / "in" / f"bad{i}.fasta").write_text(">a\nMKT\n" * 20 + ">b\nMK\x02T\n")
     (tmp_path / "in" / "good.fasta").write_text(">a\nMKT\n")
-    result = run_ranks(
-        None,
-        f"input={tmp_path / 'in'}",
-        f"output_dir={tmp_path / 'out'}",
-        MODEL,
-        f"model.weights={checkpoint_8m}",
-    )
-    assert result.returncode == 1
+    result = run_ranks(None, *overrides(tmp_path / "out", checkpoint_8m, tmp_path / "in"))
+    assert result.returncode == 2
     report = read_report(tmp_path / "out")
-    assert report["status"] == "aborted"
-    assert "3 files in a row failed on rank 0" in report["reason"]
-    assert [Path(path).name for path in report["not_attempted"]] == ["good.fasta"]
-    assert len(report["failed"]) == 3
-    assert report["records"]["in"] == 64 == report["records"]["failed"] + report["records"]["not_attempted"]
+    assert (report["status"], report["not_attempted"], len(report["failed"])) == ("partial", [], 4)
+    assert [entry["output"] for entry in report["files"]] == ["good_ESM.pt"]
     assert "Traceback" not in result.stderr
-    relaxed = run_ranks(
-        2,
-        f"input={tmp_path / 'in'}",
-        f"output_dir={tmp_path / 'out'}",
-        MODEL,
-        f"model.weights={checkpoint_8m}",
-        "max_consecutive_failures=4",
-    )
-    assert relaxed.returncode == 1
-    report = read_report(tmp_path / "out")
-    assert (report["status"], report["not_attempted"], len(report["files"])) == ("partial", [], 1)
 
 
 @pytest.mark.distributed
-def test_an_abort_on_one_rank_stops_the_others_between_units(tmp_path, checkpoint_8m):
+def test_a_device_that_fails_one_file_after_the_other_aborts_the_run_and_the_other_rank(
+    tmp_path, checkpoint_8m
+):
     (tmp_path / "in").mkdir()
     protein = "ACDEFGHIKLMNPQRSTVWY" * 20
-    for i in range(3):
-        (tmp_path / "in" / f"bad{i}.fasta").write_text(">a\nMKT\n" * 30 + ">b\nMK\x02T\n")
-        (tmp_path / "in" / f"bad{i}_twin.fasta").write_text(">a\nMKT\n" * 30 + ">b\nMK\x02T\n")
+    for i in range(8):  # the largest, so that they come first in the bins
+        text = "".join(f">{j}\n{protein[j + i :]}\n" for j in range(9))
+        (tmp_path / "in" / f"bad{i}.fasta").write_text(f"{text}>poison\nMWWWWWWWWK\n")
     for i in range(60):
-        (tmp_path / "in" / f"good{i:02}.fasta").write_text(
-            "".join(f">{j}\n{protein[j + i :]}\n" for j in range(8))
-        )
-    result = run_ranks(
-        2,
-        f"input={tmp_path / 'in'}",
-        f"output_dir={tmp_path / 'out'}",
-        MODEL,
-        f"model.weights={checkpoint_8m}",
-        "dedupe=false",
+        text = "".join(f">{j}\n{protein[j + i :]}\n" for j in range(8))
+        (tmp_path / "in" / f"good{i:02}.fasta").write_text(text)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    poisoned = [str(HELPERS / "poisoned.py"), "forward", "RuntimeError", "MWWWWWWWWK"]
+    settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, "toks_per_batch=1000"]
+    result = subprocess.run(
+        [*launcher, *poisoned, *settings, f"model.weights={checkpoint_8m}", "dedupe=false"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(),
+        check=False,
     )
     assert result.returncode == 1
     report = read_report(tmp_path / "out")
     assert report["status"] == "aborted"
-    assert len(report["not_attempted"]) > 40
-    assert len(report["not_attempted"]) + len(report["failed"]) + len(report["files"]) == 66
+    assert re.search(
+        r"3 files in a row failed on rank [01], the last, .*poison: a fault of the device", report["reason"]
+    )
+    assert len(report["not_attempted"]) > 20
+    assert len(report["not_attempted"]) + len(report["failed"]) + len(report["files"]) == 68
 
 
 def test_a_protein_that_does_not_fit_fails_its_file_alone(alone, tmp_path, checkpoint_8m):
