@@ -244,7 +244,7 @@ class Config:
     max_proteins_per_output: int = 100_000
     """A file of more proteins than this is written as numbered parts of at most so many."""
     max_consecutive_failures: int = 3
-    """So many files in a row that could be read, and failed all the same, stop the run: the device is broken."""
+    """So many files in a row that could be read and failed all the same stop the run: a broken device."""
     steal: bool = True
     """A rank that has finished its bin takes units that others have not begun; false: it waits."""
     heartbeat_timeout: float = 60.0
