@@ -228,18 +228,36 @@ class World:
         self._wait_for(lambda: store.check([name]), lambda: [0])
         return list(json.loads(get_bytes(store, name)))
 
+    def exchange_by_name(self, value: str) -> list[tuple[str, str]]:
+        """Give every rank the names and values of all ranks, as `exchange` does; a name is ``rank 0 (HOST)``.
+
+        Raises
+        ------
+        LostRankError
+            If a rank is lost meanwhile.
+        """
+        answers = (json.loads(text) for text in self.exchange(json.dumps([self.host, value])))
+        return [(f"rank {rank} ({host})", value) for rank, (host, value) in enumerate(answers)]
+
     def agree(self, problem: str | None) -> None:
         """Go on only if no rank has a problem.
 
         Raises
         ------
         RefusedError
-            On every rank, with the distinct problems of all of them.
+            On every rank, with the distinct problems of all of them. Where ranks are on several hosts, one
+            that not all have comes with the name of the first rank that has it.
         """
-        problems = [json.loads(text) for text in self.exchange(json.dumps(problem))]
-        distinct = list(dict.fromkeys(text for text in problems if text is not None))
-        if distinct:
-            raise RefusedError(distinct)
+        answers = [json.loads(text) for text in self.exchange(json.dumps([self.host, problem]))]
+        first_with: dict[str, str] = {}
+        for rank, (host, text) in enumerate(answers):
+            if text is not None:
+                first_with.setdefault(text, f"rank {rank} ({host}): ")
+        is_everywhere = len(first_with) == 1 and all(text is not None for _, text in answers)
+        if is_everywhere or len({host for host, _ in answers}) == 1:
+            first_with = dict.fromkeys(first_with, "")
+        if first_with:
+            raise RefusedError([name + text for text, name in first_with.items()])
 
     def all_or_none(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Do a step of the preparation on every rank: all ranks succeed, or all refuse.

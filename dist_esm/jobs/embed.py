@@ -29,7 +29,7 @@ from dist_esm.outputs.journal import Entry, entry_of
 from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.outputs.shards import join_shards
 from dist_esm.pipeline.worker import Destination, embed_units
-from dist_esm.planning.agree import agree_on_plan, results_in_journal
+from dist_esm.planning.agree import agree_on_output_dir, agree_on_plan, results_in_journal
 from dist_esm.planning.claims import ClaimOrder
 from dist_esm.planning.units import Plan
 from dist_esm.stop import Stop, stopping
@@ -81,6 +81,7 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
     files = world.all_or_none(find_inputs, config)
     setup = choose_setup(config, world)
     with OutputDir.open(config, setup.settings, world) as out, stopping() as stop, world.watching(stop.set):
+        agree_on_output_dir(out, world)
         plan = agree_on_plan(config, files, out.entries, world, out.deaths)
         world.all_or_none(out.record_inputs, plan.files)
         if world.is_main:

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from dist_esm.config import Config, check_layers, plain_values
-from dist_esm.distributed import World
+from dist_esm.distributed import RefusedError, World
 from dist_esm.model import NUMERICS
 from dist_esm.model.checkpoints.locate import RANDOM, fetch
 from dist_esm.model.engine import Engine, build_engine, default_toks_per_batch, num_cores
@@ -76,10 +76,33 @@ def choose_setup(config: Config, world: World) -> Setup:
     weights = find_weights(config, world)
     head_dim = architecture(config.model).head_dim
     kernels = world.all_or_none(choose_kernels, config.attention, config.linear, device, dtype, head_dim)
-    world.start_process_group(device)
     numbers = numbers_of(config, dtype, weights.fingerprint)
     provenance = {**numbers, "weights_in_words": weights.words, "dist_esm": code_version()}
-    return Setup(device, dtype, kernels, provenance, settings_of(config, device, kernels, numbers))
+    settings = settings_of(config, device, kernels, numbers)
+    agree_on_settings(settings, world)
+    world.start_process_group(device)
+    return Setup(device, dtype, kernels, provenance, settings)
+
+
+def agree_on_settings(settings: dict[str, Any], world: World) -> None:
+    """Go on only if all ranks would compute the same numbers: hosts may differ in weights and devices.
+
+    Raises
+    ------
+    RefusedError
+        On every rank, with what differs.
+    """
+    answers = world.exchange_by_name(json.dumps(settings))
+    (main, of_main), *others = ((name, json.loads(text)) for name, text in answers)
+    for name, of_other in others:
+        odd = [
+            f"{key} is {of_main.get(key)} for {main} and {of_other.get(key)} for {name}"
+            for key in {**of_main, **of_other}
+            if of_main.get(key) != of_other.get(key)
+        ]
+        if odd:
+            remedy = "give all hosts the same weights and devices, or settings that suit all of them"
+            raise RefusedError([f"the ranks would not compute the same numbers: {'; '.join(odd)}: {remedy}"])
 
 
 def find_weights(config: Config, world: World) -> WeightsId:

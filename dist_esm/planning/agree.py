@@ -7,18 +7,22 @@ every rank makes the same plan of them, and digests of the plans are compared be
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 
 from dist_esm.attempt import as_value
 from dist_esm.config import Config
-from dist_esm.distributed import World
+from dist_esm.distributed import RefusedError, World
 from dist_esm.fasta.blocks import Digests, raw_blocks, text_digest, whole_file
 from dist_esm.outputs.in_hand import Deaths
 from dist_esm.outputs.journal import Entry, is_intact
+from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.planning.assign import assign_to_bins
 from dist_esm.planning.units import CountedSlice, Plan, count_slice, cut_files, make_plan, make_units
 from dist_esm.types import Count, FastaFile, JoinedFile, Slice, Tally, Unit, UnitResult
+
+SAME_FILES = "give all ranks the same files, and wait until a file system that lags shows them"
 
 
 def agree_on_plan(
@@ -46,24 +50,94 @@ def agree_on_plan(
     Raises
     ------
     RefusedError
-        If ranks see different inputs.
+        If ranks see different inputs or journals.
     """
+    agree_on_inputs(files, world)
+    agree_on_journal(entries, world)
     units = count_units(config, files, world)
     done, joined = find_done(config, files, units, entries, world)
     plan = make_plan(
         files, units, world.world_size, config.assign_by, config.model.embed_dim, done, joined, deaths
     )
-    seen = world.exchange(
-        f"{plan.digest()} ({len(plan.files)} files, {sum(file.num_bytes for file in plan.files)} bytes)"
-    )
-    odd = [f"rank {rank} sees {text}" for rank, text in enumerate(seen) if text != seen[0]]
-    world.agree(
-        f"the ranks see different inputs: rank 0 sees {seen[0]}, {', '.join(odd)}: "
-        "give all ranks the same files"
-        if odd
-        else None
-    )
+    # Files of the same sizes, of which ranks read other text, are cut or counted otherwise.
+    (main, plan_of_main), *others = world.exchange_by_name(plan.digest())
+    odd = [name for name, digest in others if digest != plan_of_main]
+    if odd:
+        different = f"the ranks see different inputs: {main} and {odd[0]} make different plans"
+        raise RefusedError([f"{different}: {SAME_FILES}"])
     return plan
+
+
+def agree_on_inputs(files: Sequence[FastaFile], world: World) -> None:
+    """Go on only if all ranks see the same files with the same sizes and times.
+
+    Raises
+    ------
+    RefusedError
+        On every rank, with the first file of which two ranks see something else.
+    """
+    seen = sorted((str(file.path), file.num_bytes, file.mtime_ns) for file in files)
+
+    def is_alike(stop: int) -> bool:
+        digest = hashlib.sha256(repr(seen[:stop]).encode()).hexdigest()
+        return len(set(world.exchange(digest))) == 1
+
+    alike, most = 0, max(map(int, world.exchange(str(len(seen)))))
+    if is_alike(most):
+        return
+    while alike + 1 < most:  # the first `alike` are, the first `most` are not
+        middle = (alike + most) // 2
+        alike, most = (middle, most) if is_alike(middle) else (alike, middle)
+    path = min(filter(None, world.exchange(seen[alike][0] if alike < len(seen) else "")))
+    _, num_bytes, mtime_ns = next((file for file in seen if file[0] == path), ("", None, None))
+    words = "is not there" if num_bytes is None else f"has {num_bytes} bytes"
+    answers = world.exchange_by_name(words)
+    if len({text for _, text in answers}) == 1:
+        answers = world.exchange_by_name(f"was changed at {mtime_ns} ns")
+    (main, of_main), *others = answers
+    name, of_other = next((name, text) for name, text in others if text != of_main)
+    seen_by_two = f"{path} {of_main} for {main} and {of_other} for {name}"
+    raise RefusedError([f"the ranks see different inputs: {seen_by_two}: {SAME_FILES}"])
+
+
+def agree_on_journal(entries: Sequence[Entry], world: World) -> None:
+    """Go on only if all ranks read the same of what is done.
+
+    Raises
+    ------
+    RefusedError
+        On every rank, if one reads something else than rank 0.
+    """
+    digest = hashlib.sha256(repr(entries).encode()).hexdigest()
+    (main, of_main), *others = world.exchange_by_name(f"{len(entries)} entries ({digest[:8]})")
+    odd = [(name, text) for name, text in others if text != of_main]
+    if odd:
+        raise RefusedError(
+            [
+                f"the ranks see different journals in output_dir: {of_main} for {main}, {odd[0][1]} for "
+                f"{odd[0][0]}: start it again when their file systems show the same"
+            ]
+        )
+
+
+def agree_on_output_dir(out: OutputDir, world: World) -> None:
+    """Go on only if every rank sees what rank 0 writes to the output directory.
+
+    Raises
+    ------
+    RefusedError
+        On every rank, if it is another directory on one of the hosts.
+    """
+    of_main = out.scratch.with_name(f"{out.launch:020d}.{0:05d}")
+    (main, _), *others = world.exchange_by_name("" if of_main.is_dir() else "missing")
+    blind = [name for name, text in others if text]
+    if blind:
+        raise RefusedError(
+            [
+                f"{blind[0]} does not see what {main} writes to output_dir={out.path}: "
+                "name a directory on a file system that all hosts share"
+            ]
+        )
 
 
 def count_units(config: Config, files: Sequence[FastaFile], world: World) -> list[Unit]:
