@@ -50,10 +50,13 @@ T = TypeVar("T")
 
 CONNECT_SECONDS = 20.0
 """torchrun's store is there before its ranks are: one that does not answer for so long is gone."""
+MEET_SECONDS = 300.0
+"""Ranks that were started without torchrun may come so much later than the first."""
 STORE_TIMEOUT = timedelta(minutes=30)
 """torch's own, for what waits in the store once a rank has joined."""
 CHUNK_BYTES = 1 << 20
 """Bytes of one value in the store, which takes at most 8 MiB."""
+MAX_PORT = 65535
 LEAST_POLL_SECONDS, POLL_SECONDS = 0.002, 0.1
 NAME_MISSING_SECONDS = 60.0
 HEARTBEAT_TIMEOUT = 60.0
@@ -63,6 +66,7 @@ CONCLUDE_SECONDS = 15.0
 """A rank that was interrupted stays so long for rank 0's report: torchrun ends the others when the first rank
 fails."""
 ENDED = (WorkerStatus.COMPLETED, WorkerStatus.FAILED)
+LOCAL_ADDR = "give each torchrun a --local-addr by which the other hosts reach its own"
 LOST = "torchrun's store is gone: torchrun was killed"
 
 
@@ -132,12 +136,19 @@ class World:
         rank, world_size = launched
         is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         # Without torchrun, rank 0 opens the store when it comes.
-        timeout = timedelta(seconds=CONNECT_SECONDS) if is_there else STORE_TIMEOUT
+        timeout = timedelta(seconds=CONNECT_SECONDS if is_there else MEET_SECONDS)
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         try:
-            store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
-        except DistError:
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            refuse(f"torchrun's store at {where} does not answer: was torchrun killed? Start it again")
+            socket.getaddrinfo(os.environ["MASTER_ADDR"].strip(), None)
+            with ended_by_signals():
+                store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+        except socket.gaierror as error:
+            refuse(f"MASTER_ADDR={os.environ['MASTER_ADDR']} names no host ({error.strerror}): {LOCAL_ADDR}")
+        except DistError as error:
+            if is_there:
+                refuse(f"torchrun's store at {where} does not answer: was torchrun killed? Start it again")
+            reason = " ".join(str(error).split())
+            refuse(f"the ranks did not meet at MASTER_ADDR:MASTER_PORT, {where} ({reason}): use torchrun")
         store.set_timeout(STORE_TIMEOUT)
         store = own_part(store, rank, world_size)
         local_rank = int(os.environ.get("LOCAL_RANK") or rank)
@@ -550,19 +561,29 @@ def launch_environment() -> tuple[int, int] | None:
         return None
     missing = [name for name, value in values.items() if not value]
     if missing:
-        there = " and ".join(name for name, value in values.items() if value)
-        refuse(f"{there} are set but not {' and '.join(missing)}: start it with torchrun, or unset {there}")
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not values[name].isdigit():
-            refuse(
-                f"{name}={values[name]} is no number: start it with torchrun, or unset {' and '.join(names)}"
-            )
+        there = [name for name, value in values.items() if value]
+        refuse(
+            f"{in_words(there)} {'is' if len(there) == 1 else 'are'} set but not {in_words(missing)}: "
+            f"start it with torchrun, or unset {in_words(there)}"
+        )
+    local = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", *(name for name in local if os.environ.get(name))):
+        value = os.environ[name].strip()
+        if not value.isdecimal() or (name == "MASTER_PORT" and int(value) > MAX_PORT):
+            what = "port" if name == "MASTER_PORT" else "number"
+            refuse(f"{name}={value} is no {what}: start it with torchrun, or unset {in_words(names)}")
     rank, world_size = int(values["RANK"]), int(values["WORLD_SIZE"])
     if rank >= world_size:
         refuse(
             f"RANK={rank} is no rank of WORLD_SIZE={world_size}: ranks count from 0; start it with torchrun"
         )
     return rank, world_size
+
+
+def in_words(names: Sequence[str]) -> str:
+    """Join names with commas and an "and"."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def refuse(problem: str) -> Any:
