@@ -22,6 +22,7 @@ from pathlib import Path
 from helpers.command import environment
 
 NAMES = ("west", "east")
+CONF = "join_timeout=60"
 CLONE_NEWNET = 0x40000000
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
@@ -65,24 +66,31 @@ class Hosts:
     """They have names and networks of their own."""
     running: list[subprocess.Popen[str]] = field(default_factory=list)
 
+    def options(self, number: int, num_ranks: int, conf: str) -> list[str]:
+        """What torchrun is told on one of the hosts."""
+        return [
+            "--nnodes=2",
+            f"--nproc-per-node={num_ranks}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={self.hosts[0].address}:{self.port}",
+            f"--rdzv-conf=is_host={int(number == 0)},{conf}",
+            f"--local-addr={self.hosts[number].address}",
+        ]
+
     def start(
         self,
         number: int,
         *overrides: object,
         num_ranks: int = 1,
-        conf: str = "join_timeout=60",
+        conf: str = CONF,
         module: Sequence[str] = ("-m", "dist_esm"),
         mounts: dict[Path, Path] | None = None,
         **extra: str,
     ) -> subprocess.Popen[str]:
         """Start torchrun for two nodes on one of the hosts, with so many ranks."""
-        host = self.hosts[number]
-        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={num_ranks}"]
-        words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.hosts[0].address}:{self.port}"]
-        words += [f"--rdzv-conf=is_host={int(number == 0)},{conf}", f"--local-addr={host.address}"]
-        words += [*module, *map(str, overrides)]
+        words = [sys.executable, "-m", "torch.distributed.run", *self.options(number, num_ranks, conf)]
         process = subprocess.Popen(
-            host.line(words, mounts),
+            self.hosts[number].line([*words, *module, *map(str, overrides)], mounts),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

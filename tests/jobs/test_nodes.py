@@ -16,7 +16,7 @@ import dist_esm
 from helpers.checkpoints import A8M, random_state, write_checkpoint
 from helpers.command import HELPERS, MODEL, read_report, run_ranks
 from helpers.compare import assert_same
-from helpers.hosts import are_name_spaces_allowed, two_hosts
+from helpers.hosts import CONF, Host, Hosts, are_name_spaces_allowed, two_hosts
 from helpers.slurm import free_ports
 
 pytestmark = pytest.mark.distributed
@@ -62,6 +62,16 @@ def refused(said: str) -> str:
     assert "/dist_esm/" not in said, said  # a traceback of ours; torchrun has its own
     (line,) = [line for line in said.splitlines() if line.startswith("dist_esm: error: ")]
     return line.removeprefix("dist_esm: error: ")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_documented_commands_are_those_of_these_tests(number):
+    text = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text().replace("\\\n", " ")
+    commands = [line.split() for line in text.splitlines() if line.startswith("    torchrun ")]
+    assert len(commands) == 2
+    node1, node2 = (Host(name, name) for name in ("node1", "node2"))
+    options = Hosts((node1, node2), 29500, are_apart=True).options(number, 4, CONF)
+    assert commands[number][1:] == [*options, "-m", "dist_esm", "input=proteins/", "output_dir=embeddings/"]
 
 
 def test_two_hosts_complete_with_the_bits_of_one_and_each_fetches_the_weights_once(
