@@ -170,7 +170,7 @@ def test_a_node_that_dies_is_named_and_the_job_goes_on_when_it_is_back(cluster, 
     # Slurm itself would take minutes to see that the node is gone.
     cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=power")
     cluster.start_node("n2")
-    cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    wait_until(lambda: "down" not in " ".join(cluster.node_states()), STOP_SECONDS, "the node's return")
     go_on_now(cluster, job)
     assert_complete(cluster, job, out, expected, restarts=1)
 
