@@ -20,7 +20,6 @@ import socket
 import sys
 import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -39,8 +38,17 @@ from torch.distributed import (  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from dist_esm.attempt import ending_of
+from dist_esm.launcher import launch_environment, refuse
 from dist_esm.liveness import SignsOfLife
 from dist_esm.stop import ended_by_signals
+from dist_esm.store import (
+    POLL_SECONDS,
+    get_bytes,
+    own_part,
+    put_bytes,
+    wait_at_most,
+    wait_for,
+)
 from dist_esm.types import WorkerStatus
 from dist_esm.wire import WireError, decode, encode
 
@@ -54,11 +62,6 @@ MEET_SECONDS = 300.0
 """Ranks that were started without torchrun may come so much later than the first."""
 STORE_TIMEOUT = timedelta(minutes=30)
 """torch's own, for what waits in the store once a rank has joined."""
-CHUNK_BYTES = 1 << 20
-"""Bytes of one value in the store, which takes at most 8 MiB."""
-MAX_PORT = 65535
-LEAST_POLL_SECONDS, POLL_SECONDS = 0.002, 0.1
-NAME_MISSING_SECONDS = 60.0
 HEARTBEAT_TIMEOUT = 60.0
 HASTE_SECONDS = 3.0
 LEAVE_SECONDS = 5.0
@@ -534,138 +537,6 @@ class World:
             keys = [f"left/{rank}" for rank in range(self.world_size)]
             if self.is_main and not self._is_in_haste:
                 wait_at_most(LEAVE_SECONDS, lambda: store.check(keys))
-
-
-def launch_environment() -> tuple[int, int] | None:
-    """Rank and number of ranks as the launcher's environment has them; None without a launcher.
-
-    Raises
-    ------
-    SystemExit
-        With one line, if the environment is only half a launcher's.
-    """
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    values = {name: os.environ.get(name, "").strip() for name in names}
-    if not values["RANK"] and not values["WORLD_SIZE"]:
-        num_tasks = os.environ.get("SLURM_NTASKS", "1")
-        if (
-            "SLURM_PROCID" in os.environ
-            and num_tasks.isdigit()
-            and int(num_tasks) > 1
-            and "SLURM_STEP_ID" in os.environ
-        ):
-            refuse(
-                f"srun started {num_tasks} tasks, but torchrun is missing, so all would do the same work: "
-                "start one task a node and torchrun in it, or one task alone"
-            )
-        return None
-    missing = [name for name, value in values.items() if not value]
-    if missing:
-        there = [name for name, value in values.items() if value]
-        refuse(
-            f"{in_words(there)} {'is' if len(there) == 1 else 'are'} set but not {in_words(missing)}: "
-            f"start it with torchrun, or unset {in_words(there)}"
-        )
-    local = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", *(name for name in local if os.environ.get(name))):
-        value = os.environ[name].strip()
-        if not value.isdecimal() or (name == "MASTER_PORT" and int(value) > MAX_PORT):
-            what = "port" if name == "MASTER_PORT" else "number"
-            refuse(f"{name}={value} is no {what}: start it with torchrun, or unset {in_words(names)}")
-    rank, world_size = int(values["RANK"]), int(values["WORLD_SIZE"])
-    if rank >= world_size:
-        refuse(
-            f"RANK={rank} is no rank of WORLD_SIZE={world_size}: ranks count from 0; start it with torchrun"
-        )
-    return rank, world_size
-
-
-def in_words(names: Sequence[str]) -> str:
-    """Join names with commas and an "and"."""
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def refuse(problem: str) -> Any:
-    """End this process with one line.
-
-    Raises
-    ------
-    SystemExit
-        Always.
-    """
-    raise SystemExit(f"dist_esm: error: {problem}")
-
-
-def put_bytes(store: Store, key: str, value: bytes) -> None:
-    """Put a value of any size into the store, in chunks; it is there once its key is."""
-    chunks = [value[start : start + CHUNK_BYTES] for start in range(0, len(value), CHUNK_BYTES)]
-    for index, chunk in enumerate(chunks):
-        store.set(f"{key}/chunk/{index}", chunk)  # type: ignore[arg-type]  # bytes are what it keeps
-    store.set(key, str(len(chunks)))
-
-
-def get_bytes(store: Store, key: str) -> bytes:
-    """Get a value that `put_bytes` put there."""
-    return b"".join(store.get(f"{key}/chunk/{index}") for index in range(int(store.get(key))))
-
-
-def own_part(store: Store, rank: int, world_size: int) -> Store:
-    """The part of torchrun's store that belongs to these ranks alone: it outlives ranks that torchrun
-    restarts, with all that they left in it.
-
-    Rank 0 names the part and the others answer with names of their own, so that none takes what it finds for
-    an answer to itself.
-    """
-    own = uuid.uuid4().hex
-    if rank == 0:
-        keys = [f"dist_esm/{own}/{other}" for other in range(1, world_size)]
-        store.set("dist_esm/part", own)
-        wait_for(
-            lambda: store.check(keys),
-            lambda: [number for number, key in enumerate(keys, start=1) if not store.check([key])],
-        )
-        store.set(f"dist_esm/{own}/all", json.dumps([store.get(key).decode() for key in keys]))
-        return PrefixStore(f"dist_esm/{own}", store)
-    part = ""
-
-    def is_current() -> bool:
-        nonlocal part
-        if not store.check(["dist_esm/part"]):
-            return False
-        found = store.get("dist_esm/part").decode()
-        if found != part:
-            part = found
-            store.set(f"dist_esm/{part}/{rank}", own)
-        return bool(
-            store.check([f"dist_esm/{part}/all"])
-            and json.loads(store.get(f"dist_esm/{part}/all"))[rank - 1] == own
-        )
-
-    wait_for(is_current, lambda: [0])
-    return PrefixStore(f"dist_esm/{part}", store)
-
-
-def wait_at_most(seconds: float, is_there: Callable[[], bool]) -> None:
-    """Wait until something holds, but no longer than so many seconds."""
-    deadline = time.monotonic() + seconds
-    while not is_there() and time.monotonic() < deadline:
-        time.sleep(LEAST_POLL_SECONDS)
-
-
-def wait_for(is_there: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
-    """Wait without a time limit; the ranks that are missing are named every minute.
-
-    Pauses are a twentieth of what was waited already: short waits end at once, and many ranks that wait for
-    hours ask seldom.
-    """
-    began = since = time.monotonic()
-    while not is_there():
-        now = time.monotonic()
-        time.sleep(min(POLL_SECONDS, max(LEAST_POLL_SECONDS, (now - began) / 20)))
-        if now - since > NAME_MISSING_SECONDS:
-            since = now
-            log.info("waiting for ranks %s", missing())
 
 
 def setup_logging(rank: int) -> None:

@@ -41,11 +41,11 @@ def write_shard(table: OutputTable, path: Path, scratch: Path) -> Staged:
     # Rows go as one text: torch's unpickler takes microseconds for each string.
     content = {**vars(table), "rows": json.dumps(table.rows), "per_tok": per_tok}
     temporary = temporary_path(scratch)
-    try:
-        return Staged(path, save(content, temporary), [(temporary, path)])
-    except BaseException:
-        discard(temporary)
-        raise
+    with ExitStack() as undo:
+        undo.callback(discard, temporary)
+        staged = Staged(path, save(content, temporary), [(temporary, path)])
+        undo.pop_all()
+    return staged
 
 
 def read_shard(path: Path) -> OutputTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from dist_esm.atomic import Staged, discard_staged, refuse_to_replace, temporary_path
@@ -41,7 +42,8 @@ def write_output(output_format: Format, table: OutputTable, stem: Path, scratch:
     staged = Staged(path, None, [], marks=chosen.codec.marks)
     if chosen.is_folder:
         refuse_to_replace(path, staged.marks)
-    try:
+    with ExitStack() as undo:
+        undo.callback(discard_staged, staged)
         if table.tsv_lines:
             staged.files.append((temporary_path(scratch), records_tsv))
             text = "\n".join(["\t".join(NOTE_COLUMNS), *table.tsv_lines, ""])
@@ -50,7 +52,5 @@ def write_output(output_format: Format, table: OutputTable, stem: Path, scratch:
             staged.obsolete.append(records_tsv)
         staged.files.append((temporary_path(scratch), path))
         staged.sha256 = chosen.codec.write(table, staged.files[-1][0])
-    except BaseException:
-        discard_staged(staged)
-        raise
+        undo.pop_all()
     return staged
