@@ -20,11 +20,7 @@ log = logging.getLogger("dist_esm")
 
 CHUNK_BYTES = 1 << 20
 """Bytes of one value in the store, which takes at most 8 MiB."""
-
-
 LEAST_POLL_SECONDS, POLL_SECONDS = 0.002, 0.1
-
-
 NAME_MISSING_SECONDS = 60.0
 
 
