@@ -18,6 +18,7 @@ from typing import NoReturn
 from dist_esm.arguments import read_options
 from dist_esm.cli import compose_config, config_text, help_text
 from dist_esm.config import Config, Job, check
+from dist_esm.names import one_line, printable
 from dist_esm.stop import on_signals
 from dist_esm.version import code_version
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 text = config_text(config)
             check(config)
     except ValueError as error:
-        problem = " ".join(str(error).split())
+        problem = one_line(error)
     if problem is None and text is not None:
         if is_main_rank():
             print(text, end="")
@@ -92,12 +93,15 @@ def start(config: Config | None, problem: str | None) -> int:
             code = {Job.embed: run, Job.selfcheck: selfcheck, Job.verify: verify}[config.job](config, world)
             return 0 if code == PARTIAL and may_be_restarted() else code
         except LostRankError as lost:
-            print(f"dist_esm: error: {lost}: start it again, it goes on from what is done", file=sys.stderr)
+            print(
+                f"dist_esm: error: {one_line(lost)}: start it again, it goes on from what is done",
+                file=sys.stderr,
+            )
             return 1
         except RefusedError as refused:
             if world.is_main:
                 for line in refused.problems:
-                    print(f"dist_esm: error: {line}", file=sys.stderr, flush=True)
+                    print(f"dist_esm: error: {printable(line)}", file=sys.stderr, flush=True)
             return 1
 
 

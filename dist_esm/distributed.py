@@ -40,6 +40,7 @@ from torch.distributed.rendezvous import rendezvous
 from dist_esm.attempt import ending_of
 from dist_esm.launcher import launch_environment, refuse
 from dist_esm.liveness import SignsOfLife
+from dist_esm.names import one_line, printable
 from dist_esm.stop import ended_by_signals
 from dist_esm.store import (
     POLL_SECONDS,
@@ -231,14 +232,20 @@ class World:
         store = self._store
         self._meetings += 1
         name = f"meeting/{self._meetings}"
-        put_bytes(store, f"{name}/{self.rank}", value.encode())
+        put_bytes(store, f"{name}/{self.rank}", value.encode("utf-8", "surrogateescape"))
         if self.is_main:
             keys = [f"{name}/{rank}" for rank in range(self.world_size)]
             self._wait_for(
                 lambda: store.check(keys),
                 lambda: [rank for rank, key in enumerate(keys) if not store.check([key])],
             )
-            put_bytes(store, name, json.dumps([get_bytes(store, key).decode() for key in keys]).encode())
+            put_bytes(
+                store,
+                name,
+                json.dumps(
+                    [get_bytes(store, key).decode("utf-8", "surrogateescape") for key in keys]
+                ).encode(),
+            )
         self._wait_for(lambda: store.check([name]), lambda: [0])
         return list(json.loads(get_bytes(store, name)))
 
@@ -287,7 +294,7 @@ class World:
         try:
             value = work(*args, **options)
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            problem = " ".join(str(error).split())
+            problem = one_line(error)
         self.agree(problem)
         return cast(T, value)
 
@@ -539,10 +546,21 @@ class World:
                 wait_at_most(LEAVE_SECONDS, lambda: store.check(keys))
 
 
+class _PrintableFormatter(logging.Formatter):
+    """Keeps every message on its line: a name in it may hold any character."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        """Return the line of a record."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 def setup_logging(rank: int) -> None:
     """INFO and above to stderr, each line with its rank."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(
+        _PrintableFormatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S")
+    )
     log.handlers = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.config import Include
+from dist_esm.names import one_line, printable
 
 Compression = Literal["gzip", "bz2", "xz", "zstd"]
 """What a file may be compressed with."""
@@ -292,8 +293,13 @@ class Failure:
     @classmethod
     def of(cls, path: Path, error: Exception, rank: int, protein: str | None = None) -> Failure:
         """From what was raised, its message in one line, behind the id of the protein if it is one's."""
-        message = " ".join(str(error).split()) or repr(error)
-        return cls(str(path), type(error).__name__, f"{protein}: {message}" if protein else message, rank)
+        message = one_line(error)
+        return cls(
+            str(path),
+            type(error).__name__,
+            f"{printable(protein)}: {message}" if protein else message,
+            rank,
+        )
 
 
 TALLIED = (

@@ -21,6 +21,7 @@ from dist_esm.atomic import atomically
 from dist_esm.config import Config, plain_values
 from dist_esm.jobs.setup import Setup
 from dist_esm.model.checkpoints.locate import RANDOM, locate
+from dist_esm.names import escaped_field, printable
 from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.planning.units import Plan
 from dist_esm.types import (
@@ -318,10 +319,10 @@ def write_running_report(plan: Plan, out: OutputDir, setup: Setup, config: Confi
 def write_report(report: Report, output_dir: Path, scratch: Path | None = None) -> None:
     """Write report.json, and failed_files.txt with a line ``path|error_type|error_message`` for each
     failure."""
-    lines = [f"{failure.path}|{failure.error_type}|{failure.error_message}\n" for failure in report.failed]
+    fields = ((failure.path, failure.error_type, failure.error_message) for failure in report.failed)
+    lines = ["|".join(map(escaped_field, of_failure)) + "\n" for of_failure in fields]
     with atomically(output_dir / "failed_files.txt", scratch) as beside:
-        # A path may be any bytes.
-        beside.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+        beside.write_text("".join(lines), encoding="utf-8")
     write_json(report, output_dir, scratch)
 
 
@@ -407,4 +408,4 @@ def summary(report: Report, output_dir: Path) -> str:
         lines.append(f"and {len(report.failed) - MAX_SHOWN} more failures, all in failed_files.txt")
     if report.not_attempted:
         lines.append(f"not attempted: {len(report.not_attempted)} files, listed in report.json")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

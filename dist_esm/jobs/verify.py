@@ -27,6 +27,7 @@ from dist_esm.distributed import World
 from dist_esm.fasta.blocks import Digests, Tee, whole_file
 from dist_esm.fasta.parser import read_proteins
 from dist_esm.fasta.segments import apply_length_policy, num_embedded
+from dist_esm.names import printable
 from dist_esm.outputs import journal, launches
 from dist_esm.outputs.finished import FinishedFile, finished_files
 from dist_esm.outputs.format_version import read_json
@@ -141,10 +142,11 @@ def conclude(
     with atomically(output_dir / "verify.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for finding in findings:
-        print(f"{finding.path}: {finding.problem}")
+        print(printable(f"{finding.path}: {finding.problem}"))
     if others:
         shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-        print(f"not checked: {len(others)} files of other runs, which input does not name: {shown}")
+        words = f"not checked: {len(others)} files of other runs, which input does not name: {shown}"
+        print(printable(words))
     print(
         f"{status}: {num_files} files, {num_proteins} proteins checked, {len(findings)} findings", flush=True
     )

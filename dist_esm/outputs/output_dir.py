@@ -13,10 +13,10 @@ Below it, ``.dist_esm`` holds what is not an output:
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from dist_esm.atomic import atomically, discard, is_leftover, remove
 from dist_esm.config import Config, plain_values
+from dist_esm.names import output_path
 from dist_esm.outputs import in_hand, journal, launches
 from dist_esm.outputs.format_version import FORMAT_VERSION, read_json, version_of
 from dist_esm.outputs.in_hand import Deaths, InHand
@@ -311,9 +312,9 @@ def start_over(output_dir: Path, entries: Sequence[Entry]) -> None:
         remove(output_dir / path)
     for entry in entries:
         stem = output_dir / entry.output
-        for pattern in (".records.tsv", ".part*.records.tsv"):
-            for records_tsv in stem.parent.glob(glob.escape(stem.name) + pattern):
-                records_tsv.unlink()
+        parts = (re.search(r"\.part\d{5}(?=\.|$)", written.path) for written in entry.written)
+        for part in {"", *(match[0] for match in parts if match)}:
+            output_path(stem, f"{part}.records.tsv").unlink(missing_ok=True)
     for record in [*launches.launch_files(output_dir), *journal.folder(output_dir).glob("*.jsonl")]:
         record.unlink()
 
