@@ -33,6 +33,7 @@ from dist_esm.outputs.finished import FinishedFile, finished_files
 from dist_esm.outputs.format_version import read_json
 from dist_esm.outputs.load import EmbeddingSet, load
 from dist_esm.outputs.output_dir import inside
+from dist_esm.outputs.trust import refuse_strange_files
 from dist_esm.planning.assign import assign_to_bins
 from dist_esm.planning.inputs import search_inputs
 from dist_esm.planning.pipes import remove_copies, spool_pipes
@@ -162,6 +163,7 @@ def read_work(config: Config) -> Work:
         If no run was ever begun there, or what it left cannot be understood.
     """
     output_dir = config.output_dir
+    refuse_strange_files(output_dir)
     path = inside(output_dir) / "config.json"
     if not path.is_file():
         raise ValueError(

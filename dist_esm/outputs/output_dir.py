@@ -26,13 +26,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from dist_esm.atomic import atomically, discard, is_leftover, remove
+from dist_esm.atomic import atomically, discard, is_leftover, refuse_to_replace, remove
 from dist_esm.config import Config, plain_values
 from dist_esm.names import output_path
 from dist_esm.outputs import in_hand, journal, launches
-from dist_esm.outputs.format_version import FORMAT_VERSION, read_json, version_of
+from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, read_json, version_of
+from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.in_hand import Deaths, InHand
 from dist_esm.outputs.journal import Entry, Journal
+from dist_esm.outputs.trust import SHARDS, is_file_of, refuse_linked_folders, refuse_strange_files
 from dist_esm.types import FastaFile, WrittenFile
 from dist_esm.wire import decode, encode
 
@@ -45,8 +47,6 @@ LOCK_SECONDS = 5.0
 """A run that is being killed has so long to end."""
 REPORTS = ("report.json", "failed_files.txt", "verify.json")
 """Files at the top of the directory that speak of what was done."""
-SHARDS = ("shards", "pieces")
-"""Folder of shards; version 1 had the second."""
 
 
 class OutputDir:
@@ -138,8 +138,11 @@ class OutputDir:
         ------
         OSError
             On rank 0, if it cannot be written.
+        ValueError
+            On rank 0, if an output would be written outside the directory, through a link.
         """
         if self.rank == 0:
+            refuse_linked_folders(self.path, [file.output for file in files])
             launches.record_inputs(self.path, self.launch, files, self.scratch)
 
     def entries_of_this_launch(self) -> list[Entry]:
@@ -158,8 +161,9 @@ def make_output_dir(output_dir: Path) -> None:
     Raises
     ------
     ValueError
-        If it cannot be written to.
+        If it cannot be written to, or is not as runs leave it (see `refuse_strange_files`).
     """
+    refuse_strange_files(output_dir)
     probe = inside(output_dir) / f"writable.{uuid.uuid4().hex}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -251,7 +255,9 @@ def read_settings(output_dir: Path) -> dict[str, Any] | None:
     )  # version 1, whose `format` is the outputs'
     if not is_bare:
         version_of(content, path)
-    settings: dict[str, Any] = content if is_bare else content["settings"]
+    settings: Any = content if is_bare else content["settings"]
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings: {REMEDY}")
     return settings
 
 
@@ -293,11 +299,24 @@ def check_settings(output_dir: Path, settings: dict[str, Any], entries: Sequence
 
 def start_over(output_dir: Path, entries: Sequence[Entry]) -> None:
     """Forget all that was done: remove what speaks of it, the outputs that the journal lists, and the
-    journal, in this order."""
-    listed = dict.fromkeys(
-        written.path for entry in entries if not entry.is_shard for written in entry.written
-    )
-    outputs = [path for path in listed if (output_dir / path).exists()]
+    journal, in this order.
+
+    Raises
+    ------
+    ValueError
+        If an output is outside the directory, or is none; then nothing is removed.
+    """
+    listed = {
+        written.path: entry.output
+        for entry in entries
+        if not entry.is_shard
+        for written in entry.written
+        if os.path.lexists(output_dir / written.path)
+    }
+    refuse_linked_folders(output_dir, [*listed, *(entry.output for entry in entries)])
+    for path, output in listed.items():
+        refuse_to_remove(output_dir, path, output)
+    outputs = list(listed)
     if outputs:
         shown = ", ".join(outputs[:3]) + (", ..." if len(outputs) > 3 else "")
         log.warning(
@@ -317,6 +336,32 @@ def start_over(output_dir: Path, entries: Sequence[Entry]) -> None:
             output_path(stem, f"{part}.records.tsv").unlink(missing_ok=True)
     for record in [*launches.launch_files(output_dir), *journal.folder(output_dir).glob("*.jsonl")]:
         record.unlink()
+
+
+def refuse_to_remove(output_dir: Path, path: str, output: str) -> None:
+    """Refuse to remove what is no output, or a folder that holds more than embeddings.
+
+    Parameters
+    ----------
+    output_dir
+        The directory.
+    path, output
+        The path of a file or folder, and of the output, without suffix, that the journal calls it a part of.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    full = output_dir / path
+    if not is_file_of(output, path):
+        raise ValueError(f"the journal calls {full} an output, and it is none: {REMEDY}")
+    if full.is_dir() and not full.is_symlink():
+        marks = [mark for known in FORMATS.values() if known.is_folder for mark in known.codec.marks]
+        try:
+            refuse_to_replace(full, marks)
+        except FileExistsError as error:
+            raise ValueError(str(error)) from None
 
 
 def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
