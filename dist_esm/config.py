@@ -397,6 +397,9 @@ def check(config: Config) -> None:
     if not inputs or not all(isinstance(item, str) and item for item in inputs):
         remedy = "for example input=proteins/ or input=[a.fasta,b.fasta]"
         raise ValueError(f"input={config.input!r} is neither a path, a glob nor a list of these: {remedy}")
+    for key, path in (("weights", config.model.weights), ("adapter", config.model.adapter)):
+        if path is not None and not path.strip():
+            raise ValueError(f"model.{key} is empty: name a path, or write null")
     if not config.repr_layers:
         raise ValueError("repr_layers is empty: name at least one layer, for example repr_layers=[-1]")
     if config.model.num_layers:  # of model=auto they are not known yet
