@@ -82,7 +82,12 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
     clock = Clock()
     inputs = find_inputs(config, world)
     setup = choose_setup(config, world)
-    with OutputDir.open(config, setup.settings, world) as out, stopping() as stop, world.watching(stop.set):
+    words = setup.provenance["weights_in_words"]
+    with (
+        OutputDir.open(config, setup.settings, world, words) as out,
+        stopping() as stop,
+        world.watching(stop.set),
+    ):
         agree_on_output_dir(out, world)
         if world.is_main:
             remove_leftovers(config.output_dir, inputs.files)

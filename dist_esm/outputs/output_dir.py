@@ -85,7 +85,9 @@ class OutputDir:
 
     @classmethod
     @contextmanager
-    def open(cls, config: Config, settings: dict[str, Any], world: World) -> Iterator[OutputDir]:
+    def open(
+        cls, config: Config, settings: dict[str, Any], world: World, weights_in_words: str = ""
+    ) -> Iterator[OutputDir]:
         """Take the directory for a launch. All ranks call it: all get it, or all are refused.
 
         Parameters
@@ -96,6 +98,8 @@ class OutputDir:
             All that one directory must not mix.
         world
             The ranks; the first holds the lock, and cleans.
+        weights_in_words
+            What the weights are, for the message that refuses to mix two.
 
         Raises
         ------
@@ -104,7 +108,7 @@ class OutputDir:
             under other settings, or what is in it cannot be understood.
         """
         with ExitStack() as held:
-            prepared = world.all_or_none(_prepare, config, settings, world.is_main, held)
+            prepared = world.all_or_none(_prepare, config, settings, weights_in_words, world.is_main, held)
             told = {"launch": prepared.launch, "deaths": prepared.deaths} if prepared else None
             (first, *_) = world.exchange(encode(told).decode())
             told = decode(first.encode(), Deaths)
@@ -183,7 +187,9 @@ class Prepared(NamedTuple):
     deaths: dict[str, Deaths]
 
 
-def _prepare(config: Config, settings: dict[str, Any], is_main: bool, held: ExitStack) -> Prepared | None:
+def _prepare(
+    config: Config, settings: dict[str, Any], weights_in_words: str, is_main: bool, held: ExitStack
+) -> Prepared | None:
     """Do rank 0's part of `OutputDir.open`; None on other ranks."""
     if not is_main:
         return None
@@ -193,7 +199,7 @@ def _prepare(config: Config, settings: dict[str, Any], is_main: bool, held: Exit
     launch = launches.next_launch(output_dir)
     entries = journal.read(output_dir)
     if config.resume:
-        check_settings(output_dir, settings, entries)
+        check_settings(output_dir, settings, entries, weights_in_words)
     else:
         start_over(output_dir, entries)
         in_hand.forget(output_dir)
@@ -202,7 +208,8 @@ def _prepare(config: Config, settings: dict[str, Any], is_main: bool, held: Exit
     deaths = in_hand.collect(output_dir, was_restarted)
     clean(output_dir, entries)
     journal.folder(output_dir).mkdir(exist_ok=True)
-    _write_json(inside(output_dir) / "settings.json", {"format": FORMAT_VERSION, "settings": settings})
+    content = {"format": FORMAT_VERSION, "settings": settings, "weights_in_words": weights_in_words}
+    _write_json(inside(output_dir) / "settings.json", content)
     _write_json(inside(output_dir) / "config.json", plain_values(config))
     return Prepared(launch, entries, deaths)
 
@@ -261,7 +268,22 @@ def read_settings(output_dir: Path) -> dict[str, Any] | None:
     return settings
 
 
-def check_settings(output_dir: Path, settings: dict[str, Any], entries: Sequence[Entry]) -> None:
+def read_weights(output_dir: Path) -> str:
+    """Read what the weights were that the work in a directory was done with, in words; "" if it is not known.
+
+    Raises
+    ------
+    ValueError
+        If the settings cannot be understood.
+    """
+    path = inside(output_dir) / "settings.json"
+    content = read_json(path) if path.exists() else None
+    return str(content.get("weights_in_words", "")) if isinstance(content, dict) else ""
+
+
+def check_settings(
+    output_dir: Path, settings: dict[str, Any], entries: Sequence[Entry], weights_in_words: str = ""
+) -> None:
     """Refuse to mix settings in one output directory.
 
     Parameters
@@ -272,6 +294,8 @@ def check_settings(output_dir: Path, settings: dict[str, Any], entries: Sequence
         Of the launch that begins.
     entries
         What the journal says is done; without any, there is nothing to mix with.
+    weights_in_words
+        What the weights of this launch are: a fingerprint tells nobody which file to name.
 
     Raises
     ------
@@ -284,10 +308,12 @@ def check_settings(output_dir: Path, settings: dict[str, Any], entries: Sequence
     # Before numerics had a version of their own they were the first.
     before = {"numerics": 1, **recorded}
     now = {"numerics": 1, **json.loads(json.dumps(settings))}
+    words = {"weights": (read_weights(output_dir), weights_in_words)}
     changed = [
-        f"{key}={before.get(key)!r} before, {now.get(key)!r} now"
+        f"{key}={_shown(before.get(key), was)} before, {_shown(now.get(key), is_now)} now"
         for key in {**before, **now}
         if before.get(key) != now.get(key)
+        for was, is_now in [words.get(key, ("", ""))]
     ]
     if changed:
         remedy = "name another output_dir, or start over with resume=false"
@@ -295,6 +321,10 @@ def check_settings(output_dir: Path, settings: dict[str, Any], entries: Sequence
             f"output_dir={output_dir} holds embeddings made under other settings "
             f"({'; '.join(changed)}): {remedy}"
         )
+
+
+def _shown(value: Any, words: str) -> str:
+    return f"{value!r} ({words})" if words else repr(value)
 
 
 def start_over(output_dir: Path, entries: Sequence[Entry]) -> None:
