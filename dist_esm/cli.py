@@ -56,6 +56,7 @@ options:
 HELP_GROUPS = {
     "input and outputs": (
         "input",
+        "id",
         "header_encoding",
         "output_dir",
         "format",

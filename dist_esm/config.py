@@ -136,6 +136,13 @@ class Chains(Enum):
     split = "split"
 
 
+class ProteinId(Enum):
+    """What of a header is the protein's id: its first word, or the accession in that word."""
+
+    word = "word"
+    accession = "accession"
+
+
 class HeaderEncoding(Enum):
     """How headers are read: as UTF-8 and those that are not as Latin-1, or as UTF-8 alone."""
 
@@ -218,6 +225,9 @@ class Config:
     chains: Chains = Chains.skip
     """Records of several chains (separated by : / or |) are skipped; split makes each chain a protein, named
     by the record's id and the chain's place."""
+    id: ProteinId = ProteinId.word
+    """The id of a protein: the first word of its header, or the accession in it (P12345 of
+    sp|P12345|NAME); a word without one stays."""
     header_encoding: HeaderEncoding = HeaderEncoding.auto
     """A header that is not UTF-8 is read as Latin-1, and listed (auto), or its file fails (utf8)."""
     dedupe: bool = True

@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from dist_esm.config import Chains, Config, Letter, ResidueConfig, SpecialTokens, Unknown
+from dist_esm.config import Chains, Config, Letter, ProteinId, ResidueConfig, SpecialTokens, Unknown
 from dist_esm.fasta.blocks import FastaError
+from dist_esm.fasta.ids import accession_of
 from dist_esm.types import MASK, NO_CHANGES, Changes, Protein
 
 RESIDUES = b"ACDEFGHIKLMNPQRSTVWYXBUZO"
@@ -42,13 +43,13 @@ def make_proteins(header: str, letters: str, record_number: int, config: Config)
     Parameters
     ----------
     header
-        Its header line without `>`.
+        Its header line without `>`; its first word, or the accession in it, is the id.
     letters
         Its sequence as it was given. A line feed ends a line and is not counted as a blank.
     record_number
         Its place in its file, from 1.
     config
-        ``residues.*``, `special_tokens` and `chains` decide.
+        ``residues.*``, `special_tokens`, `chains` and `id` decide.
 
     Returns
     -------
@@ -62,6 +63,8 @@ def make_proteins(header: str, letters: str, record_number: int, config: Config)
     """
     words = header.split(None, 1)
     name = words[0] if words else f"unnamed_{record_number}"
+    if config.id is ProteinId.accession:
+        name = accession_of(name)
     if letters.isascii():
         residues = letters.encode("ascii")
         if residues and not residues.translate(None, RESIDUES):  # nearly every record

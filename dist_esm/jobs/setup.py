@@ -34,6 +34,7 @@ KEYS_OF_CONTENT = (
     "residues",
     "special_tokens",
     "chains",
+    "id",
     "header_encoding",
     "max_proteins_per_output",
 )

@@ -47,6 +47,8 @@ LOCK_SECONDS = 5.0
 """A run that is being killed has so long to end."""
 REPORTS = ("report.json", "failed_files.txt", "verify.json")
 """Files at the top of the directory that speak of what was done."""
+UNNAMED = {"numerics": 1, "id": "word"}
+"""What settings were before they had a name."""
 
 
 class OutputDir:
@@ -305,9 +307,8 @@ def check_settings(
     recorded = read_settings(output_dir)
     if recorded is None or not entries:
         return
-    # Before numerics had a version of their own they were the first.
-    before = {"numerics": 1, **recorded}
-    now = {"numerics": 1, **json.loads(json.dumps(settings))}
+    before = {**UNNAMED, **recorded}
+    now = {**UNNAMED, **json.loads(json.dumps(settings))}
     words = {"weights": (read_weights(output_dir), weights_in_words)}
     changed = [
         f"{key}={_shown(before.get(key), was)} before, {_shown(now.get(key), is_now)} now"
