@@ -90,6 +90,7 @@ def cut(name: str, whole: str, max_bytes: int) -> tuple[str, str]:
     """Return the beginning of a name, and ``~h`` and a hash of `whole` to put behind it: at most `max_bytes`
     together."""
     mark = f"~h{hashlib.sha256(whole.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+    name = name[:max_bytes]  # a character takes a byte at least, and a header may have millions
     while len(os.fsencode(name)) > max_bytes - len(mark):
         name = name[:-1]
     return name, mark

@@ -95,6 +95,10 @@ class Count:
     squares: int = 0
     """Sum over records of (residues that one forward sees) squared: the work of attention."""
     lines: int = 0
+    text: int = 0
+    """Bytes that ids and headers take in JSON at most; 0 if the format has no limit for them."""
+    part_size: int = 0
+    """Records of a numbered part that keep within that limit; 0: as many as one wants."""
 
     def __add__(self, other: Count) -> Count:
         return Count(
@@ -102,6 +106,8 @@ class Count:
             self.residues + other.residues,
             self.squares + other.squares,
             self.lines + other.lines,
+            self.text + other.text,
+            min(filter(None, (self.part_size, other.part_size)), default=0),
         )
 
 
@@ -121,6 +127,8 @@ class Unit:
     """It is all of its file."""
     first_part: int | None = None
     """Number of its first numbered part, if its file has too many proteins for one output."""
+    part_size: int | None = None
+    """Records of one of its numbered parts; None: as the configuration has it."""
     unreadable: str | None = None
     """Why the scan could not read it; reading it will fail with the same reason."""
 
