@@ -224,7 +224,8 @@ class _Lines:
         if not self.is_truncated:
             raise FastaError(
                 f"the record that reaches line {line_number} has more than {MAX_RESIDUES} letters: "
-                "no protein, perhaps a genome"
+                "no protein, perhaps a genome; with truncation_seq_length=1022, long=truncate embeds its "
+                "beginning, and long=skip leaves it out"
             )
         num_over = min(length - MAX_RESIDUES, len(line))
         self._remark().num_unread += num_over
