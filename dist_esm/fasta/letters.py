@@ -11,7 +11,7 @@ import re
 from collections import Counter
 
 from dist_esm.config import Chains, Config, Letter, ProteinId, ResidueConfig, SpecialTokens, Unknown
-from dist_esm.fasta.blocks import FastaError
+from dist_esm.fasta.blocks import ELSEWHERE, FastaError
 from dist_esm.fasta.ids import accession_of
 from dist_esm.types import MASK, NO_CHANGES, Changes, Protein
 
@@ -104,7 +104,7 @@ def _mask_tokens(letters: str, policy: SpecialTokens) -> tuple[str, str | None]:
     named = sorted(token for token in found if _NAMED_TOKEN.fullmatch(token))
     words = f"special token {named[0]}" if named else "text in angle brackets"
     if policy is SpecialTokens.fail:
-        raise FastaError(f"has a {words}: special_tokens=skip leaves such records out")
+        raise FastaError(f"has a {words}: special_tokens=skip leaves such records out {ELSEWHERE}")
     if policy is SpecialTokens.skip or found != {"<mask>"}:
         return letters, words
     return _MASK_TOKEN.sub(MASK.decode(), letters), None
@@ -117,7 +117,9 @@ def _not_a_protein(letters: str, policy: ResidueConfig) -> str | None:
         return None
     if policy.unknown is Unknown.fail:
         shown = ", ".join(repr(chr(letter)) for letter in sorted(set(text) & set(_NO_LETTERS)))
-        raise FastaError(f"is mostly no residues ({shown}); residues.unknown=replace skips such records")
+        raise FastaError(
+            f"is mostly no residues ({shown}); residues.unknown=replace skips such records {ELSEWHERE}"
+        )
     return "mostly no residues"
 
 
@@ -148,7 +150,8 @@ def _make_protein(
         if policy.unknown is Unknown.fail:
             shown = ", ".join(repr(letter) for letter in sorted(strange))
             raise FastaError(
-                f"{place} has letters outside the alphabet: {shown}; residues.unknown=replace makes them X"
+                f"{place} has letters outside the alphabet: {shown}; "
+                f"residues.unknown=replace makes them X {ELSEWHERE}"
             )
         if policy.unknown is Unknown.skip:
             return Protein(name, header, b"", changes, skipped="unknown letters")
