@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from dist_esm.atomic import atomically
 from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, read_json, version_of
+from dist_esm.outputs.trust import leads_out
 from dist_esm.types import FastaFile
 from dist_esm.version import code_version
 
@@ -90,6 +91,9 @@ def read_inputs(path: Path) -> list[LaunchInput]:
         raise ValueError(f"{path} cannot be understood ({error}): {REMEDY}") from None
     if not all(isinstance(text, str) for item in inputs for text in item):
         raise ValueError(f"{path} cannot be understood (a path is no text): {REMEDY}")
+    outside = [item.output for item in inputs if leads_out(item.output)]
+    if outside:
+        raise ValueError(f"{path} cannot be understood ({outside[0]!r} leads out of output_dir): {REMEDY}")
     return inputs
 
 

@@ -304,7 +304,14 @@ def test_notes_that_no_rank_wrote_blame_nothing(tmp_path, inputs, line):
 
 
 @pytest.mark.parametrize(
-    "inputs_of_launch", ["[5]", '[{"path": [], "source": "a", "output": "b"}]', "5", "null"]
+    "inputs_of_launch",
+    [
+        "[5]",
+        '[{"path": [], "source": "a", "output": "b"}]',
+        '[{"path": "a", "source": "a", "output": "../a"}]',
+        "5",
+        "null",
+    ],
 )
 def test_a_launch_that_cannot_be_understood_is_one_line(tmp_path, inputs, inputs_of_launch):
     embed_directory(inputs, tmp_path / "out")
