@@ -176,8 +176,8 @@ def take_units(
 ) -> Iterator[TakenUnit | None]:
     """Claim units for this rank, one when it is asked for: its own bin, then what others have not begun.
 
-    None, between the two, asks the caller to finish all that it has in hand. It reads ahead of its device, and
-    would else take over what others are just about to begin.
+    None, between the two, asks the caller to finish all that it has in hand. It reads ahead of its device,
+    and would else take over what others are just about to begin.
 
     Units that may kill their process come last, behind None, which asks the caller to finish all that it
     has in hand: the next one is given out when every rank has done so.
