@@ -12,15 +12,9 @@ from dist_esm.atomic import commit_together
 from dist_esm.attempt import as_value
 from dist_esm.config import Config
 from dist_esm.distributed import LostRankError, World
-from dist_esm.jobs.report import (
-    describe_run,
-    fail_what_vanished,
-    failures_by_file,
-    make_report,
-    summary,
-    write_report,
-    write_running_report,
-)
+from dist_esm.jobs.report.make import fail_what_vanished, failures_by_file, make_report
+from dist_esm.jobs.report.summary import summary
+from dist_esm.jobs.report.write import describe_run, write_report, write_running_report
 from dist_esm.jobs.setup import MakeEngine, Setup, choose_setup, describe, find_inputs, load_engine
 from dist_esm.model.engine import Engine
 from dist_esm.outputs.formats.write import write_output
