@@ -49,6 +49,11 @@ class Report:
     seconds: float
     embedding_seconds: float
     """From when every rank had its model until every output was in place."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """On rank 0, phase to the seconds that it took."""
+    unfinished: dict[str, int] = field(default_factory=dict)
+    """Of files that were not come to their end: how many have units that are embedded, and the sequences and
+    residues of these units. The next launch goes on from them."""
     config: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     kernels: str = ""
@@ -66,3 +71,22 @@ class Report:
     def exit_code(self) -> int:
         """0 complete, 2 partial, 1 aborted."""
         return {"complete": 0, "partial": 2, "aborted": 1}[self.status]
+
+    @property
+    def num_files(self) -> int:
+        """Input files, whatever became of them."""
+        return len(self.files) + len(self.failed) + len(self.not_attempted)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a launch ended, and when."""
+
+    reason: str | None
+    """Why it was stopped, if it was."""
+    seconds: float
+    """Wall time of the launch."""
+    embedding_seconds: float
+    """Of it, without finding files, loading and planning."""
+    phases: dict[str, float]
+    """On rank 0, phase to the seconds that it took."""

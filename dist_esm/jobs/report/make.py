@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_esm.jobs.report.content import OUTCOMES, FileReport, Report
+from dist_esm.jobs.report.content import OUTCOMES, Ending, FileReport, Report
 from dist_esm.planning.units import Plan
 from dist_esm.types import (
     Failure,
@@ -37,9 +37,7 @@ def make_report(
     plan: Plan,
     ranks: Sequence[RankSummary],
     joined: Mapping[int, JoinedFile | Failure],
-    reason: str | None,
-    seconds: float,
-    embedding_seconds: float,
+    ending: Ending,
     others: Sequence[UnitOutcome] = (),
 ) -> Report:
     """Combine what the ranks say.
@@ -52,12 +50,8 @@ def make_report(
         What each rank did.
     joined
         For each file that was cut and joined, its output, or why it could not be joined.
-    reason
-        Why the run was stopped, if it was.
-    seconds
-        Wall time of the run.
-    embedding_seconds
-        Of it, without finding files, loading and planning.
+    ending
+        How the launch ended, and when.
     others
         Outcomes of this launch that no rank has told.
 
@@ -77,6 +71,7 @@ def make_report(
             done.setdefault(outcome.file, []).append(outcome)
     total = Tally(outcomes={outcome.name: 0 for outcome in RecordOutcome})
     files, not_attempted, num_not_attempted = [], [], 0
+    unfinished = {"files": 0, "sequences": 0, "residues": 0}
     for index, file in enumerate(plan.files):
         units = plan.units_of(index)
         num_records = sum(unit.count.sequences for unit in units)
@@ -86,6 +81,9 @@ def make_report(
         elif len(results) < len(units) or (units[0].is_shard and whole is None):
             not_attempted.append(str(file.path))
             num_not_attempted += num_records
+            unfinished["files"] += bool(results)
+            unfinished["sequences"] += sum(result.tally.sequences for result in results)
+            unfinished["residues"] += sum(result.tally.residues for result in results)
         else:
             is_resumed = all((result.file, result.ordinal) in resumed for result in results)
             entry = file_entry(str(file.path), results, whole, is_resumed)
@@ -107,7 +105,7 @@ def make_report(
         "nucleotides": total.nucleotides,
         "deduplicated": total.deduplicated,
     }
-    reason = reason or records_without_outcome(records, num_not_attempted)
+    reason = ending.reason or records_without_outcome(records, num_not_attempted)
     return Report(
         status="aborted" if reason is not None else "partial" if failed else "complete",
         reason=reason,
@@ -116,8 +114,10 @@ def make_report(
         not_attempted=not_attempted,
         records=records,
         ranks=[rank_entry(rank, of_this_launch) for rank in ranks],
-        seconds=round(seconds, 3),
-        embedding_seconds=max(0.001, round(embedding_seconds, 3)),
+        seconds=round(ending.seconds, 3),
+        embedding_seconds=max(0.001, round(ending.embedding_seconds, 3)),
+        phases={phase: round(seconds, 3) for phase, seconds in ending.phases.items()},
+        unfinished=unfinished,
     )
 
 
@@ -207,5 +207,9 @@ def rank_entry(rank: RankSummary, outcomes: Sequence[UnitOutcome]) -> dict[str, 
         "tokens_per_second": round(rank.tokens / rank.seconds, 1) if rank.seconds else 0.0,
         "split_packs": rank.split_packs,
         "recomputed": rank.recomputed,
+        "padding": rank.padding,
+        "compute_seconds": round(rank.compute_seconds, 3),
+        "write_seconds": round(rank.write_seconds, 3),
+        "phases": {phase: round(seconds, 3) for phase, seconds in rank.phases.items()},
         **{name: round(seconds, 3) for name, seconds in (rank.waits | rank.startup).items()},
     }

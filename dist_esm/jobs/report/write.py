@@ -6,20 +6,25 @@ import json
 import os
 import platform
 import socket
-import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from dist_esm.atomic import atomically
 from dist_esm.config import Config, plain_values
-from dist_esm.jobs.report.content import FORMAT_VERSION, Report
+from dist_esm.jobs.report.content import FORMAT_VERSION, Ending, Report
 from dist_esm.jobs.report.make import make_report
 from dist_esm.jobs.setup import Setup
 from dist_esm.model.checkpoints.locate import locate
 from dist_esm.outputs.output_dir import OutputDir
+from dist_esm.planning.inputs import Inputs
+from dist_esm.planning.recorded import record_of
 from dist_esm.planning.units import Plan
 from dist_esm.version import code_version
+
+UNDER_WAY = "under way, or rank 0 died"
 
 
 def versions() -> dict[str, str]:
@@ -29,36 +34,56 @@ def versions() -> dict[str, str]:
     return ours | {name: version(name) for name in names}
 
 
-def describe_run(report: Report, config: Config, setup: Setup, out: OutputDir) -> None:
-    """Add what the run was: configuration, model, kernels and versions."""
-    report.launch = out.launch
-    report.config = plain_values(config)
+def about_launch(plan: Plan, config: Config, setup: Setup, inputs: Inputs, started: float) -> dict[str, Any]:
+    """Return what a launch is, for its record in the output directory, and from there for its reports."""
     weights = config.model.weights or str(locate(config.model))
-    report.model = {"name": config.model.name, "weights_from": weights, **setup.provenance}
-    report.kernels = str(setup.kernels)
-    report.versions = versions()
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": round(started, 3),
+        "config": plain_values(config),
+        "model": {"name": config.model.name, "weights_from": weights, **setup.provenance},
+        "kernels": str(setup.kernels),
+        "versions": versions(),
+        "passed_over": inputs.report(),
+        "plan": record_of(plan),
+    }
 
 
-def write_running_report(plan: Plan, out: OutputDir, setup: Setup, config: Config) -> None:
+OF_LAUNCH = ("host", "pid", "started", "config", "model", "kernels", "versions", "passed_over")
+"""What a report takes of a launch's record as it is."""
+
+
+def describe_launch(report: Report, about: Mapping[str, Any], launch: int) -> None:
+    """Add what the launch was: configuration, model, kernels and versions."""
+    report.launch = launch
+    for key in OF_LAUNCH:
+        setattr(report, key, about[key])
+
+
+def write_running_report(plan: Plan, about: Mapping[str, Any], out: OutputDir) -> None:
     """Put a report of status `running` in the place of an earlier one, until this launch has one of its own.
 
     It stays when rank 0 dies, so that nobody takes an earlier launch's report for this one's.
     """
-    report = make_report(plan, [], plan.joined, "under way, or rank 0 died", 0.0, 0.0)
+    report = make_report(plan, [], plan.joined, Ending(UNDER_WAY, 0.0, 0.0, {}))
     report.status = "running"
-    report.host, report.pid, report.started = socket.gethostname(), os.getpid(), round(time.time(), 3)
-    describe_run(report, config, setup, out)
-    (out.path / "failed_files.txt").unlink(missing_ok=True)
+    describe_launch(report, about, out.launch)
+    for name in ("failed_files.txt", "report.html"):
+        (out.path / name).unlink(missing_ok=True)
     write_json(report, out.path, out.scratch)
 
 
 def write_report(report: Report, output_dir: Path, scratch: Path | None = None) -> None:
-    """Write report.json, and failed_files.txt with a line ``path|error_type|error_message`` for each
-    failure."""
+    """Write report.json, and failed_files.txt with a line ``path|error_type|error_message`` for each failure,
+    if there is one."""
     lines = [f"{failure.path}|{failure.error_type}|{failure.error_message}\n" for failure in report.failed]
-    with atomically(output_dir / "failed_files.txt", scratch) as beside:
-        # A path may be any bytes.
-        beside.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    if lines:
+        with atomically(output_dir / "failed_files.txt", scratch) as beside:
+            # A path may be any bytes.
+            beside.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    else:
+        (output_dir / "failed_files.txt").unlink(missing_ok=True)
     write_json(report, output_dir, scratch)
 
 
