@@ -17,7 +17,8 @@ from typing import NoReturn
 
 from dist_esm.arguments import read_options
 from dist_esm.cli import compose_config, config_text, help_text
-from dist_esm.config import Config, Job, check
+from dist_esm.config import Config, Job, Verbosity, check
+from dist_esm.logs import setup_logging
 from dist_esm.names import one_line, printable
 from dist_esm.stop import on_signals
 from dist_esm.version import code_version
@@ -75,8 +76,9 @@ def give_up(reason: str) -> None:
 def start(config: Config | None, problem: str | None) -> int:
     """Join the other ranks and run, or refuse with all problems of all ranks, said once."""
     gc.disable()  # imports make a million objects and no garbage
-    from dist_esm.distributed import LostRankError, RefusedError, World, setup_logging
+    from dist_esm.distributed import LostRankError, RefusedError, World
     from dist_esm.jobs.embed import run
+    from dist_esm.jobs.report.job import rebuild
     from dist_esm.jobs.selfcheck.job import selfcheck
     from dist_esm.jobs.verify import verify
 
@@ -86,11 +88,12 @@ def start(config: Config | None, problem: str | None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a path may be any bytes
     heartbeat_timeout = Config().heartbeat_timeout if config is None else config.heartbeat_timeout
     with World.connect(heartbeat_timeout) as world:
-        setup_logging(world.rank)
+        setup_logging(world.rank, Verbosity.normal if config is None else config.verbosity)
         try:
             world.agree(problem)
             assert config is not None
-            code = {Job.embed: run, Job.selfcheck: selfcheck, Job.verify: verify}[config.job](config, world)
+            jobs = {Job.embed: run, Job.selfcheck: selfcheck, Job.verify: verify, Job.report: rebuild}
+            code = jobs[config.job](config, world)
             return 0 if code == PARTIAL and may_be_restarted() else code
         except LostRankError as lost:
             print(

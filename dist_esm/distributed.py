@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections import Counter
@@ -40,7 +39,8 @@ from torch.distributed.rendezvous import rendezvous
 from dist_esm.attempt import ending_of
 from dist_esm.launcher import launch_environment, refuse
 from dist_esm.liveness import SignsOfLife
-from dist_esm.names import one_line, printable
+from dist_esm.names import one_line
+from dist_esm.progress import Progress, RankProgress
 from dist_esm.stop import ended_by_signals
 from dist_esm.store import (
     POLL_SECONDS,
@@ -65,6 +65,8 @@ STORE_TIMEOUT = timedelta(minutes=30)
 """torch's own, for what waits in the store once a rank has joined."""
 HEARTBEAT_TIMEOUT = 60.0
 HASTE_SECONDS = 3.0
+NEWS_SECONDS = 1.0
+"""Two looks of the watching thread."""
 LEAVE_SECONDS = 5.0
 CONCLUDE_SECONDS = 15.0
 """A rank that was interrupted stays so long for rank 0's report: torchrun ends the others when the first rank
@@ -106,6 +108,8 @@ class World:
         self.host = socket.gethostname()
         self.device = torch.device("cpu")
         """This rank's device, once the process group has started."""
+        self.progress = Progress(RankProgress(rank, self.host))
+        """How far this rank is; goes out with its signs of life."""
         self._store = store
         self._signs: SignsOfLife | None = None
         self._lost: str | None = None
@@ -161,6 +165,8 @@ class World:
         world.set_status(WorkerStatus.IDLE)
         try:
             with world._watch(heartbeat_timeout):
+                if not os.environ.get("LOCAL_RANK"):
+                    world._count_ranks_of_host()
                 yield world
                 world._leave()
         except (DistNetworkError, DistStoreError):
@@ -168,6 +174,11 @@ class World:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+    def _count_ranks_of_host(self) -> None:
+        """Find this rank's place on its host, where the launcher does not say it."""
+        ranks = [rank for rank, host in enumerate(self.exchange(self.host)) if host == self.host]
+        self.local_rank, self.local_world_size = ranks.index(self.rank), len(ranks)
 
     @property
     def is_main(self) -> bool:
@@ -340,8 +351,22 @@ class World:
 
     def set_in_hand(self, file: str) -> None:
         """Publish, with the next sign of life, the file that this rank works on."""
+        self.progress.now.file = file
         if self._signs is not None:
             self._signs.in_hand = file
+
+    def get_progress(self) -> list[RankProgress | None]:
+        """On rank 0, how far every rank is by its last sign of life, in order of rank; None if nothing came
+        yet. The store is not asked for it."""
+        everyone: list[RankProgress | None] = [self.progress.now]
+        for rank in range(1, self.world_size):
+            message = self._signs.progress_of(rank) if self._signs is not None else ""
+            try:
+                told = decode(message.encode(), RankProgress) if message else None
+            except WireError:
+                told = None
+            everyone.append(told if isinstance(told, RankProgress) else None)
+        return everyone
 
     def get_worker_status(self) -> dict[int, WorkerStatus]:
         """Status of every rank, by rank."""
@@ -410,6 +435,11 @@ class World:
                     return self._store.get(key).decode()
         return None
 
+    def wait_for_news_of_deaths(self) -> None:
+        """Wait a moment for the watching thread to put what it sees into `lost_ranks`, if that is empty."""
+        if self._store is not None:
+            wait_at_most(NEWS_SECONDS, lambda: bool(self.lost_ranks))
+
     def gather_in_haste(self, value: Any, *types: type[Any]) -> list[Any]:
         """On rank 0, the values of the ranks that can still answer within `HASTE_SECONDS`; for runs that are
         ending.
@@ -469,6 +499,7 @@ class World:
             lambda rank: bool(store.check([f"left/{rank}"])),
         )
         self._signs = signs
+        signs.progress = lambda: encode(self.progress.now).decode()
         done = threading.Event()
         told: set[str] = set()
 
@@ -544,23 +575,3 @@ class World:
             keys = [f"left/{rank}" for rank in range(self.world_size)]
             if self.is_main and not self._is_in_haste:
                 wait_at_most(LEAVE_SECONDS, lambda: store.check(keys))
-
-
-class _PrintableFormatter(logging.Formatter):
-    """Keeps every message on its line: a name in it may hold any character."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
-        """Return the line of a record."""
-        record.message = printable(record.message)
-        return super().formatMessage(record)
-
-
-def setup_logging(rank: int) -> None:
-    """INFO and above to stderr, each line with its rank."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        _PrintableFormatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S")
-    )
-    log.handlers = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False

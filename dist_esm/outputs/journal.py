@@ -13,7 +13,6 @@ import json
 import math
 import os
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import IO, Any
 
 from dist_esm.atomic import read_back
 from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, check_fields, is_count, version_of
+from dist_esm.outputs.lines import encode as encode_line
+from dist_esm.outputs.lines import whole_lines
 from dist_esm.outputs.trust import is_shard, leads_out
 from dist_esm.types import TALLIED, FastaFile, RecordOutcome, Tally, Unit, WrittenFile
 
@@ -156,9 +157,8 @@ class Journal:
 
 
 def encode(entry: Entry) -> bytes:
-    """Return one line: JSON, a tab, and its CRC-32."""
-    text = json.dumps({"format": FORMAT_VERSION, **asdict(entry)}, separators=(",", ":")).encode()
-    return text + b"\t%08x\n" % zlib.crc32(text)
+    """Return one line."""
+    return encode_line({"format": FORMAT_VERSION, **asdict(entry)})
 
 
 def read(output_dir: Path, launch: int | None = None) -> list[Entry]:
@@ -174,10 +174,8 @@ def read(output_dir: Path, launch: int | None = None) -> list[Entry]:
 
 
 def _entries(path: Path) -> Iterator[Entry]:
-    for line in path.read_bytes().split(b"\n"):
-        text, _, checksum = line.rpartition(b"\t")
-        if text and checksum == b"%08x" % zlib.crc32(text):
-            yield _decode(text, path)
+    for text in whole_lines(path):
+        yield _decode(text, path)
 
 
 def _decode(text: bytes, path: Path) -> Entry:

@@ -6,7 +6,10 @@ Below it, ``.dist_esm`` holds what is not an output:
 - ``settings.json``: what one directory must not mix, for a resume to compare
 - ``config.json``: the whole configuration of the last launch
 - ``journal/``: a file for each launch and rank, of what is finished
-- ``launches/``: a file for each launch, of the inputs that it was given
+- ``launches/``: a file for each launch, of the inputs that it was given, its plan and settings
+- ``events/``: a file for each launch and rank, of what it began and ended, and when
+- ``logs/``: a log for each launch and rank
+- ``progress.json``: how far the last launch is
 - ``shards/``: what units of cut files contribute, until it is joined
 - ``scratch/``: a folder for each launch and rank, of files that are not committed yet
 """
@@ -19,7 +22,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +32,8 @@ from filelock import FileLock, Timeout
 from dist_esm.atomic import atomically, discard, is_leftover, refuse_to_replace, remove
 from dist_esm.config import Config, plain_values
 from dist_esm.names import output_path
-from dist_esm.outputs import in_hand, journal, launches
+from dist_esm.outputs import events, in_hand, journal, launches
+from dist_esm.outputs.events import Events
 from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, read_json, version_of
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.in_hand import Deaths, InHand
@@ -45,7 +49,7 @@ log = logging.getLogger("dist_esm")
 
 LOCK_SECONDS = 5.0
 """A run that is being killed has so long to end."""
-REPORTS = ("report.json", "failed_files.txt", "verify.json")
+REPORTS = ("report.json", "report.html", "failed_files.txt", "verify.json")
 """Files at the top of the directory that speak of what was done."""
 UNNAMED = {"numerics": 1, "id": "word"}
 """What settings were before they had a name."""
@@ -72,6 +76,8 @@ class OutputDir:
         Units whose processes died in earlier launches.
     in_hand : InHand
         This rank's notes of what may kill its process.
+    events : Events
+        This rank's record of what it begins and ends.
     """
 
     def __init__(self, path: Path, launch: int, rank: int, entries: Sequence[Entry]) -> None:
@@ -84,6 +90,7 @@ class OutputDir:
         self.shards = inside(path) / SHARDS[0]
         self.deaths: dict[str, Deaths] = {}
         self.in_hand = InHand(path, launch, rank)
+        self.events = Events(path, launch, rank)
 
     @classmethod
     @contextmanager
@@ -133,12 +140,14 @@ class OutputDir:
 
     def _leave(self) -> None:
         self.journal.close()
+        self.events.close()
         with suppress(OSError):  # what an error left in there stays for the next launch to remove
             self.scratch.rmdir()
             self.scratch.parent.rmdir()
 
-    def record_inputs(self, files: Sequence[FastaFile]) -> None:
-        """Write down, on rank 0, which inputs this launch was given, in input order.
+    def record_inputs(self, files: Sequence[FastaFile], about: Mapping[str, Any] | None = None) -> None:
+        """Write down, on rank 0, which inputs this launch was given, in input order, and what else a report
+        says of it.
 
         Raises
         ------
@@ -149,7 +158,7 @@ class OutputDir:
         """
         if self.rank == 0:
             refuse_linked_folders(self.path, [file.output for file in files])
-            launches.record_inputs(self.path, self.launch, files, self.scratch)
+            launches.record_launch(self.path, self.launch, files, self.scratch, about or {})
 
     def entries_of_this_launch(self) -> list[Entry]:
         """Read what all ranks of this launch have finished so far."""
@@ -365,7 +374,12 @@ def start_over(output_dir: Path, entries: Sequence[Entry]) -> None:
         parts = (re.search(r"\.part\d{5}(?=\.|$)", written.path) for written in entry.written)
         for part in {"", *(match[0] for match in parts if match)}:
             output_path(stem, f"{part}.records.tsv").unlink(missing_ok=True)
-    for record in [*launches.launch_files(output_dir), *journal.folder(output_dir).glob("*.jsonl")]:
+    for record in [
+        *launches.launch_files(output_dir),
+        *journal.folder(output_dir).glob("*.jsonl"),
+        *events.folder(output_dir).glob("*.jsonl"),
+        *(inside(output_dir) / "logs").glob("*.log"),
+    ]:
         record.unlink()
 
 
@@ -409,7 +423,10 @@ def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
         What the journal says.
     """
     shutil.rmtree(inside(output_dir) / "scratch", ignore_errors=True)
-    for folder, names in ((output_dir, REPORTS), (inside(output_dir), ("settings.json", "config.json"))):
+    for folder, names in (
+        (output_dir, REPORTS),
+        (inside(output_dir), ("settings.json", "config.json", "progress.json")),
+    ):
         for path in folder.glob(".*.tmp"):
             if is_leftover(path, names):
                 discard(path)

@@ -13,6 +13,7 @@ import pytest
 from dist_esm import load
 from dist_esm.config import Format
 from dist_esm.distributed import RefusedError
+from dist_esm.jobs.report.job import rebuild_report
 from helpers.standin import embed_directory
 
 
@@ -182,7 +183,18 @@ def link_inside(out: Path, thesis: Path, what: str) -> None:
     "what",
     [
         *(".dist_esm", "lock", "settings.json", "config.json", "suspects.json"),
-        *("journal", "launches", "scratch", "shards", "pieces", "in_hand", "pipes", "other"),
+        *(
+            "journal",
+            "launches",
+            "scratch",
+            "shards",
+            "pieces",
+            "in_hand",
+            "pipes",
+            "other",
+            "logs",
+            "events",
+        ),
         *("journal/", "launches/", "in_hand/", "shards/"),
         *("hard link to lock", "pipe lock", "pipe journal/0.jsonl", "pipe settings.json", "socket"),
         *("folder report.json", "folder failed_files.txt"),
@@ -319,3 +331,37 @@ def test_a_launch_that_cannot_be_understood_is_one_line(tmp_path, inputs, inputs
     path.write_text(f'{{"format": 3, "inputs": {inputs_of_launch}}}')
     with pytest.raises(ValueError, match="cannot be understood"):
         load(tmp_path / "out", run="last")
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("launches", {"format": 3, "launch": 7, "plan": {"units": [[0]], "quarantined": []}, "inputs": []}),
+        ("launches", {"format": 3, "launch": 7, "plan": 5, "inputs": []}),
+        ("launches", {"format": 3, "plan": {}, "inputs": []}),
+        ("events", {"event": "conclude"}),
+        ("events", {"at": "then", "event": "fail", "file": [], "failure": {}}),
+        ("events", [5]),
+    ],
+)
+def test_a_report_of_what_cannot_be_understood_is_refused_in_one_line(tmp_path, inputs, path, content):
+    out = tmp_path / "out"
+    embed_directory(inputs, out)
+    text = json.dumps(content).encode()
+    if path == "launches":
+        (out / ".dist_esm" / path / f"{7:020d}.json").write_bytes(text)
+    else:
+        with (out / ".dist_esm" / path / f"{1:020d}.00000.jsonl").open("ab") as file:
+            file.write(text + b"\t%08x\n" % zlib.crc32(text))
+    with pytest.raises(ValueError, match="cannot be understood") as refused:
+        rebuild_report(out)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_report_is_not_made_where_dist_esm_holds_links(tmp_path, inputs, thesis):
+    out = tmp_path / "out"
+    embed_directory(inputs, out)
+    link_inside(out, thesis, "lock")
+    with pytest.raises(ValueError, match="name another output_dir"):
+        rebuild_report(out)
+    assert is_as_it_was(thesis)
