@@ -13,7 +13,6 @@ from dist_esm.planning.agree import newest, units_covered
 from dist_esm.planning.units import Plan
 from dist_esm.types import Count, Failure, FastaFile, Slice, Unit, UnitFailure
 
-
 UNIT_FIELDS = 7
 
 
