@@ -119,7 +119,12 @@ def key_types(schema: type[Any] = Config, prefix: str = "") -> dict[str, Any]:
 
 def is_text(hint: Any) -> bool:
     """Return whether a key's value is text, taken as it stands: a path or a name."""
-    return hint is Any or bool({str, Path} & {hint, *get_args(hint)})
+    return hint is Any or (bool({str, Path} & {hint, *get_args(hint)}) and not is_auto_or_number(hint))
+
+
+def is_auto_or_number(hint: Any) -> bool:
+    """Return whether a key's value is a whole number or the word `auto`."""
+    return set(get_args(hint)) == {int, str}
 
 
 Text = str | list[str] | None
@@ -331,6 +336,10 @@ def read_value(key: str, hint: Any, value: str) -> str:
         items = re.split(r"[\s,]+", text[1:-1] if is_in_brackets(text) else text)
         return f"[{','.join(read_value(key, item_type, item) for item in items if item)}]"
     choices = get_args(hint)
+    if is_auto_or_number(hint):
+        if text != "auto" and not text.isdecimal():
+            raise ValueError(f"{key}={value} is neither auto nor a whole number: write {key}=auto or {key}=2")
+        return text
     if NoneType in choices:
         if text.lower() == "null":
             return "null"

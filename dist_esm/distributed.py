@@ -70,7 +70,7 @@ CONCLUDE_SECONDS = 15.0
 fails."""
 ENDED = (WorkerStatus.COMPLETED, WorkerStatus.FAILED)
 LOCAL_ADDR = "give each torchrun a --local-addr by which the other hosts reach its own"
-LOST = "torchrun's store is gone: torchrun was killed"
+LOST = "the launcher's store is gone: the launcher was killed"
 
 
 class OnStop(Protocol):
@@ -393,14 +393,16 @@ class World:
         """Ask every rank to take no further unit or, at once, to drop what is in flight. The first reason
         stays."""
         if self._store is not None:
-            self._store.compare_set("stop_at_once" if at_once else "stop", "", reason)
+            with suppress(DistError):  # without a store every rank stops
+                self._store.compare_set("stop_at_once" if at_once else "stop", "", reason)
 
     def stop_reason(self) -> str | None:
         """The reason of a stop that some rank requested, if any; of a stop at once before others."""
         if self._store is not None:
-            for key in ("stop_at_once", "stop"):
-                if self._store.check([key]):
-                    return self._store.get(key).decode()
+            with suppress(DistError):
+                for key in ("stop_at_once", "stop"):
+                    if self._store.check([key]):
+                        return self._store.get(key).decode()
         return None
 
     def gather_in_haste(self, value: Any, *types: type[Any]) -> list[Any]:
