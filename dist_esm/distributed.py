@@ -160,6 +160,8 @@ class World:
         world.set_status(WorkerStatus.IDLE)
         try:
             with world._watch(heartbeat_timeout):
+                if not os.environ.get("LOCAL_RANK"):
+                    world._count_ranks_of_host()
                 yield world
                 world._leave()
         except (DistNetworkError, DistStoreError):
@@ -167,6 +169,11 @@ class World:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+    def _count_ranks_of_host(self) -> None:
+        """Find this rank's place on its host, where the launcher does not say it."""
+        ranks = [rank for rank, host in enumerate(self.exchange(self.host)) if host == self.host]
+        self.local_rank, self.local_world_size = ranks.index(self.rank), len(ranks)
 
     @property
     def is_main(self) -> bool:

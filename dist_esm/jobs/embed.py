@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -42,6 +43,7 @@ from dist_esm.types import (
     RankSummary,
     TakenUnit,
     Tally,
+    Unit,
     UnitFailure,
     UnitOutcome,
     UnitResult,
@@ -174,17 +176,27 @@ def take_units(
 ) -> Iterator[TakenUnit | None]:
     """Claim units for this rank, one when it is asked for: its own bin, then what others have not begun.
 
+    None, between the two, asks the caller to finish all that it has in hand. It reads ahead of its device,
+    and would else take over what others are just about to begin.
+
     Units that may kill their process come last, behind None, which asks the caller to finish all that it
     has in hand: the next one is given out when every rank has done so.
     """
     order = ClaimOrder(plan.bins, plan.costs)
-    for claim in order.claims(world.rank, world.claim, world.count_claims, config.steal):
-        unit = plan.units[claim.unit]
-        if claim.bin != world.rank:
+
+    def take(unit: Unit) -> TakenUnit:
+        world.set_in_hand(str(plan.files[unit.file].path))
+        return TakenUnit(unit)
+
+    for claim in order.own_claims(world.rank, world.claim):
+        yield take(plan.units[claim.unit])
+    if config.steal and world.world_size > 1:
+        yield None
+        for claim in order.claims_of_others(world.rank, world.claim, world.count_claims):
+            unit = plan.units[claim.unit]
             taken_over.num_units += 1
             log.info("takes %s over from rank %d", plan.files[unit.file].path, claim.bin)
-        world.set_in_hand(str(plan.files[unit.file].path))
-        yield TakenUnit(unit)
+            yield take(unit)
     if plan.suspects:
         yield None
         world.wait_for_all_at("suspects", unless=lambda: stop.reason is not None)
@@ -225,6 +237,8 @@ def account(
         startup=startup,
         outcomes=result.outcomes,
         taken_over=taken_over,
+        ended_at=time.time(),
+        peak_memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
 
 

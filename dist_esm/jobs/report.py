@@ -281,6 +281,8 @@ def rank_entry(rank: RankSummary, outcomes: Sequence[UnitOutcome]) -> dict[str, 
         "tokens_per_second": round(rank.tokens / rank.seconds, 1) if rank.seconds else 0.0,
         "split_packs": rank.split_packs,
         "recomputed": rank.recomputed,
+        "ended_at": round(rank.ended_at, 3),
+        "peak_memory_mib": round(rank.peak_memory_mib, 1),
         **{name: round(seconds, 3) for name, seconds in (rank.waits | rank.startup).items()},
     }
 
