@@ -25,8 +25,10 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_esm.arguments import is_text, key_types, model_names, no_key, read_value, read_words
+from dist_esm.arguments import read_value, read_words
 from dist_esm.config import Config, by_layers, conf_dir, plain_values, unknown_model
+from dist_esm.keys import is_text, key_types, model_names
+from dist_esm.mistakes import no_key
 
 HELP = """\
 usage: dist-esm input=PATH [key=value ...]

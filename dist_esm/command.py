@@ -71,7 +71,7 @@ def wanted_ranks(config: Config) -> int:
     launched = launch_environment()
     if launched is not None:
         started = int(os.environ.get("LOCAL_WORLD_SIZE") or launched[1])
-        if wanted not in (None, started):
+        if "LOCAL_WORLD_SIZE" in os.environ and wanted not in (None, started):
             raise ValueError(
                 f"ranks={wanted}, but this host's launcher started {started}: leave ranks out, "
                 f"or start the command without torchrun"

@@ -410,9 +410,7 @@ def check(config: Config) -> None:
     if not config.include or len(set(config.include)) < len(config.include):
         raise ValueError("include must name each wanted representation once: any of mean, bos, per_tok")
     if config.ranks != "auto" and (not isinstance(config.ranks, int) or config.ranks < 1):
-        raise ValueError(
-            f"ranks={config.ranks} is no number of ranks: write ranks=auto, or for example ranks=2"
-        )
+        raise ValueError(f"ranks={config.ranks} is no number of ranks: write ranks=auto or ranks=2")
     for key, least in LEAST.items():
         value = getattr(config, key)
         if value is not None and value < least:
