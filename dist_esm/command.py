@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dist_esm.arguments import read_options
 from dist_esm.cli import compose_config, config_text, help_text
 from dist_esm.config import Config, DeviceKind, Job, check
-from dist_esm.launcher import is_main_rank, launch_environment
+from dist_esm.launcher import is_main_rank, launch_environment, tell_torchrun
 from dist_esm.stop import on_signals
 from dist_esm.version import code_version
 
@@ -126,4 +126,8 @@ def run_job(config: Config | None, problem: str | None) -> int:
             if world.is_main:
                 for line in refused.problems:
                     print_error(line)
+            if world.local_rank != 0:
+                return 0  # torchrun has seven lines for each rank that fails
+            tell_torchrun("; ".join(refused.problems))
+            world.leave_after_neighbours()
             return 1

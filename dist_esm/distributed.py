@@ -446,6 +446,11 @@ class World:
             log.warning(LOST)
             return [value]
 
+    def leave_after_neighbours(self) -> None:
+        """Let the first rank of a host wait until the others have ended, so that it alone is seen to fail."""
+        if self._signs is not None and self.local_rank == 0:
+            wait_at_most(LEAVE_SECONDS, self._signs.is_last_of_host)
+
     @contextmanager
     def watching(self, on_stop: OnStop) -> Iterator[None]:
         """While the block runs, call ``on_stop(reason)`` once if a rank requests a stop, or a rank or

@@ -6,9 +6,11 @@ The launcher is torchrun, or the command itself (`ranks`), which tells its ranks
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -59,6 +61,15 @@ def exit_code_for_launcher(code: int) -> int:
         int(os.environ.get(f"TORCHELASTIC_{name}") or 0) for name in ("RESTART_COUNT", "MAX_RESTARTS")
     ]
     return 0 if code == PARTIAL and restarts[0] < restarts[1] else code
+
+
+def tell_torchrun(line: str) -> None:
+    """Leave the reason of a failure where torchrun looks for it, to end its own report with it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        about = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump(about, file)
 
 
 def launch_environment() -> tuple[int, int] | None:

@@ -115,6 +115,14 @@ class SignsOfLife:
         self._find_neighbours()
         return None
 
+    def is_last_of_host(self) -> bool:
+        """Tell whether the processes of all other ranks of this host have ended."""
+        abouts = [self._about(rank) for rank in range(self._world_size) if rank != self._rank]
+        return all(
+            about is not None and (about["processes"] != process_space() or has_ended(int(about["pid"])))
+            for about in abouts
+        )
+
     def close(self) -> None:
         """Give the process handles back."""
         for handle in self._handles:
@@ -157,6 +165,14 @@ def process_space() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return f"{socket.gethostname()} without /proc"
+
+
+def has_ended(pid: int) -> bool:
+    """Tell whether a process of this host has ended, though perhaps its parent has not asked for it yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def how_it_ended(pid: int) -> str:
