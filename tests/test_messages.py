@@ -703,5 +703,7 @@ def test_ranks_say_a_refusal_once_and_empty_output_dir_writes_nothing(here):
     ]
     assert sorted(path.name for path in here.iterdir()) == ["a.fa", "b.fa", "c.fa"]
     *_, reason, _ = result.stderr.splitlines()
-    assert reason == "  traceback : output_dir is empty: write output_dir=PATH, or leave it out for its default"
+    assert (
+        reason == "  traceback : output_dir is empty: write output_dir=PATH, or leave it out for its default"
+    )
     assert "<NO_OTHER_FAILURES>" in result.stderr
