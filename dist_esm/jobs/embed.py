@@ -104,8 +104,8 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
         except (KeyboardInterrupt, LostRankError) as interrupt:
             stop.set(str(interrupt), at_once=True)
         with stop.patiently():
-            note_deaths(out, world)
             if stop.at_once:
+                note_deaths(out, world)
                 ranks, joined = gather_what_is_left(mine, world), dict(plan.joined)
             if not world.is_main:
                 return int(stop.at_once)  # a rank that was interrupted alone must not look as if it were done
@@ -276,8 +276,10 @@ def gather_what_is_left(mine: RankSummary, world: World) -> list[RankSummary]:
 def note_deaths(out: OutputDir, world: World) -> None:
     """Write down which processes this rank saw end before their work was done, for the next launch.
 
-    SIGTERM and SIGINT come from people, schedulers and torchrun: no protein is to blame for them.
+    SIGTERM and SIGINT come from people, schedulers and torchrun: no protein is to blame for them. But
+    torchrun's own may come before this rank has noticed the death that it answers.
     """
+    world.wait_for_news_of_deaths()
     for rank, how in world.lost_ranks.items():
         notes = notes_of(out.path, out.launch, rank)
         if notes.exists() and not how.endswith(("by SIGTERM", "by SIGINT")):
