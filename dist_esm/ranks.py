@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -89,7 +90,7 @@ def make_agent(num_ranks: int, words: Sequence[str], restart: int) -> LocalElast
         local_world_size=num_ranks,
         rdzv_handler=registry.get_rendezvous_handler(meeting),
         entrypoint=sys.executable,
-        args=(*module_options(), *words),
+        args=(*module_options(), *map(with_our_pipes, words)),
         max_restarts=0,
         local_addr="localhost",
     )
@@ -100,6 +101,11 @@ def module_options() -> tuple[str, ...]:
     """Return the options with which Python runs this very package, not one in the working directory."""
     is_here = Path(__file__).resolve().parents[1] == Path.cwd()
     return ("-m", "dist_esm") if is_here else ("-P", "-m", "dist_esm")
+
+
+def with_our_pipes(word: str) -> str:
+    """Name pipes of this process, as bash makes them for `input=<(...)`, so that ranks find them (Linux)."""
+    return re.sub(r"(?<![\w/])/dev/fd/([1-9]\d*)\b", rf"/proc/{os.getpid()}/fd/\1", word)
 
 
 @contextmanager

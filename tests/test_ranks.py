@@ -110,6 +110,17 @@ def test_one_command_starts_the_ranks_and_has_the_exit_code_of_the_run(tmp_path)
     assert digests(tmp_path / "other") == digests(tmp_path / "alone")
 
 
+@pytest.mark.distributed
+def test_ranks_read_the_pipes_of_the_shell(tmp_path):
+    words = " ".join(settings(Path("<(printf '>a\\nMKTAYIAKQR\\n')"), tmp_path / "out"))
+    line = f"{sys.executable} -m dist_esm {words}"
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=90, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_report(tmp_path / "out")["records"]["ok"] == 1
+
+
 @pytest.mark.parametrize("words", ["input=in fromat=h5", "input=in dtype=fp23", "input=in long=window", ""])
 def test_a_mistake_is_one_line_before_any_rank_starts(words, tmp_path):
     """Nothing that needs torch is imported."""
