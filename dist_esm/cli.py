@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dist_esm.arguments import read_value, read_words
-from dist_esm.config import Config, by_layers, conf_dir, plain_values, unknown_model
+from dist_esm.config import Config, Job, by_layers, conf_dir, plain_values, unknown_model
 from dist_esm.keys import is_text, key_types, model_names
 from dist_esm.mistakes import no_key
 
@@ -46,6 +46,7 @@ jobs:
   job=selfcheck  compare the numbers of these settings, weights and GPUs with fair-esm's own fp32 model,
                  on a sample of the input
   job=verify     check a finished output_dir against the input
+  job=report     write the report of output_dir's last run again, also after a crash; no input is needed
 
 options:
   -h, --help     this text
@@ -85,6 +86,9 @@ HELP_GROUPS = {
         "max_consecutive_failures",
         "steal",
         "heartbeat_timeout",
+        "progress_seconds",
+        "verbosity",
+        "report",
         "selfcheck",
     ),
 }
@@ -196,6 +200,8 @@ def compose_config(
         texts = {key: looked_up(composed, key, text) for key, text in texts.items()}
         for key, text in texts.items():
             OmegaConf.update(composed, key, escaped(text))
+        if composed.job is Job.report and OmegaConf.is_missing(composed, "input"):
+            composed.input = str(composed.output_dir)  # it looks at nothing else
         missing = OmegaConf.missing_keys(composed)
         if missing:
             raise ValueError(f"{min(missing)} is required: for example input=proteins/")

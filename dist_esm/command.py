@@ -16,8 +16,9 @@ from collections.abc import Sequence
 
 from dist_esm.arguments import read_options
 from dist_esm.cli import compose_config, config_text, help_text
-from dist_esm.config import Config, DeviceKind, Job, check
+from dist_esm.config import Config, DeviceKind, Job, Verbosity, check
 from dist_esm.launcher import is_main_rank, launch_environment, tell_torchrun
+from dist_esm.logs import setup_logging
 from dist_esm.stop import on_signals
 from dist_esm.version import code_version
 
@@ -77,6 +78,8 @@ def wanted_ranks(config: Config) -> int:
                 f"or start the command without torchrun"
             )
         return started
+    if config.job is Job.report:  # rank 0's alone
+        return 1
     if wanted == 1 or config.device is DeviceKind.cpu:
         return wanted or 1
     import torch  # takes seconds
@@ -103,8 +106,9 @@ def give_up(reason: str) -> None:
 def run_job(config: Config | None, problem: str | None) -> int:
     """Join the other ranks and run, or refuse with all problems of all ranks, said once."""
     gc.disable()  # imports make a million objects and no garbage
-    from dist_esm.distributed import LostRankError, RefusedError, World, setup_logging
+    from dist_esm.distributed import LostRankError, RefusedError, World
     from dist_esm.jobs.embed import run
+    from dist_esm.jobs.report.job import rebuild
     from dist_esm.jobs.selfcheck.job import selfcheck
     from dist_esm.jobs.verify import verify
 
@@ -114,11 +118,12 @@ def run_job(config: Config | None, problem: str | None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a path may be any bytes
     heartbeat_timeout = Config().heartbeat_timeout if config is None else config.heartbeat_timeout
     with on_signals(give_up), World.connect(heartbeat_timeout) as world:
-        setup_logging(world.rank)
+        setup_logging(world.rank, Verbosity.normal if config is None else config.verbosity)
         try:
             world.agree(problem)
             assert config is not None
-            return {Job.embed: run, Job.selfcheck: selfcheck, Job.verify: verify}[config.job](config, world)
+            jobs = {Job.embed: run, Job.selfcheck: selfcheck, Job.verify: verify, Job.report: rebuild}
+            return jobs[config.job](config, world)
         except LostRankError as lost:
             print_error(f"{lost}: start it again, it goes on from what is done")
             return 1

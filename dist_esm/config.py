@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -95,6 +96,22 @@ class Job(Enum):
     plan = "plan"
     selfcheck = "selfcheck"
     verify = "verify"
+    report = "report"
+
+
+class ReportKind(Enum):
+    """What a report is written as."""
+
+    html = "html"
+    json = "json"
+
+
+class Verbosity(Enum):
+    """How much is said while a run is under way."""
+
+    quiet = "quiet"
+    normal = "normal"
+    debug = "debug"
 
 
 class Long(Enum):
@@ -256,6 +273,13 @@ class Config:
     """So often all ranks are started again, and go on, after one of them has crashed."""
     resume: bool = True
     """Skip what earlier launches finished under the same settings; false: remove it and start over."""
+    progress_seconds: float = 30.0
+    """Seconds between two lines of progress where there is no terminal to show a live view on."""
+    verbosity: Verbosity = Verbosity.normal
+    """quiet: warnings, errors and how it ended; normal: progress and summary, too; debug: all of every
+    rank's log lines."""
+    report: ReportKind = ReportKind.html
+    """html: report.json and report.html, a page to look at; json: report.json alone."""
     selfcheck: SelfcheckConfig = field(default_factory=SelfcheckConfig)
     """Sample and limits of job=selfcheck."""
     job: Job = Job.embed
@@ -377,6 +401,7 @@ def no_choice(choices: type[Enum], key: str, value: str) -> str:
 
 LEAST_HEARTBEAT = 5.0
 """Seconds; a rank gives a sign of life every two."""
+LEAST_PROGRESS = 0.5
 LEAST = {
     "max_restarts": 0,
     "truncation_seq_length": 1,
@@ -418,6 +443,9 @@ def check(config: Config) -> None:
     if not config.heartbeat_timeout >= LEAST_HEARTBEAT:
         remedy = f"use {LEAST_HEARTBEAT:g} seconds or more"
         raise ValueError(f"heartbeat_timeout={config.heartbeat_timeout} is too small: {remedy}")
+    if not LEAST_PROGRESS <= config.progress_seconds < math.inf:
+        remedy = f"use {LEAST_PROGRESS:g} seconds or more, or verbosity=quiet for no progress"
+        raise ValueError(f"progress_seconds={config.progress_seconds:g} is no time between lines: {remedy}")
     if not 0 < config.unit_share <= 1:
         raise ValueError(f"unit_share={config.unit_share} is not a share: use a number above 0 and up to 1")
     if config.long is Long.window:

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections import Counter
@@ -40,6 +39,7 @@ from torch.distributed.rendezvous import rendezvous
 from dist_esm.attempt import ending_of
 from dist_esm.launcher import launch_environment, refuse
 from dist_esm.liveness import SignsOfLife
+from dist_esm.progress import Progress, RankProgress
 from dist_esm.stop import ended_by_signals
 from dist_esm.store import (
     POLL_SECONDS,
@@ -107,6 +107,8 @@ class World:
         self.host = socket.gethostname()
         self.device = torch.device("cpu")
         """This rank's device, once the process group has started."""
+        self.progress = Progress(RankProgress(rank, self.host))
+        """How far this rank is; goes out with its signs of life."""
         self._store = store
         self._signs: SignsOfLife | None = None
         self._lost: str | None = None
@@ -342,8 +344,22 @@ class World:
 
     def set_in_hand(self, file: str) -> None:
         """Publish, with the next sign of life, the file that this rank works on."""
+        self.progress.now.file = file
         if self._signs is not None:
             self._signs.in_hand = file
+
+    def get_progress(self) -> list[RankProgress | None]:
+        """On rank 0, how far every rank is by its last sign of life, in order of rank; None if nothing came
+        yet. The store is not asked for it."""
+        everyone: list[RankProgress | None] = [self.progress.now]
+        for rank in range(1, self.world_size):
+            message = self._signs.progress_of(rank) if self._signs is not None else ""
+            try:
+                told = decode(message.encode(), RankProgress) if message else None
+            except WireError:
+                told = None
+            everyone.append(told if isinstance(told, RankProgress) else None)
+        return everyone
 
     def get_worker_status(self) -> dict[int, WorkerStatus]:
         """Status of every rank, by rank."""
@@ -483,6 +499,7 @@ class World:
             lambda rank: bool(store.check([f"left/{rank}"])),
         )
         self._signs = signs
+        signs.progress = lambda: encode(self.progress.now).decode()
         done = threading.Event()
         told: set[str] = set()
 
@@ -558,12 +575,3 @@ class World:
             keys = [f"left/{rank}" for rank in range(self.world_size)]
             if self.is_main and not self._is_in_haste:
                 wait_at_most(LEAVE_SECONDS, lambda: store.check(keys))
-
-
-def setup_logging(rank: int) -> None:
-    """INFO and above to stderr, each line with its rank."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S"))
-    log.handlers = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False

@@ -55,6 +55,8 @@ class SignsOfLife:
         self.device = ""
         self.in_hand = ""
         """The file that this rank works on."""
+        self.progress: Callable[[], str] = lambda: ""
+        """Says how far this rank is, in a message that goes out with each sign of life."""
         self._store = store
         self._rank = rank
         self._host = host
@@ -85,6 +87,7 @@ class SignsOfLife:
             "pid": os.getpid(),
             "device": self.device,
             "in_hand": self.in_hand,
+            "progress": self.progress(),
         }
         self._store.set(f"alive/{self._rank}", json.dumps(about))
 
@@ -122,6 +125,13 @@ class SignsOfLife:
             about is not None and (about["processes"] != process_space() or has_ended(int(about["pid"])))
             for about in abouts
         )
+
+    def progress_of(self, rank: int) -> str:
+        """Return what another rank said last of how far it is; "" if nothing came yet."""
+        sign, _ = self._last.get(rank, ("", 0.0))
+        with suppress(ValueError, AttributeError):
+            return str(json.loads(sign).get("progress", ""))
+        return ""
 
     def close(self) -> None:
         """Give the process handles back."""

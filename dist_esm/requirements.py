@@ -17,6 +17,7 @@ REQUIRED = {
     "yaml": "pyyaml>=6",
     "numpy": "numpy>=1.26",
     "filelock": "filelock>=3.15",
+    "rich": "rich>=13",
 }
 """Name to import, and what pip installs; the same stands in pyproject.toml."""
 

@@ -95,6 +95,11 @@ class Count:
     """Sum over records of (residues that one forward sees) squared: the work of attention."""
     lines: int = 0
 
+    def flops(self, embed_dim: int) -> int:
+        """Return the floating-point operations of one layer of width D: 24 D^2 for each residue, and 4 D L^2
+        for the attention of L residues."""
+        return 24 * embed_dim**2 * self.residues + 4 * embed_dim * self.squares
+
     def __add__(self, other: Count) -> Count:
         return Count(
             self.sequences + other.sequences,
@@ -422,6 +427,12 @@ class RankResult:
     """Packs that did not fit, or failed, and were tried again in halves."""
     num_recomputed: int = 0
     """Segments that were not finite, and were computed again in a wider dtype."""
+    num_padding: int = 0
+    """Rows of the device's matrix products that were no token of a protein."""
+    compute_seconds: float = 0.0
+    """Seconds in which a pack was given to the device or waited for."""
+    write_seconds: float = 0.0
+    """Seconds from the last pack until the last output was in place."""
     waits: dict[str, float] = field(
         default_factory=lambda: {"waited_for_input": 0.0, "waited_for_output": 0.0}
     )
@@ -453,3 +464,8 @@ class RankSummary:
     """Unix time at which its work ended, or this account was given."""
     peak_memory_mib: float = 0.0
     """Host memory that its process had resident at most, what it maps of the checkpoint included."""
+    padding: int = 0
+    compute_seconds: float = 0.0
+    write_seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    """Phase to the seconds that it took, until this account was given."""

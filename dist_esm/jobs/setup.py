@@ -22,6 +22,7 @@ from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.output_dir import make_output_dir
 from dist_esm.planning.inputs import Inputs, refuse_nested, search_inputs
 from dist_esm.planning.pipes import spool_pipes
+from dist_esm.progress import Phase
 from dist_esm.version import code_version
 
 log = logging.getLogger("dist_esm")
@@ -179,12 +180,14 @@ def settings_of(
 def load_engine(config: Config, setup: Setup, world: World) -> Engine:
     """Load the model onto this rank's device and ready its kernels."""
     began = time.monotonic()
+    world.progress.enter(Phase.loading)
     engine = build_engine(
         config, setup.device, setup.dtype, setup.kernels, max(1, num_cores() // world.local_world_size)
     )
     loaded = time.monotonic()
     if world.is_main:
         log.info("weights: %s", setup.provenance["weights_in_words"])
+    world.progress.enter(Phase.compiling)
     engine.warm_up()
     engine.startup = {"load_seconds": loaded - began, "kernels_seconds": time.monotonic() - loaded}
     log.info(

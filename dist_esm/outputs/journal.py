@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import IO, Any
 
 from dist_esm.atomic import read_back
 from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, check_fields, version_of
+from dist_esm.outputs.lines import encode as encode_line
+from dist_esm.outputs.lines import whole_lines
 from dist_esm.types import FastaFile, Tally, Unit, WrittenFile
 
 ROOM_SECONDS = 2.0
@@ -154,9 +155,8 @@ class Journal:
 
 
 def encode(entry: Entry) -> bytes:
-    """Return one line: JSON, a tab, and its CRC-32."""
-    text = json.dumps({"format": FORMAT_VERSION, **asdict(entry)}, separators=(",", ":")).encode()
-    return text + b"\t%08x\n" % zlib.crc32(text)
+    """Return one line."""
+    return encode_line({"format": FORMAT_VERSION, **asdict(entry)})
 
 
 def read(output_dir: Path, launch: int | None = None) -> list[Entry]:
@@ -172,10 +172,8 @@ def read(output_dir: Path, launch: int | None = None) -> list[Entry]:
 
 
 def _entries(path: Path) -> Iterator[Entry]:
-    for line in path.read_bytes().split(b"\n"):
-        text, _, checksum = line.rpartition(b"\t")
-        if text and checksum == b"%08x" % zlib.crc32(text):
-            yield _decode(text, path)
+    for text in whole_lines(path):
+        yield _decode(text, path)
 
 
 def _decode(text: bytes, path: Path) -> Entry:

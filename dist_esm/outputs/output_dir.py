@@ -6,7 +6,10 @@ Below it, ``.dist_esm`` holds what is not an output:
 - ``settings.json``: what one directory must not mix, for a resume to compare
 - ``config.json``: the whole configuration of the last launch
 - ``journal/``: a file for each launch and rank, of what is finished
-- ``launches/``: a file for each launch, of the inputs that it was given
+- ``launches/``: a file for each launch, of the inputs that it was given, its plan and settings
+- ``events/``: a file for each launch and rank, of what it began and ended, and when
+- ``logs/``: a log for each launch and rank
+- ``progress.json``: how far the last launch is
 - ``shards/``: what units of cut files contribute, until it is joined
 - ``scratch/``: a folder for each launch and rank, of files that are not committed yet
 """
@@ -18,7 +21,7 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +31,8 @@ from filelock import FileLock, Timeout
 from dist_esm.atomic import atomically, discard, is_leftover, remove
 from dist_esm.config import Config, plain_values
 from dist_esm.launcher import num_restarts
-from dist_esm.outputs import in_hand, journal, launches
+from dist_esm.outputs import events, in_hand, journal, launches
+from dist_esm.outputs.events import Events
 from dist_esm.outputs.format_version import FORMAT_VERSION, read_json, version_of
 from dist_esm.outputs.in_hand import Deaths, InHand
 from dist_esm.outputs.journal import Entry, Journal
@@ -42,7 +46,7 @@ log = logging.getLogger("dist_esm")
 
 LOCK_SECONDS = 5.0
 """A run that is being killed has so long to end."""
-REPORTS = ("report.json", "failed_files.txt", "verify.json")
+REPORTS = ("report.json", "report.html", "failed_files.txt", "verify.json")
 """Files at the top of the directory that speak of what was done."""
 SHARDS = ("shards", "pieces")
 """Folder of shards; version 1 had the second."""
@@ -69,6 +73,8 @@ class OutputDir:
         Units whose processes died in earlier launches.
     in_hand : InHand
         This rank's notes of what may kill its process.
+    events : Events
+        This rank's record of what it begins and ends.
     """
 
     def __init__(self, path: Path, launch: int, rank: int, entries: Sequence[Entry]) -> None:
@@ -81,6 +87,7 @@ class OutputDir:
         self.shards = inside(path) / SHARDS[0]
         self.deaths: dict[str, Deaths] = {}
         self.in_hand = InHand(path, launch, rank)
+        self.events = Events(path, launch, rank)
 
     @classmethod
     @contextmanager
@@ -126,12 +133,14 @@ class OutputDir:
 
     def _leave(self) -> None:
         self.journal.close()
+        self.events.close()
         with suppress(OSError):  # what an error left in there stays for the next launch to remove
             self.scratch.rmdir()
             self.scratch.parent.rmdir()
 
-    def record_inputs(self, files: Sequence[FastaFile]) -> None:
-        """Write down, on rank 0, which inputs this launch was given, in input order.
+    def record_inputs(self, files: Sequence[FastaFile], about: Mapping[str, Any] | None = None) -> None:
+        """Write down, on rank 0, which inputs this launch was given, in input order, and what else a report
+        says of it.
 
         Raises
         ------
@@ -139,7 +148,7 @@ class OutputDir:
             On rank 0, if it cannot be written.
         """
         if self.rank == 0:
-            launches.record_inputs(self.path, self.launch, files, self.scratch)
+            launches.record_launch(self.path, self.launch, files, self.scratch, about or {})
 
     def entries_of_this_launch(self) -> list[Entry]:
         """Read what all ranks of this launch have finished so far."""
@@ -314,7 +323,12 @@ def start_over(output_dir: Path, entries: Sequence[Entry]) -> None:
         for pattern in (".records.tsv", ".part*.records.tsv"):
             for records_tsv in stem.parent.glob(glob.escape(stem.name) + pattern):
                 records_tsv.unlink()
-    for record in [*launches.launch_files(output_dir), *journal.folder(output_dir).glob("*.jsonl")]:
+    for record in [
+        *launches.launch_files(output_dir),
+        *journal.folder(output_dir).glob("*.jsonl"),
+        *events.folder(output_dir).glob("*.jsonl"),
+        *(inside(output_dir) / "logs").glob("*.log"),
+    ]:
         record.unlink()
 
 
@@ -332,7 +346,10 @@ def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
         What the journal says.
     """
     shutil.rmtree(inside(output_dir) / "scratch", ignore_errors=True)
-    for folder, names in ((output_dir, REPORTS), (inside(output_dir), ("settings.json", "config.json"))):
+    for folder, names in (
+        (output_dir, REPORTS),
+        (inside(output_dir), ("settings.json", "config.json", "progress.json")),
+    ):
         for path in folder.glob(".*.tmp"):
             if is_leftover(path, names):
                 discard(path)

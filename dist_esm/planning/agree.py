@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
 
 from dist_esm.attempt import as_value
@@ -226,9 +226,24 @@ def find_done(
     own = range(world.rank, len(candidates), world.world_size)
     intact = [index for index in own if is_done(*candidates[index], config)]
     everything = sorted(index for share in world.all_gather(intact) for index in share)
+    return newest(candidates[index] for index in everything)
+
+
+def newest(
+    entries: Iterable[tuple[Entry, Sequence[Unit]]],
+) -> tuple[list[UnitResult], dict[int, JoinedFile]]:
+    """Return what entries stand for, each with the units that it covers, the oldest first: the newest counts.
+
+    Returns
+    -------
+    list of UnitResult
+        One for each unit.
+    dict of int to JoinedFile
+        By file, the outputs that were joined of several units.
+    """
     done: dict[tuple[int, int], UnitResult] = {}
     joined: dict[int, JoinedFile] = {}
-    for entry, covered in (candidates[index] for index in everything):
+    for entry, covered in entries:
         done |= {(result.file, result.ordinal): result for result in as_results(entry, covered)}
         if entry.is_joined or len(covered) > 1:
             joined[covered[0].file] = joined_file(entry)

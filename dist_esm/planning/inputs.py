@@ -31,7 +31,7 @@ HIDDEN = (".", "~")
 """Beginnings of hidden and temporary names."""
 MOST_LISTED = 1000
 """Files passed over that the report names."""
-_OUTPUTS = (".dist_esm", "report.json", "failed_files.txt", "verify.json", "selfcheck.json")
+_OUTPUTS = (".dist_esm", "report.json", "report.html", "failed_files.txt", "verify.json", "selfcheck.json")
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/\d+")
 _MAGIC = re.compile(r"[*?\[\]]")
 

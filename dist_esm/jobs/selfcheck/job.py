@@ -25,7 +25,7 @@ import torch
 from dist_esm.atomic import atomically
 from dist_esm.config import Config, plain_values
 from dist_esm.distributed import RefusedError, World
-from dist_esm.jobs.report import versions
+from dist_esm.jobs.report.write import versions
 from dist_esm.jobs.selfcheck.compare import (
     Comparison,
     Limits,
