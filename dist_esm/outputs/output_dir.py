@@ -19,7 +19,6 @@ from __future__ import annotations
 import glob
 import json
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from filelock import FileLock, Timeout
 
 from dist_esm.atomic import atomically, discard, is_leftover, remove
 from dist_esm.config import Config, plain_values
+from dist_esm.launcher import num_restarts
 from dist_esm.outputs import events, in_hand, journal, launches
 from dist_esm.outputs.events import Events
 from dist_esm.outputs.format_version import FORMAT_VERSION, read_json, version_of
@@ -202,7 +202,7 @@ def _prepare(config: Config, settings: dict[str, Any], is_main: bool, held: Exit
         start_over(output_dir, entries)
         in_hand.forget(output_dir)
         entries = []
-    was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    was_restarted = num_restarts() > 0
     deaths = in_hand.collect(output_dir, was_restarted)
     clean(output_dir, entries)
     journal.folder(output_dir).mkdir(exist_ok=True)
