@@ -64,6 +64,8 @@ STORE_TIMEOUT = timedelta(minutes=30)
 """torch's own, for what waits in the store once a rank has joined."""
 HEARTBEAT_TIMEOUT = 60.0
 HASTE_SECONDS = 3.0
+NEWS_SECONDS = 1.0
+"""Two looks of the watching thread."""
 LEAVE_SECONDS = 5.0
 CONCLUDE_SECONDS = 15.0
 """A rank that was interrupted stays so long for rank 0's report: torchrun ends the others when the first rank
@@ -162,6 +164,8 @@ class World:
         world.set_status(WorkerStatus.IDLE)
         try:
             with world._watch(heartbeat_timeout):
+                if not os.environ.get("LOCAL_RANK"):
+                    world._count_ranks_of_host()
                 yield world
                 world._leave()
         except (DistNetworkError, DistStoreError):
@@ -169,6 +173,11 @@ class World:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+    def _count_ranks_of_host(self) -> None:
+        """Find this rank's place on its host, where the launcher does not say it."""
+        ranks = [rank for rank, host in enumerate(self.exchange(self.host)) if host == self.host]
+        self.local_rank, self.local_world_size = ranks.index(self.rank), len(ranks)
 
     @property
     def is_main(self) -> bool:
@@ -418,6 +427,11 @@ class World:
                 if self._store.check([key]):
                     return self._store.get(key).decode()
         return None
+
+    def wait_for_news_of_deaths(self) -> None:
+        """Wait a moment for the watching thread to put what it sees into `lost_ranks`, if that is empty."""
+        if self._store is not None:
+            wait_at_most(NEWS_SECONDS, lambda: bool(self.lost_ranks))
 
     def gather_in_haste(self, value: Any, *types: type[Any]) -> list[Any]:
         """On rank 0, the values of the ranks that can still answer within `HASTE_SECONDS`; for runs that are

@@ -460,6 +460,10 @@ class RankSummary:
     outcomes: list[UnitOutcome]
     taken_over: int = 0
     """Units that the assignment had given to other ranks."""
+    ended_at: float = 0.0
+    """Unix time at which its work ended, or this account was given."""
+    peak_memory_mib: float = 0.0
+    """Host memory that its process had resident at most, what it maps of the checkpoint included."""
     padding: int = 0
     compute_seconds: float = 0.0
     write_seconds: float = 0.0

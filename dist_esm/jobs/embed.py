@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -113,10 +114,10 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
         except (KeyboardInterrupt, LostRankError) as interrupt:
             stop.set(str(interrupt), at_once=True)
         with stop.patiently():
-            note_deaths(out, world)
             world.progress.enter(Phase.reporting)
             out.events.write("summary", **vars(replace(mine, outcomes=[])))
             if stop.at_once:
+                note_deaths(out, world)
                 ranks, joined = gather_what_is_left(mine, world), dict(plan.joined)
             if not world.is_main:
                 return int(stop.at_once)  # a rank that was interrupted alone must not look as if it were done
@@ -218,17 +219,27 @@ def take_units(
 ) -> Iterator[TakenUnit | None]:
     """Claim units for this rank, one when it is asked for: its own bin, then what others have not begun.
 
+    None, between the two, asks the caller to finish all that it has in hand. It reads ahead of its device,
+    and would else take over what others are just about to begin.
+
     Units that may kill their process come last, behind None, which asks the caller to finish all that it
     has in hand: the next one is given out when every rank has done so.
     """
     order = ClaimOrder(plan.bins, plan.costs)
-    for claim in order.claims(world.rank, world.claim, world.count_claims, config.steal):
-        unit = plan.units[claim.unit]
-        if claim.bin != world.rank:
+
+    def take(unit: Unit) -> TakenUnit:
+        begin(unit, plan, out, world)
+        return TakenUnit(unit)
+
+    for claim in order.own_claims(world.rank, world.claim):
+        yield take(plan.units[claim.unit])
+    if config.steal and world.world_size > 1:
+        yield None
+        for claim in order.claims_of_others(world.rank, world.claim, world.count_claims):
+            unit = plan.units[claim.unit]
             taken_over.num_units += 1
             log.debug("takes %s over from rank %d", plan.files[unit.file].path, claim.bin)
-        begin(unit, plan, out, world)
-        yield TakenUnit(unit)
+            yield take(unit)
     if plan.suspects:
         yield None
         world.wait_for_all_at("suspects", unless=lambda: stop.reason is not None)
@@ -283,6 +294,8 @@ def account(
         startup=startup,
         outcomes=result.outcomes,
         taken_over=taken_over,
+        ended_at=time.time(),
+        peak_memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         padding=result.num_padding,
         compute_seconds=result.compute_seconds,
         write_seconds=result.write_seconds,
@@ -343,8 +356,10 @@ def gather_what_is_left(mine: RankSummary, world: World) -> list[RankSummary]:
 def note_deaths(out: OutputDir, world: World) -> None:
     """Write down which processes this rank saw end before their work was done, for the next launch.
 
-    SIGTERM and SIGINT come from people, schedulers and torchrun: no protein is to blame for them.
+    SIGTERM and SIGINT come from people, schedulers and torchrun: no protein is to blame for them. But
+    torchrun's own may come before this rank has noticed the death that it answers.
     """
+    world.wait_for_news_of_deaths()
     for rank, how in world.lost_ranks.items():
         notes = notes_of(out.path, out.launch, rank)
         if notes.exists() and not how.endswith(("by SIGTERM", "by SIGINT")):
