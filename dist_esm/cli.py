@@ -25,19 +25,21 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_esm.arguments import is_text, key_types, model_names, no_key, read_value, read_words
+from dist_esm.arguments import read_value, read_words
 from dist_esm.config import Config, Job, by_layers, conf_dir, plain_values, unknown_model
+from dist_esm.keys import is_text, key_types, model_names
+from dist_esm.mistakes import no_key
 
 HELP = """\
-usage: torchrun --nproc_per_node=N -m dist_esm input=PATH [key=value ...]
-       python -m dist_esm input=PATH [key=value ...]
+usage: dist-esm input=PATH [key=value ...]
 
-Embed proteins with ESM-2 on every GPU torchrun starts a rank for, or on one device without torchrun.
+Embed proteins with ESM-2 on every visible GPU of this host, or on its CPU. `python -m dist_esm` is the same.
+On clusters torchrun starts the ranks: torchrun --nproc_per_node=N -m dist_esm input=PATH [key=value ...]
 
 examples:
-  torchrun --nproc_per_node=4 -m dist_esm input=proteins/ output_dir=embeddings/
-  python -m dist_esm input=[a.fasta,b.fasta.gz] model=esm2_t33_650M_UR50D repr_layers=33 include=mean,per_tok
-  python -m dist_esm input=proteins/ model=esm2_t6_8M_UR50D device=cpu job=selfcheck
+  dist-esm input=proteins/ output_dir=embeddings/
+  dist-esm input=[a.fasta,b.fasta.gz] model=esm2_t33_650M_UR50D repr_layers=33 include=mean,per_tok ranks=2
+  dist-esm input=proteins/ model=esm2_t6_8M_UR50D device=cpu job=selfcheck
 
 jobs:
   job=embed      the default: embed the input into output_dir, or go on from what earlier launches finished
@@ -65,7 +67,7 @@ HELP_GROUPS = {
         "include",
         "repr_layers",
     ),
-    "model and device": ("model", "dtype", "device", "attention", "linear", "toks_per_batch"),
+    "model and device": ("model", "ranks", "device", "dtype", "attention", "linear", "toks_per_batch"),
     "proteins": (
         "truncation_seq_length",
         "long",
@@ -78,6 +80,7 @@ HELP_GROUPS = {
     "the run": (
         "job",
         "resume",
+        "max_restarts",
         "assign_by",
         "unit_share",
         "max_proteins_per_output",

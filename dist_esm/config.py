@@ -255,6 +255,9 @@ class Config:
     """Precision of parameters and matrix products; auto: bf16 where the GPU has it, else fp32."""
     device: DeviceKind = DeviceKind.auto
     """Where to run; auto: a GPU if there is one."""
+    ranks: int | str = "auto"
+    """Processes on this host, each with a device of its own; auto: one for each visible GPU, else one. Under
+    torchrun it is what torchrun starts."""
     attention: Attention = Attention.auto
     """Implementation of attention; auto: the fastest that the device can run."""
     linear: LinearKind = LinearKind.auto
@@ -276,6 +279,8 @@ class Config:
     """A rank that has finished its bin takes units that others have not begun; false: it waits."""
     heartbeat_timeout: float = 60.0
     """A rank that gives no sign of life for so many seconds counts as lost, and the run ends as aborted."""
+    max_restarts: int = 0
+    """So often all ranks are started again, and go on, after one of them has crashed."""
     resume: bool = True
     """Skip what earlier launches finished under the same settings; false: remove it and start over."""
     progress_seconds: float = 30.0
@@ -408,6 +413,7 @@ LEAST_HEARTBEAT = 5.0
 """Seconds; a rank gives a sign of life every two."""
 LEAST_PROGRESS = 0.5
 LEAST = {
+    "max_restarts": 0,
     "truncation_seq_length": 1,
     "toks_per_batch": 3,
     "max_consecutive_failures": 1,
@@ -441,6 +447,8 @@ def check(config: Config) -> None:
         check_layers(config)
     if not config.include or len(set(config.include)) < len(config.include):
         raise ValueError("include must name each wanted representation once: any of mean, bos, per_tok")
+    if config.ranks != "auto" and (not isinstance(config.ranks, int) or config.ranks < 1):
+        raise ValueError(f"ranks={config.ranks} is no number of ranks: write ranks=auto or ranks=2")
     for key, least in LEAST.items():
         value = getattr(config, key)
         if value is not None and value < least:

@@ -137,6 +137,25 @@ TAKEN = {
 }
 
 
+TORN_APART = {
+    "input = a.fa dtype= fp32": {"input": "a.fa", "dtype": Dtype.fp32},
+    "input =a.fa job = verify": {"input": "a.fa", "job": Job.verify},
+    "input=[a.fa, b.fa] include=[mean, bos]": {
+        "input": ["a.fa", "b.fa"],
+        "include": [Include.mean, Include.bos],
+    },
+    "input=[a.fa, [x] y.fa] repr_layers=[-1 0]": {"input": ["a.fa", "[x] y.fa"], "repr_layers": [-1, 0]},
+    "input=a.fa ranks=2": {"ranks": 2},
+    "input=a.fa ranks=auto": {"ranks": "auto"},
+}
+
+
+@pytest.mark.parametrize("line", TORN_APART)
+def test_what_the_shell_has_torn_apart_is_put_together(here, line):
+    config = composed(*line.split())
+    assert {key: getattr(config, key) for key in TORN_APART[line]} == TORN_APART[line]
+
+
 @pytest.mark.parametrize("word", TAKEN)
 def test_what_is_unambiguous_is_taken(here, monkeypatch, word):
     monkeypatch.setenv("WHERE", "/scratch/me")
@@ -484,6 +503,46 @@ REFUSED = [
         "job",
         Job.embed,
     ),
+    *(
+        (
+            [f"{synonym}={value}"],
+            f"'{synonym}' is no key: did you mean {key}?",
+            [f"{key}={value}"],
+            key,
+            taken,
+        )
+        for synonym, key, value, taken in [
+            ("gpus", "ranks", "2", 2),
+            ("nproc_per_node", "ranks", "2", 2),
+            ("batch_size", "toks_per_batch", "64", 64),
+            ("output", "output_dir", "x", Path("x")),
+            ("max_len", "truncation_seq_length", "64", 64),
+            ("precision", "dtype", "fp32", Dtype.fp32),
+            ("layers", "repr_layers", "3", [3]),
+        ]
+    ),
+    (
+        ["ranks=0"],
+        "ranks=0 is no number of ranks: write ranks=auto or ranks=2",
+        ["ranks=auto"],
+        "ranks",
+        "auto",
+    ),
+    (
+        ["ranks=two"],
+        "ranks=two is neither auto nor a whole number: write ranks=auto or ranks=2",
+        ["ranks=2"],
+        "ranks",
+        2,
+    ),
+    (
+        ["output_dir", "runs"],
+        "'output_dir' is not key=value: write output_dir=runs",
+        ["output_dir=runs"],
+        "output_dir",
+        Path("runs"),
+    ),
+    (["-o", "runs"], "-o is no option: write output_dir=PATH", ["output_dir=x"], "output_dir", Path("x")),
     (
         ["--config-dir", "nowhere"],
         "--config-dir nowhere is not a directory: name the one that holds config.yaml",
@@ -507,6 +566,35 @@ def test_a_refusal_is_one_line_whose_remedy_works(here, words, line, remedied, k
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
     assert getattr(composed(*remedied), key) == value
+
+
+ESM_EXTRACT = (
+    "esm2_t6_8M_UR50D a.fa out --repr_layers 0 6 --include mean per_tok --toks_per_batch 4096 --nogpu"
+)
+
+
+def test_a_line_of_esm_extract_is_answered_with_the_line_that_does_the_same(here):
+    Path("w").mkdir()
+    for line in (ESM_EXTRACT, ESM_EXTRACT.replace("esm2_t6", "w/esm2_t6").replace("50D", "50D.pt")):
+        with pytest.raises(
+            ValueError, match=r"^these are the words of esm-extract: write dist-esm "
+        ) as caught:
+            composed(*line.split())
+        config = composed(*str(caught.value).partition("write dist-esm ")[2].split())
+        assert (config.input, config.output_dir, config.model.name) == (
+            "a.fa",
+            Path("out"),
+            "esm2_t6_8M_UR50D",
+        )
+        assert (config.repr_layers, config.include) == ([0, 6], [Include.mean, Include.per_tok])
+        assert (config.toks_per_batch, config.device) == (4096, DeviceKind.cpu)
+        assert config.model.weights == ("w/esm2_t6_8M_UR50D.pt" if "w/" in line else None)
+
+
+def test_a_path_that_the_shell_tore_apart_at_a_blank_is_shown_in_quotes(here):
+    Path("my proteins (1).fa").write_text(FASTA)
+    with pytest.raises(ValueError, match=r"quoted: write 'input=my proteins \(1\)\.fa'$"):
+        composed("input=my", "proteins", "(1).fa")
 
 
 START = "defaults: [config, _self_]\ninput: a.fa\n"
@@ -633,3 +721,8 @@ def test_ranks_say_a_refusal_once_and_empty_output_dir_writes_nothing(here):
         "dist_esm: error: output_dir is empty: write output_dir=PATH, or leave it out for its default"
     ]
     assert sorted(path.name for path in here.iterdir()) == ["a.fa", "b.fa", "c.fa"]
+    *_, reason, _ = result.stderr.splitlines()
+    assert (
+        reason == "  traceback : output_dir is empty: write output_dir=PATH, or leave it out for its default"
+    )
+    assert "<NO_OTHER_FAILURES>" in result.stderr

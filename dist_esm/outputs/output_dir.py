@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 
 from dist_esm.atomic import atomically, discard, is_leftover, refuse_to_replace, remove
 from dist_esm.config import Config, plain_values
+from dist_esm.launcher import num_restarts
 from dist_esm.names import output_path
 from dist_esm.outputs import events, in_hand, journal, launches
 from dist_esm.outputs.events import Events
@@ -215,7 +216,7 @@ def _prepare(
         start_over(output_dir, entries)
         in_hand.forget(output_dir)
         entries = []
-    was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    was_restarted = num_restarts() > 0
     deaths = in_hand.collect(output_dir, was_restarted)
     clean(output_dir, entries)
     journal.folder(output_dir).mkdir(exist_ok=True)

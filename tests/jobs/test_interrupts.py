@@ -264,14 +264,14 @@ def test_a_run_that_is_interrupted_while_it_plans_leaves_the_report_of_what_is_d
     settings, out = half_done
     before = (out / "report.json").read_bytes()
     result = run_meanwhile("dist_esm.jobs.embed:agree_on_plan", "kill -INT $PPID", *settings)
-    assert (result.returncode, result.stdout) == (1, "")
+    assert (result.returncode, result.stdout) == (130, "")
     assert (
         result.stderr == "dist_esm: interrupted by SIGINT: what is done is kept, "
         "run the same command again to go on from there\n"
     )
     assert (out / "report.json").read_bytes() == before
     over = run_meanwhile("dist_esm.jobs.embed:agree_on_plan", "kill -INT $PPID", *settings, "resume=false")
-    assert over.returncode == 1
+    assert over.returncode == 130
     assert not (out / "report.json").exists(), "a report must not speak of outputs that were removed"
 
 
@@ -338,7 +338,7 @@ def test_a_long_forward_on_a_cpu_is_not_waited_for(tmp_path, checkpoint_8m):
     finally:
         process.kill()
     assert time.monotonic() - began < SECONDS
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert "aborted: 0 of 1 files" in said
     assert "Traceback" not in errors
     assert read_report(tmp_path / "out")["ranks"][0]["split_packs"] == 0

@@ -102,6 +102,14 @@ def test_safetensors_are_read_where_they_lie(tmp_path, reference, shift):
     assert all(torch.equal(tensor, STATE[name]) for name, tensor in read_safetensors(path).items())
 
 
+def test_a_file_is_known_by_its_bytes_whatever_its_suffix(tmp_path, reference):
+    """torch itself goes by the suffix .safetensors."""
+    torch.save(STATE, tmp_path / "a.safetensors")
+    write_safetensors(tmp_path / "b.pt", STATE)
+    for name in ("a.safetensors", "b.pt"):
+        assert same(loaded(tmp_path / name), reference)
+
+
 def test_a_header_of_any_length_is_no_web_page(tmp_path, reference):
     """The length comes first: 60 bytes over a multiple of 256 begin with the byte of `<`."""
     path = write_safetensors(tmp_path / "a.safetensors", STATE)

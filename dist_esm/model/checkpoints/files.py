@@ -153,6 +153,9 @@ def read_torch(path: Path) -> Any:
         )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), readable_name(path) as name:
+            if path.suffix == ".safetensors":  # torch would go by the name
+                with path.open("rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(name, map_location="cpu", weights_only=True, mmap=is_zip)
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
         foreign = re.search(r"(?:GLOBAL|global:?) `?([\w.]+\.[\w.]+)", str(error))
