@@ -12,10 +12,11 @@ from typing import Any
 
 from dist_esm.atomic import commit_together
 from dist_esm.attempt import as_value
-from dist_esm.config import Config
+from dist_esm.config import Config, ReportKind
 from dist_esm.distributed import LostRankError, World
 from dist_esm.jobs.progress.ticker import Ticker
 from dist_esm.jobs.report.content import Ending, Report
+from dist_esm.jobs.report.draw import draw_page
 from dist_esm.jobs.report.make import fail_what_vanished, failures_by_file, make_report
 from dist_esm.jobs.report.summary import summary
 from dist_esm.jobs.report.write import about_launch, describe_launch, write_report, write_running_report
@@ -489,6 +490,8 @@ def conclude(
 
 
 def tell(report: Report, out: OutputDir, config: Config) -> int:
-    """Print the summary, and return the exit code."""
+    """Print the summary, draw the page if it is wanted, and return the exit code."""
     print(summary(report, out.path, config.verbosity), flush=True)
+    if config.report is ReportKind.html:
+        draw_page(report, out.path)
     return report.exit_code

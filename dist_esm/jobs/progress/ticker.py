@@ -95,6 +95,7 @@ class Ticker:
     def note_output_dir(self, out: OutputDir) -> None:
         """Samples and progress.json go there from now on."""
         self._out = out
+        self._sample()
 
     def note_plan(self, plan: Plan) -> None:
         """Say what there is to do."""
@@ -115,7 +116,7 @@ class Ticker:
         if self._view is not None:
             self._view.stop()
         if self._out is not None:
-            self._sample(self._seconds)
+            self._sample()
             if self._world.is_main:
                 with suppress(OSError):
                     self._write_file(status)
@@ -141,7 +142,7 @@ class Ticker:
             mine = self._world.progress.now
             mine.memory, mine.memory_total, mine.temperature, mine.watts = state
         if self._out is not None and self._is_due("sample", max(LOOK_SECONDS, now / SAMPLES)):
-            self._sample(now)
+            self._sample()
         if not self._world.is_main:
             return
         overall, ranks = self._overall()
@@ -163,7 +164,7 @@ class Ticker:
         ranks = [told for told in self._world.get_progress() if told is not None]
         return self._tracker.look(ranks, self._seconds), ranks
 
-    def _sample(self, now: float) -> None:
+    def _sample(self) -> None:
         """Note how far this rank is."""
         assert self._out is not None
         mine = self._world.progress.now

@@ -13,9 +13,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dist_esm.config import Config
+from dist_esm.config import Config, ReportKind
 from dist_esm.distributed import World
 from dist_esm.jobs.report.content import Ending, Report
+from dist_esm.jobs.report.draw import draw_page
 from dist_esm.jobs.report.make import fail_what_vanished, make_report
 from dist_esm.jobs.report.summary import summary
 from dist_esm.jobs.report.write import UNDER_WAY, describe_launch, write_report
@@ -46,6 +47,8 @@ def rebuild(config: Config, world: World) -> int:
     report = world.all_or_none(lambda: rebuild_report(config.output_dir) if world.is_main else None)
     if report is not None:
         print(summary(report, config.output_dir, config.verbosity), flush=True)
+        if config.report is ReportKind.html:
+            draw_page(report, config.output_dir)
     return 0
 
 

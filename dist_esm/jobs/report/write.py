@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -69,8 +70,9 @@ def write_running_report(plan: Plan, about: Mapping[str, Any], out: OutputDir) -
     report = make_report(plan, [], plan.joined, Ending(UNDER_WAY, 0.0, 0.0, {}))
     report.status = "running"
     describe_launch(report, about, out.launch)
-    for name in ("failed_files.txt", "report.html"):
-        (out.path / name).unlink(missing_ok=True)
+    (out.path / "failed_files.txt").unlink(missing_ok=True)
+    with suppress(OSError):
+        (out.path / "report.html").unlink()
     write_json(report, out.path, out.scratch)
 
 
