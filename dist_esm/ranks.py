@@ -25,12 +25,10 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
 
 from dist_esm.launcher import LAUNCHER_PID, NUM_RESTARTS, PARTIAL
-from dist_esm.stop import DOUBLE_SECONDS, GO_ON, INTERRUPTED
+from dist_esm.stop import DOUBLE_SECONDS, GO_ON, INTERRUPTED, exit_now
 
 END_SECONDS = 30
 """Ranks that were asked to end are killed after so many seconds."""
-SHOW_CURSOR = "\033[?25h\r\n"
-"""For a terminal whose live view was killed."""
 ENDED_BY_US = (-signal.SIGTERM, -signal.SIGINT)
 ORDERLY = (0, 1, PARTIAL, INTERRUPTED, *ENDED_BY_US)
 """Exit codes of ranks that did not crash."""
@@ -128,9 +126,7 @@ def signals_for(agent: LocalElasticAgent) -> Iterator[None]:
             raise SignalException("ends the ranks, see LocalElasticAgent.run", sigval)
         if is_ctrl_c and time.monotonic() - first[0] > DOUBLE_SECONDS:
             kill(agent)
-            if sys.stderr.isatty():
-                print(SHOW_CURSOR, end="", file=sys.stderr, flush=True)
-            os._exit(INTERRUPTED)
+            exit_now()
 
     taken = [
         number
