@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
 
 from dist_esm.launcher import LAUNCHER_PID, NUM_RESTARTS, PARTIAL
-from dist_esm.stop import DOUBLE_SECONDS, GO_ON, INTERRUPTED
+from dist_esm.stop import DOUBLE_SECONDS, GO_ON, INTERRUPTED, exit_now
 
 END_SECONDS = 30
 """Ranks that were asked to end are killed after so many seconds."""
@@ -126,7 +126,7 @@ def signals_for(agent: LocalElasticAgent) -> Iterator[None]:
             raise SignalException("ends the ranks, see LocalElasticAgent.run", sigval)
         if is_ctrl_c and time.monotonic() - first[0] > DOUBLE_SECONDS:
             kill(agent)
-            os._exit(INTERRUPTED)
+            exit_now()
 
     taken = [
         number

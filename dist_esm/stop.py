@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 GO_ON = "what is done is kept, run the same command again to go on from there"
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as of a shell."""
+SHOW_CURSOR = b"\033[?25h\r\n"
+"""For a terminal on which a live view ends half way."""
 REPEAT_SECONDS = 2.0
 """Signals within so many seconds count once: a scheduler signals every process of a job, and torchrun passes
 its own signal on to the ranks."""
@@ -100,7 +104,7 @@ def on_signals(act: Callable[[str], None]) -> Iterator[None]:
             act(f"interrupted by {signal.Signals(number).name}")
         elif time.monotonic() - first[0] > (DOUBLE_SECONDS if is_ctrl_c and is_alone() else REPEAT_SECONDS):
             if is_ctrl_c:
-                os._exit(INTERRUPTED)
+                exit_now()
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -120,6 +124,13 @@ _received: list[int] = []
 def was_ctrl_c() -> bool:
     """Tell whether the first signal that this process took was that of Ctrl-C."""
     return _received[:1] == [signal.SIGINT]
+
+
+def exit_now() -> NoReturn:
+    """End the process as Ctrl-C does, without a word to anything in it."""
+    if sys.stderr.isatty():
+        os.write(2, SHOW_CURSOR)
+    os._exit(INTERRUPTED)
 
 
 def is_alone() -> bool:

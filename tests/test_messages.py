@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from dist_esm.__main__ import main
 from dist_esm.arguments import read_options
@@ -711,6 +714,52 @@ def test_a_configuration_file_may_name_a_model_of_its_own_and_say_so_when_it_is_
         ValueError, match=r"^--config-name main: .* has no main.yaml: did you mean mine\? it holds mine$"
     ):
         composed("--config-dir", ".", "--config-name", "main")
+
+
+RUNS = {
+    "input=no.fa": r"input=no\.fa does not exist: name a FASTA file, a directory, a glob or a list of these",
+    "input=*.fsta": r"input=\*\.fsta matches no FASTA file \(.*\): check the pattern, .*",
+    "input=empty": r"input=empty .*",
+    "output_dir=a.fa": r"output_dir=a\.fa cannot be written to \(.*\): name a directory that can",
+    "output_dir=/proc/x": r"output_dir=/proc/x cannot be written to \(.*\): name a directory that can",
+    "model.weights=no.pt": r"model\.weights=no\.pt is not a file or directory: name fair-esm's \.pt or .*",
+    "model.weights=a.fa": r"a\.fa cannot be read as a checkpoint; .*, or name fair-esm's \.pt, .*",
+    "model.weights=other.pt": r"other\.pt holds no ESM-2 .*: use an ESM-2, for example model\.weights=null.*",
+    "model.weights=other.safetensors": r"other\.safetensors holds no ESM-2 .*: use an ESM-2, .*",
+    "model.weights=null": r".*esm2_t6_8M_UR50D\.pt is missing and http://127\.0\.0\.1:9\S* cannot be "
+    r"downloaded \(.*\): put the file there, or name it with model\.weights=PATH",
+    "model=auto model.weights=null": r"model=auto takes the size from the weights: set model\.weights=.*",
+    "repr_layers=[3]": r"output_dir=done holds embeddings made under other settings \(layers=\[6\] before, "
+    r"\[3\] now\): name another output_dir, or start over with resume=false",
+    "attention=triton": r"attention=triton needs a CUDA GPU .*: use attention=auto",
+}
+"""What is wrong with a run, and is seen when its files, weights and directory are looked at."""
+
+
+@pytest.mark.parametrize("words", RUNS)
+def test_what_a_run_cannot_start_with_is_one_line(here, words, capfd, monkeypatch):
+    from dist_esm.model.checkpoints import locate
+
+    monkeypatch.setattr(locate, "URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", str(here / "hub"))
+    Path("empty").mkdir()
+    torch.save({"a": torch.zeros(3)}, "other.safetensors")
+    Path("other.pt").write_bytes(save({"a": torch.zeros(3)}))
+    usual = {
+        "input": "a.fa",
+        "output_dir": "done",
+        "model": "esm2_t6_8M_UR50D",
+        "model.weights": "random",
+        "device": "cpu",
+    }
+    if "repr_layers" in words:
+        assert main([f"{key}={value}" for key, value in usual.items()]) == 0
+        capfd.readouterr()
+    given = dict(word.split("=", 1) for word in words.split())
+    assert main([f"{key}={value}" for key, value in {**usual, **given}.items()]) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if " INFO " not in line]
+    assert len(lines) == 1, lines
+    assert re.fullmatch(f"dist_esm: error: {RUNS[words]}", lines[0]), lines[0]
 
 
 @pytest.mark.distributed

@@ -143,6 +143,31 @@ def test_signals_that_come_together_are_one_and_a_later_one_ends_the_process(wai
     assert (result.returncode, result.stdout) == (code, f"['interrupted by SIGTERM']\n{rest}"), result.stderr
 
 
+TWICE = """
+import os, signal, time
+from dist_esm.stop import DOUBLE_SECONDS, on_signals
+
+with on_signals(lambda reason: print(reason, flush=True)):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1.5 * DOUBLE_SECONDS)
+    print("still here", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never here")
+"""
+
+
+@pytest.mark.parametrize("rank", [None, "0"], ids=["alone", "a rank"])
+def test_ctrl_c_twice_ends_a_process_at_once_unless_a_launcher_passes_it_on(rank):
+    extra = {} if rank is None else {"RANK": rank}
+    line = [sys.executable, "-c", TWICE]
+    done = subprocess.run(
+        line, capture_output=True, text=True, timeout=60, env=environment(**extra), check=False
+    )
+    code, rest = (130, "") if rank is None else (0, "never here\n")
+    assert (done.returncode, done.stdout) == (code, f"interrupted by SIGINT\nstill here\n{rest}")
+
+
 @pytest.mark.distributed
 def test_a_rank_that_waits_for_the_others_still_reports_when_the_run_is_interrupted(tmp_path, checkpoint_8m):
     """Rank 0 has one file of many copies and is done at once; rank 1 has all the others."""
