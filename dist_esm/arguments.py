@@ -183,7 +183,8 @@ def read_text(key: str, text: str, is_optional: bool = False) -> str | None:
         return text
     text = unquoted(text)
     if not text:
-        raise ValueError(f"{key} is empty: write {key}=PATH, or leave it out for its default")
+        default = "" if key == "input" else ", or leave it out for its default"
+        raise ValueError(f"{key} is empty: write {key}=PATH{default}")
     if text.lower() in NO_VALUE and key != "input":
         if is_optional and text.lower() == "null":
             return None

@@ -11,7 +11,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from enum import EnumType
 from functools import cache
 from itertools import pairwise
@@ -59,6 +59,7 @@ options:
 HELP_GROUPS = {
     "input and outputs": (
         "input",
+        "id",
         "header_encoding",
         "output_dir",
         "format",
@@ -93,6 +94,13 @@ HELP_GROUPS = {
     ),
 }
 MEANING_COLUMN, HELP_WIDTH = 34, 110
+
+
+@dataclass
+class Composed(Config):
+    """The schema as Hydra has it: `output_dir` as it was written, since the path of "" is "."."""
+
+    output_dir: Any = "embeddings"
 
 
 def help_text() -> str:
@@ -218,7 +226,20 @@ def compose_config(
     for key, text in texts.items():
         group, _, name = key.rpartition(".")
         setattr(getattr(config, group) if group else config, name, text)
-    return fill_in(config)
+    if not isinstance(config.output_dir, str) or not config.output_dir.strip():
+        raise ValueError(no_output_dir(config.output_dir, folder / f"{config_name}.yaml"))
+    return fill_in(Config(**vars(config)))
+
+
+def no_output_dir(value: Any, path: Path) -> str:
+    """Say in one line what is wrong with an `output_dir` that is no text, and where that stands."""
+    line, written = find_in_yaml(path, "output_dir")
+    where = f"{path}, line {line}: " if line else ""
+    if value is None or not str(value).strip():
+        return f"{where}output_dir is empty: write output_dir: PATH, or leave it out for its default"
+    if isinstance(value, (list, dict)):
+        return f"{where}output_dir: {value} is a {type(value).__name__}: write output_dir: PATH"
+    return where + yaml_value_problem("output_dir", str(value) if written is None else written)
 
 
 def compose_files(folder: Path, config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -238,11 +259,11 @@ def compose_files(folder: Path, config_name: str, overrides: Sequence[str]) -> D
             line, _ = find_in_yaml(path, f"hydra.{key}")
             if line:
                 raise ValueError(f"{path}, line {line}: hydra.{key} does nothing here: leave it out")
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="schema", node=Composed)
     with warnings.catch_warnings(), initialize_config_dir(str(folder), version_base="1.3"):
         warnings.filterwarnings("ignore", "In .*Defaults list is missing `_self_`")
         composed = compose(config_name, overrides=[*overrides, *searchpath])
-    if OmegaConf.get_type(composed) is not Config:
+    if OmegaConf.get_type(composed) is not Composed:
         remedy = "write 'defaults: [config, _self_]' at its beginning"
         raise ValueError(f"{path} does not start from the defaults: {remedy}")
     return composed

@@ -19,6 +19,7 @@ from dist_esm.cli import compose_config, config_text, help_text
 from dist_esm.config import Config, DeviceKind, Job, Verbosity, check
 from dist_esm.launcher import is_main_rank, launch_environment, tell_torchrun
 from dist_esm.logs import setup_logging
+from dist_esm.names import one_line, printable
 from dist_esm.stop import on_signals
 from dist_esm.version import code_version
 
@@ -42,7 +43,7 @@ def run_command(words: Sequence[str]) -> int:
             check(config)
             num_ranks = wanted_ranks(config) if text is None else 1
     except ValueError as error:
-        problem = " ".join(str(error).split())
+        problem = one_line(error)
     if problem is None and text is not None:
         if is_main_rank():
             print(text, end="")
@@ -95,7 +96,7 @@ def wanted_ranks(config: Config) -> int:
 
 def print_error(line: str) -> None:
     """Say in one line why the command ends."""
-    print(f"dist_esm: error: {line}", file=sys.stderr, flush=True)
+    print(f"dist_esm: error: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def give_up(reason: str) -> None:

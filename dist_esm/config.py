@@ -153,6 +153,13 @@ class Chains(Enum):
     split = "split"
 
 
+class ProteinId(Enum):
+    """What of a header is the protein's id: its first word, or the accession in that word."""
+
+    word = "word"
+    accession = "accession"
+
+
 class HeaderEncoding(Enum):
     """How headers are read: as UTF-8 and those that are not as Latin-1, or as UTF-8 alone."""
 
@@ -235,6 +242,9 @@ class Config:
     chains: Chains = Chains.skip
     """Records of several chains (separated by : / or |) are skipped; split makes each chain a protein, named
     by the record's id and the chain's place."""
+    id: ProteinId = ProteinId.word
+    """The id of a protein: the first word of its header, or the accession in it (P12345 of
+    sp|P12345|NAME); a word without one stays."""
     header_encoding: HeaderEncoding = HeaderEncoding.auto
     """A header that is not UTF-8 is read as Latin-1, and listed (auto), or its file fails (utf8)."""
     dedupe: bool = True
@@ -428,6 +438,9 @@ def check(config: Config) -> None:
     if not inputs or not all(isinstance(item, str) and item for item in inputs):
         remedy = "for example input=proteins/ or input=[a.fasta,b.fasta]"
         raise ValueError(f"input={config.input!r} is neither a path, a glob nor a list of these: {remedy}")
+    for key, path in (("weights", config.model.weights), ("adapter", config.model.adapter)):
+        if path is not None and not path.strip():
+            raise ValueError(f"model.{key} is empty: name a path, or write null")
     if not config.repr_layers:
         raise ValueError("repr_layers is empty: name at least one layer, for example repr_layers=[-1]")
     if config.model.num_layers:  # of model=auto they are not known yet

@@ -39,6 +39,7 @@ from torch.distributed.rendezvous import rendezvous
 from dist_esm.attempt import ending_of
 from dist_esm.launcher import launch_environment, refuse
 from dist_esm.liveness import SignsOfLife
+from dist_esm.names import one_line
 from dist_esm.progress import Progress, RankProgress
 from dist_esm.stop import ended_by_signals
 from dist_esm.store import (
@@ -242,14 +243,20 @@ class World:
         store = self._store
         self._meetings += 1
         name = f"meeting/{self._meetings}"
-        put_bytes(store, f"{name}/{self.rank}", value.encode())
+        put_bytes(store, f"{name}/{self.rank}", value.encode("utf-8", "surrogateescape"))
         if self.is_main:
             keys = [f"{name}/{rank}" for rank in range(self.world_size)]
             self._wait_for(
                 lambda: store.check(keys),
                 lambda: [rank for rank, key in enumerate(keys) if not store.check([key])],
             )
-            put_bytes(store, name, json.dumps([get_bytes(store, key).decode() for key in keys]).encode())
+            put_bytes(
+                store,
+                name,
+                json.dumps(
+                    [get_bytes(store, key).decode("utf-8", "surrogateescape") for key in keys]
+                ).encode(),
+            )
         self._wait_for(lambda: store.check([name]), lambda: [0])
         return list(json.loads(get_bytes(store, name)))
 
@@ -298,7 +305,7 @@ class World:
         try:
             value = work(*args, **options)
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            problem = " ".join(str(error).split())
+            problem = one_line(error)
         self.agree(problem)
         return cast(T, value)
 

@@ -633,6 +633,17 @@ YAML = {
         ', line 3: output_dir: 2024 is read as a number or a truth value: write output_dir: "2024"',
         START + 'output_dir: "2024"\n',
     ),
+    START + "output_dir: [a]\n": (
+        ", line 3: output_dir: ['a'] is a list: write output_dir: PATH",
+        START + "output_dir: a\n",
+    ),
+    START + 'output_dir: ""\n': (
+        ", line 3: output_dir is empty: write output_dir: PATH, or leave it out for its default",
+        START + "output_dir: out\n",
+    ),
+    START + "output_dir: ' '\n": (", line 3: output_dir is empty: write output_dir: PATH", START),
+    START + "output_dir:\n": (", line 3: output_dir is empty: write output_dir: PATH", START),
+    START + "output_dir: ${oc.env:EMPTY}\n": (", line 3: output_dir is empty: write output_dir: PATH", START),
     START + "hydra:\n  run:\n    dir: x\n": (
         ", line 4: hydra.run does nothing here: leave it out",
         START,
@@ -665,8 +676,9 @@ YAML = {
 
 
 @pytest.mark.parametrize("text", YAML)
-def test_an_error_in_a_configuration_file_is_one_line_that_names_file_and_line(here, text):
+def test_an_error_in_a_configuration_file_is_one_line_that_names_file_and_line(here, monkeypatch, text):
     line, mended = YAML[text]
+    monkeypatch.setenv("EMPTY", "")
     Path("mine.yaml").write_text(text)
     options = ["--config-dir", ".", "--config-name", "mine"]
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared whole below
@@ -675,6 +687,13 @@ def test_an_error_in_a_configuration_file_is_one_line_that_names_file_and_line(h
     assert "\n" not in str(caught.value)
     Path("mine.yaml").write_text(mended if "defaults" in mended else START + mended)
     composed(*options)
+
+
+@pytest.mark.parametrize("key", ["weights", "adapter"])
+def test_a_configuration_file_with_an_empty_path_of_weights_is_refused(here, key):
+    Path("mine.yaml").write_text(START + f"model:\n  {key}: ' '\n")
+    with pytest.raises(ValueError, match=rf"^model.{key} is empty: name a path, or write null"):
+        composed("--config-dir", ".", "--config-name", "mine")
 
 
 def test_a_configuration_file_may_name_a_model_of_its_own_and_say_so_when_it_is_not_there(here):

@@ -1,4 +1,4 @@
-"""The thread of each rank that looks at how far it is, a few times a second at most.
+"""The thread of each rank that looks at how far it is, once a second.
 
 Every rank notes samples for the report's timeline. Rank 0 also shows the run, in a live view on a terminal
 and else in a line now and then, and replaces `progress.json`. The thread only reads numbers that others keep,
@@ -31,8 +31,8 @@ from dist_esm.progress import RankProgress
 
 log = logging.getLogger("dist_esm")
 
-LIVE_SECONDS, LOOK_SECONDS = 0.5, 1.0
-"""Time between two looks, with a live view and without."""
+LOOK_SECONDS = 1.0
+"""Time between two looks."""
 FILE_SECONDS = 3.0
 """Time between two versions of progress.json."""
 DEVICE_SECONDS = 2.0
@@ -131,8 +131,7 @@ class Ticker:
             log.warning("the progress view ended with %s: %s", type(ending).__name__, ending)
 
     def _look_until_the_end(self) -> None:
-        pause = LOOK_SECONDS if self._view is None else LIVE_SECONDS
-        while not self._is_over.wait(pause):
+        while not self._is_over.wait(LOOK_SECONDS):
             self._look()
 
     def _look(self) -> None:
