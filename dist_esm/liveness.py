@@ -118,6 +118,14 @@ class SignsOfLife:
                 return rank, f"{self._describe(rank)} gave no sign of life for {silence:.0f} s"
         return self._find_neighbours()
 
+    def is_last_of_host(self) -> bool:
+        """Tell whether the processes of all other ranks of this host have ended."""
+        abouts = [self._about(rank) for rank in range(self._world_size) if rank != self._rank]
+        return all(
+            about is not None and (about["processes"] != process_space() or has_ended(int(about["pid"])))
+            for about in abouts
+        )
+
     def progress_of(self, rank: int) -> str:
         """Return what another rank said last of how far it is; "" if nothing came yet."""
         sign, _ = self._last.get(rank, ("", 0.0))
@@ -177,6 +185,14 @@ def process_space() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return f"{socket.gethostname()} without /proc"
+
+
+def has_ended(pid: int) -> bool:
+    """Tell whether a process of this host has ended, though perhaps its parent has not asked for it yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def how_it_ended(pid: int) -> str:

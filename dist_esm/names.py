@@ -77,10 +77,20 @@ def fitted(name: str, ending: str = "", max_bytes: int = NAME_BYTES) -> str:
     return (name if len(os.fsencode(name)) <= room else "".join(cut(name, name, room))) + ending
 
 
+def output_path(stem: Path, ending: str) -> Path:
+    """Return the path of a file of an output, given the output's path without suffix, in a name that fits.
+
+    What is cut is the input's name, so that ``_ESM`` and the ending stay.
+    """
+    mark = "_ESM" if stem.name.endswith("_ESM") else ""
+    return stem.with_name(fitted(stem.name.removesuffix("_ESM"), mark + ending))
+
+
 def cut(name: str, whole: str, max_bytes: int) -> tuple[str, str]:
     """Return the beginning of a name, and ``~h`` and a hash of `whole` to put behind it: at most `max_bytes`
     together."""
     mark = f"~h{hashlib.sha256(whole.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+    name = name[:max_bytes]  # a character takes a byte at least, and a header may have millions
     while len(os.fsencode(name)) > max_bytes - len(mark):
         name = name[:-1]
     return name, mark

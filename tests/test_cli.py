@@ -9,9 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from dist_esm.__main__ import main
-from dist_esm.arguments import key_types
 from dist_esm.cli import compose_config, config_text
 from dist_esm.config import Config, Dtype, Include, check, conf_dir, plain_values
+from dist_esm.keys import key_types
 
 REFUSED = {
     "input=x dtype=foo": r"dtype=foo is no choice: use one of auto, fp32, bf16, fp16",

@@ -6,7 +6,7 @@ import json
 import subprocess
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # noqa: TID251 - a store without ranks
 
 from dist_esm.liveness import SignsOfLife, process_space
 

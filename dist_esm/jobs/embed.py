@@ -87,7 +87,8 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
     with Ticker(config, world) as ticker, ExitStack() as held:
         inputs = find_inputs(config, world)
         setup = choose_setup(config, world)
-        out = held.enter_context(OutputDir.open(config, setup.settings, world))
+        words = setup.provenance["weights_in_words"]
+        out = held.enter_context(OutputDir.open(config, setup.settings, world, words))
         held.enter_context(keeping_records(out, setup, world))
         stop = held.enter_context(stopping())
         held.enter_context(world.watching(stop.set))

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 from dist_esm.atomic import atomically
 from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, read_json, version_of
+from dist_esm.outputs.trust import leads_out
 from dist_esm.types import FastaFile
 from dist_esm.version import code_version
 
-_NUMBER = re.compile(r"(\d+)\.")
+MOST_LAUNCHES = 10**20 - 1
+_NUMBER = re.compile(r"(\d+)\.", re.ASCII)
 
 
 class LaunchInput(NamedTuple):
@@ -37,15 +39,22 @@ def folder(output_dir: Path) -> Path:
 
 
 def next_launch(output_dir: Path) -> int:
-    """Return the number of a new launch, from 1. Only whoever holds the directory may ask."""
+    """Return the number of a new launch, from 1. Only whoever holds the directory may ask.
+
+    Raises
+    ------
+    ValueError
+        If there is no number left: names of launches have 20 digits.
+    """
     inside = output_dir / ".dist_esm"
-    names = [
-        path.name
-        for name in ("events", "journal", "launches", "logs", "scratch")
-        for path in (inside / name).glob("*.*")
-    ]
-    matches = filter(None, map(_NUMBER.match, names))
-    return max((int(match[1]) for match in matches), default=0) + 1
+    folders = (inside / name for name in ("events", "journal", "launches", "logs", "scratch"))
+    paths = [path for folder in folders for path in folder.glob("*.*")]
+    numbers = {path: int(match[1]) for path in paths if (match := _NUMBER.match(path.name))}
+    launch = max(numbers.values(), default=0) + 1
+    if launch > MOST_LAUNCHES:
+        last = max(numbers, key=numbers.__getitem__)
+        raise ValueError(f"{last} is named for a launch that no run made: {REMEDY}")
+    return launch
 
 
 def record_launch(
@@ -93,9 +102,15 @@ def read_inputs(path: Path) -> list[LaunchInput]:
     """
     content = read_launch(path)
     try:
-        return [LaunchInput(**item) for item in content["inputs"]]
+        inputs = [LaunchInput(**item) for item in content["inputs"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be understood ({error}): {REMEDY}") from None
+    if not all(isinstance(text, str) for item in inputs for text in item):
+        raise ValueError(f"{path} cannot be understood (a path is no text): {REMEDY}")
+    outside = [item.output for item in inputs if leads_out(item.output)]
+    if outside:
+        raise ValueError(f"{path} cannot be understood ({outside[0]!r} leads out of output_dir): {REMEDY}")
+    return inputs
 
 
 def launch_files(output_dir: Path) -> list[Path]:

@@ -257,7 +257,8 @@ class Assembly:
             return state.builders[-1]
         part, index = 0, state.num_records
         if state.unit.first_part is not None:
-            part, index = divmod(state.num_records, self.settings.max_proteins_per_output)
+            part_size = state.unit.part_size or self.settings.max_proteins_per_output
+            part, index = divmod(state.num_records, part_size)
         if index == 0 and state.builders:
             state.builders[-1].is_closed = True
             self._submit_if_complete(record.unit, state, state.builders[-1])

@@ -17,6 +17,7 @@ from dist_esm.config import Config
 from dist_esm.distributed import RefusedError, World
 from dist_esm.fasta.blocks import Digests, raw_blocks, text_digest, whole_file
 from dist_esm.fasta.parser import look_at_first_records
+from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.in_hand import Deaths
 from dist_esm.outputs.journal import Entry, is_intact
 from dist_esm.outputs.output_dir import OutputDir
@@ -168,6 +169,7 @@ def count_units(
     dict of int to str
         By file, what a person should know of it before it is embedded.
     """
+    max_text = FORMATS[config.format.name].max_text
     slices = cut_files(files, config.unit_share)
     sizes = [(slice_.stop or files[file].num_bytes) - slice_.start for file, slice_, _ in slices]
     keys = [(str(files[file].path), index) for index, (file, _, _) in enumerate(slices)]
@@ -184,6 +186,7 @@ def count_units(
                 config.truncation_seq_length,
                 config.max_proteins_per_output,
                 file in cut_into_slices,
+                max_text,
             )
         own += [
             (index, part.start, part.stop, part.seek, list(astuple(count)), unreadable)
@@ -197,7 +200,7 @@ def count_units(
         file, slice_, _ = slices[index]
         part = Slice(slice_.path, start, stop, (seek[0], seek[1]), slice_.compression)
         merged.append((file, part, Count(*counts), unreadable))
-    return make_units(merged, config.max_proteins_per_output), dict(sorted(remarks.items()))
+    return make_units(merged, config.max_proteins_per_output, max_text), dict(sorted(remarks.items()))
 
 
 def find_done(

@@ -13,6 +13,8 @@ from dist_esm.planning.agree import newest, units_covered
 from dist_esm.planning.units import Plan
 from dist_esm.types import Count, Failure, FastaFile, Slice, Unit, UnitFailure
 
+UNIT_FIELDS = 7
+
 
 def record_of(plan: Plan) -> dict[str, Any]:
     """Return what has to be kept of a plan, beside its inputs, as JSON can hold it.
@@ -48,10 +50,17 @@ def plan_of(record: Mapping[str, Any], inputs: Sequence[LaunchInput], earlier: S
     earlier
         The journal's entries of earlier launches whose outputs are there, the oldest first, taken at their
         word.
+
+    Raises
+    ------
+    KeyError, IndexError, TypeError, AttributeError
+        If it is no record of a plan.
     """
     files = tuple(FastaFile(Path(item.path), Path(item.output), 0, 0, item.source) for item in inputs)
     by_file: dict[int, list[list[Any]]] = {}
     for row in record["units"]:
+        if len(row) != UNIT_FIELDS:
+            raise TypeError(f"a unit has {len(row)} fields")
         by_file.setdefault(row[0], []).append(row)
     units, was_done = [], set()
     for file, rows in by_file.items():

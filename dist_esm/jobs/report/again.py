@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dist_esm.config import Config, model_config, plain_values
+from dist_esm.launcher import is_started_by_us
 
 QUOTED = frozenset(" \t,[]{}()'\"=#!$\\:")
 """Characters for which text in a list is put in quotes."""
 
 
 def command_again(values: Mapping[str, Any], num_ranks: int) -> str:
-    """Return a command that the shell takes, for so many ranks.
+    """Return a command that the shell takes, with torchrun if that has started these ranks.
 
     Parameters
     ----------
@@ -23,7 +25,8 @@ def command_again(values: Mapping[str, Any], num_ranks: int) -> str:
     num_ranks
         Ranks of the run; a resumed run may have any number.
     """
-    launcher = "python" if num_ranks <= 1 else f"torchrun --nproc_per_node={num_ranks}"
+    is_by_torchrun = num_ranks > 1 and "RANK" in os.environ and not is_started_by_us()
+    launcher = f"torchrun --nproc_per_node={num_ranks}" if is_by_torchrun else "python"
     return shlex.join([*launcher.split(), "-m", "dist_esm", *words(values)])
 
 

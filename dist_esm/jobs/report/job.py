@@ -24,6 +24,7 @@ from dist_esm.outputs import events, journal, launches
 from dist_esm.outputs.format_version import REMEDY
 from dist_esm.outputs.journal import Entry
 from dist_esm.outputs.output_dir import lock
+from dist_esm.outputs.trust import refuse_strange_files
 from dist_esm.planning.agree import results_in_journal
 from dist_esm.planning.recorded import plan_of
 from dist_esm.progress import Phase
@@ -66,6 +67,7 @@ def rebuild_report(output_dir: Path) -> Report:
     OSError
         If the report cannot be written.
     """
+    refuse_strange_files(output_dir)
     launched = launches.launch_files(output_dir)
     if not launched:
         remedy = "name the output_dir of a run that has begun to embed"
@@ -77,7 +79,13 @@ def rebuild_report(output_dir: Path) -> Report:
         except ValueError:
             is_running = True
         while True:
-            report = report_of(output_dir, launched[-1], is_running)
+            try:
+                report = report_of(output_dir, launched[-1], is_running)
+            except (KeyError, IndexError, TypeError, AttributeError) as error:
+                problem = f"({type(error).__name__}: {error})"
+                raise ValueError(
+                    f"{launched[-1]}, or the events of that launch, cannot be understood {problem}: {REMEDY}"
+                ) from None
             write_report(report, output_dir)
             if report.status != "running" or Told.of(output_dir, report.launch).ending is None:
                 return report

@@ -19,6 +19,7 @@ from dist_esm.jobs.report.content import FORMAT_VERSION, Ending, Report
 from dist_esm.jobs.report.make import make_report
 from dist_esm.jobs.setup import Setup
 from dist_esm.model.checkpoints.locate import locate
+from dist_esm.names import escaped_field
 from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.planning.inputs import Inputs
 from dist_esm.planning.recorded import record_of
@@ -79,11 +80,11 @@ def write_running_report(plan: Plan, about: Mapping[str, Any], out: OutputDir) -
 def write_report(report: Report, output_dir: Path, scratch: Path | None = None) -> None:
     """Write report.json, and failed_files.txt with a line ``path|error_type|error_message`` for each failure,
     if there is one."""
-    lines = [f"{failure.path}|{failure.error_type}|{failure.error_message}\n" for failure in report.failed]
+    fields = ((failure.path, failure.error_type, failure.error_message) for failure in report.failed)
+    lines = ["|".join(map(escaped_field, of_failure)) + "\n" for of_failure in fields]
     if lines:
         with atomically(output_dir / "failed_files.txt", scratch) as beside:
-            # A path may be any bytes.
-            beside.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+            beside.write_text("".join(lines), encoding="utf-8")
     else:
         (output_dir / "failed_files.txt").unlink(missing_ok=True)
     write_json(report, output_dir, scratch)
