@@ -41,7 +41,9 @@ def words(values: Mapping[str, Any]) -> Iterator[str]:
     except ValueError:  # of model=auto
         is_known = False
     given = flat({key: value for key, value in values.items() if key not in ("job", "resume")})
-    yield f"input={written(given.pop('input'))}"
+    inputs = given.pop("input")
+    is_like_a_list = isinstance(inputs, str) and ("," in inputs or inputs.startswith("["))
+    yield f"input={quoted(inputs) if is_like_a_list else written(inputs)}"
     yield f"output_dir={given.pop('output_dir')}"
     yield f"model={given['model.name'] if is_known else 'auto'}"
     for key, value in given.items():
@@ -64,8 +66,13 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def written(value: Any) -> str:
     """Write a value as the command line reads it."""
     if isinstance(value, list):
-        return f"[{','.join(json.dumps(item) if needs_quotes(item) else str(item) for item in value)}]"
+        return f"[{','.join(quoted(item) if needs_quotes(item) else str(item) for item in value)}]"
     return str(value) if isinstance(value, str) else json.dumps(value)
+
+
+def quoted(text: str) -> str:
+    """Put text in quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def needs_quotes(item: Any) -> bool:

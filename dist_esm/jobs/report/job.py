@@ -105,7 +105,22 @@ class Told:
 
     @classmethod
     def of(cls, output_dir: Path, launch: int) -> Told:
-        """Read what was told."""
+        """Read what was told.
+
+        Raises
+        ------
+        ValueError
+            If it cannot be understood, in one line that names the folder.
+        """
+        try:
+            return cls._of(output_dir, launch)
+        except (KeyError, TypeError, AttributeError) as error:
+            where = events.folder(output_dir)
+            problem = f"{where} cannot be understood ({type(error).__name__}: {error})"
+            raise ValueError(f"{problem}: {REMEDY}") from None
+
+    @classmethod
+    def _of(cls, output_dir: Path, launch: int) -> Told:
         by_rank = events.read(output_dir, launch)
         everything = [event for told in by_rank.values() for event in told]
         failures = [
@@ -125,7 +140,8 @@ def summary_of(rank: int, told: Sequence[Mapping[str, Any]]) -> RankSummary:
     of_kind = {event["event"]: event for event in told}
     names = [field.name for field in fields(RankSummary)]
     if "summary" in of_kind:
-        return RankSummary(**{name: of_kind["summary"][name] for name in names})
+        told_of_itself = of_kind["summary"]
+        return RankSummary(**{name: told_of_itself[name] for name in names if name in told_of_itself})
     start, sample = of_kind.get("start", {}), of_kind.get("sample", {})
     began = [event["at"] for event in told if event.get("phase") == Phase.embedding.name]
     return RankSummary(

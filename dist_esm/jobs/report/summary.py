@@ -214,7 +214,8 @@ def lines_on_what_is_next(report: Report, output_dir: Path) -> list[str]:
         )
         first = f"{'; '.join(remedies)}; then " if remedies else ""
         lines += [f"to try what failed again, {first}run the same command:", f"{INDENT}{again}"]
-    lines.append(f"report: {output_dir / 'report.json'}, logs: {output_dir / '.dist_esm' / 'logs'}")
+    page = output_dir / f"report.{report.config.get('report', 'json')}"
+    lines.append(f"report: {page}, logs: {output_dir / '.dist_esm' / 'logs'}")
     if report.files:
         lines += ["read it back:", *(INDENT + line for line in reading(output_dir))]
     return lines

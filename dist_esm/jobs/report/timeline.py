@@ -90,7 +90,7 @@ def phases_of(
     """Yield the phases of a rank that are drawn: name, from, to."""
     changes = [(event["phase"], event["at"] - started) for event in events if event["event"] == "phase"]
     last = events[-1]["at"] - started if events else end
-    for (phase, start), (_, stop) in zip(changes, [*changes[1:], ("", last)], strict=True):
+    for (phase, start), (_, stop) in pairwise([*changes, ("", last)]):
         if phase in DRAWN and stop > start:
             yield phase, start, stop
 
