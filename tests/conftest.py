@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         path = Path(torch.hub.get_dir()) / "checkpoints" / f"{mark.args[0]}.pt"
         if not path.is_file():
             pytest.skip(f"the real weights are not there: {path}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    """Let what a test printed travel between pytest's workers, which send nothing but UTF-8."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
 
 
 @pytest.fixture(scope="session")
