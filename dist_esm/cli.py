@@ -212,7 +212,9 @@ def compose_config(
             composed.input = str(composed.output_dir)  # it looks at nothing else
         missing = OmegaConf.missing_keys(composed)
         if missing:
-            raise ValueError(f"{min(missing)} is required: for example input=proteins/")
+            raise ValueError(
+                f"{min(missing)} is required: for example input=proteins/; --help shows all keys"
+            )
         config = OmegaConf.to_object(composed)
     except yaml.YAMLError as error:
         raise ValueError(yaml_problem(error)) from None

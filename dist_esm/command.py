@@ -134,6 +134,6 @@ def run_job(config: Config | None, problem: str | None) -> int:
                     print_error(line)
             if world.local_rank != 0:
                 return 0  # torchrun has seven lines for each rank that fails
-            tell_torchrun("; ".join(refused.problems))
+            tell_torchrun(printable("; ".join(refused.problems)))
             world.leave_after_neighbours()
             return 1

@@ -64,7 +64,7 @@ def count_records(slice_: Slice, max_residues: int | None = None, texts: HeaderT
         is_header = (first == _HEADER) & (lengths > 0)
         is_text = ~(is_header | (first == _COMMENT))
         if texts is not None:
-            texts.add(data, starts, is_header, carried is not None)
+            texts.add(block, starts, is_header, carried is not None)
         if carried is not None:
             is_header[0], is_text[0] = False, carried
         carried = bool(is_text[-1]) if lengths[-1] else None

@@ -17,7 +17,7 @@ from dist_esm.outputs.formats.registry import FORMATS
 
 SHARDS = ("shards", "pieces")
 """Folder of shards below ``.dist_esm``; version 1 had the second."""
-REPORTS = ("report.json", "report.html", "failed_files.txt", "verify.json", "selfcheck.json")
+REPORTS = ("report.json", "failed_files.txt", "verify.json", "selfcheck.json")
 """Files at the top of the directory."""
 REMEDY = "remove it if you know it, or name another output_dir"
 
