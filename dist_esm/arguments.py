@@ -24,10 +24,13 @@ from dist_esm.config import Config, Job, conf_dir, no_choice, unknown_model
 
 EXAMPLES = {
     "toks_per_batch": "8192",
-    "selfcheck.min_cosine": "0.999",
     "selfcheck.max_relative_error": "1e-5",
 }
 """Values to show for keys whose default is null."""
+REPLACED = {
+    "selfcheck.min_cosine": "write selfcheck.max_spread_error=0.03, since cosines hardly tell proteins apart"
+}
+"""Keys that there were, and what to write in their place."""
 NO_VALUE = ("null", "none")
 TRUTH = ("true", "false", "yes", "no", "y", "n", "on", "off", "1", "0")
 """Words that OmegaConf takes as a truth value."""
@@ -197,6 +200,8 @@ def split_word(word: str, types: Mapping[str, Any], config_dir: str | None) -> t
 
 def no_key(key: str, types: Mapping[str, Any]) -> str:
     """Say in one line that there is no such key, and which may be meant."""
+    if key in REPLACED:
+        return f"{key!r} is no key any more: {REPLACED[key]}"
     near = difflib.get_close_matches(key.strip().lower(), types, n=1)
     leaves = [name for name in types if name.rpartition(".")[2] == key.strip().lower()]
     guess = (leaves if len(leaves) == 1 else near)[:1]
