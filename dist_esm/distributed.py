@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections import Counter
@@ -40,6 +39,8 @@ from torch.distributed.rendezvous import rendezvous
 from dist_esm.attempt import ending_of
 from dist_esm.launcher import launch_environment, refuse
 from dist_esm.liveness import SignsOfLife
+from dist_esm.names import one_line
+from dist_esm.progress import Progress, RankProgress
 from dist_esm.stop import ended_by_signals
 from dist_esm.store import (
     POLL_SECONDS,
@@ -72,7 +73,7 @@ CONCLUDE_SECONDS = 15.0
 fails."""
 ENDED = (WorkerStatus.COMPLETED, WorkerStatus.FAILED)
 LOCAL_ADDR = "give each torchrun a --local-addr by which the other hosts reach its own"
-LOST = "torchrun's store is gone: torchrun was killed"
+LOST = "the launcher's store is gone: the launcher was killed"
 
 
 class OnStop(Protocol):
@@ -107,6 +108,8 @@ class World:
         self.host = socket.gethostname()
         self.device = torch.device("cpu")
         """This rank's device, once the process group has started."""
+        self.progress = Progress(RankProgress(rank, self.host))
+        """How far this rank is; goes out with its signs of life."""
         self._store = store
         self._signs: SignsOfLife | None = None
         self._lost: str | None = None
@@ -240,14 +243,20 @@ class World:
         store = self._store
         self._meetings += 1
         name = f"meeting/{self._meetings}"
-        put_bytes(store, f"{name}/{self.rank}", value.encode())
+        put_bytes(store, f"{name}/{self.rank}", value.encode("utf-8", "surrogateescape"))
         if self.is_main:
             keys = [f"{name}/{rank}" for rank in range(self.world_size)]
             self._wait_for(
                 lambda: store.check(keys),
                 lambda: [rank for rank, key in enumerate(keys) if not store.check([key])],
             )
-            put_bytes(store, name, json.dumps([get_bytes(store, key).decode() for key in keys]).encode())
+            put_bytes(
+                store,
+                name,
+                json.dumps(
+                    [get_bytes(store, key).decode("utf-8", "surrogateescape") for key in keys]
+                ).encode(),
+            )
         self._wait_for(lambda: store.check([name]), lambda: [0])
         return list(json.loads(get_bytes(store, name)))
 
@@ -296,7 +305,7 @@ class World:
         try:
             value = work(*args, **options)
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            problem = " ".join(str(error).split())
+            problem = one_line(error)
         self.agree(problem)
         return cast(T, value)
 
@@ -342,8 +351,22 @@ class World:
 
     def set_in_hand(self, file: str) -> None:
         """Publish, with the next sign of life, the file that this rank works on."""
+        self.progress.now.file = file
         if self._signs is not None:
             self._signs.in_hand = file
+
+    def get_progress(self) -> list[RankProgress | None]:
+        """On rank 0, how far every rank is by its last sign of life, in order of rank; None if nothing came
+        yet. The store is not asked for it."""
+        everyone: list[RankProgress | None] = [self.progress.now]
+        for rank in range(1, self.world_size):
+            message = self._signs.progress_of(rank) if self._signs is not None else ""
+            try:
+                told = decode(message.encode(), RankProgress) if message else None
+            except WireError:
+                told = None
+            everyone.append(told if isinstance(told, RankProgress) else None)
+        return everyone
 
     def get_worker_status(self) -> dict[int, WorkerStatus]:
         """Status of every rank, by rank."""
@@ -402,14 +425,16 @@ class World:
         """Ask every rank to take no further unit or, at once, to drop what is in flight. The first reason
         stays."""
         if self._store is not None:
-            self._store.compare_set("stop_at_once" if at_once else "stop", "", reason)
+            with suppress(DistError):  # without a store every rank stops
+                self._store.compare_set("stop_at_once" if at_once else "stop", "", reason)
 
     def stop_reason(self) -> str | None:
         """The reason of a stop that some rank requested, if any; of a stop at once before others."""
         if self._store is not None:
-            for key in ("stop_at_once", "stop"):
-                if self._store.check([key]):
-                    return self._store.get(key).decode()
+            with suppress(DistError):
+                for key in ("stop_at_once", "stop"):
+                    if self._store.check([key]):
+                        return self._store.get(key).decode()
         return None
 
     def wait_for_news_of_deaths(self) -> None:
@@ -451,6 +476,11 @@ class World:
             log.warning(LOST)
             return [value]
 
+    def leave_after_neighbours(self) -> None:
+        """Let the first rank of a host wait until the others have ended, so that it alone is seen to fail."""
+        if self._signs is not None and self.local_rank == 0:
+            wait_at_most(LEAVE_SECONDS, self._signs.is_last_of_host)
+
     @contextmanager
     def watching(self, on_stop: OnStop) -> Iterator[None]:
         """While the block runs, call ``on_stop(reason)`` once if a rank requests a stop, or a rank or
@@ -476,6 +506,7 @@ class World:
             lambda rank: bool(store.check([f"left/{rank}"])),
         )
         self._signs = signs
+        signs.progress = lambda: encode(self.progress.now).decode()
         done = threading.Event()
         told: set[str] = set()
 
@@ -551,12 +582,3 @@ class World:
             keys = [f"left/{rank}" for rank in range(self.world_size)]
             if self.is_main and not self._is_in_haste:
                 wait_at_most(LEAVE_SECONDS, lambda: store.check(keys))
-
-
-def setup_logging(rank: int) -> None:
-    """INFO and above to stderr, each line with its rank."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S"))
-    log.handlers = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -20,8 +20,9 @@ from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, 
 from dist_esm.model.weights import WeightsId, architecture, check_weights, complete
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.output_dir import make_output_dir
-from dist_esm.planning.inputs import Inputs, refuse_nested, search_inputs
+from dist_esm.planning.inputs import Inputs, fail_long_paths, refuse_nested, search_inputs
 from dist_esm.planning.pipes import spool_pipes
+from dist_esm.progress import Phase
 from dist_esm.version import code_version
 
 log = logging.getLogger("dist_esm")
@@ -34,6 +35,7 @@ KEYS_OF_CONTENT = (
     "residues",
     "special_tokens",
     "chains",
+    "id",
     "header_encoding",
     "max_proteins_per_output",
 )
@@ -52,6 +54,7 @@ def find_inputs(config: Config, world: World) -> Inputs:
     """
     spooled = spool_pipes(config, world)
     inputs = world.all_or_none(search_inputs, config.input_list(), spooled, config.output_dir)
+    inputs = replace(inputs, files=fail_long_paths(inputs.files, config.output_dir))
     if FORMATS[config.format.name].is_folder:
         world.all_or_none(refuse_nested, inputs.files)
     if world.is_main and (summary := inputs.summary()):
@@ -179,12 +182,14 @@ def settings_of(
 def load_engine(config: Config, setup: Setup, world: World) -> Engine:
     """Load the model onto this rank's device and ready its kernels."""
     began = time.monotonic()
+    world.progress.enter(Phase.loading)
     engine = build_engine(
         config, setup.device, setup.dtype, setup.kernels, max(1, num_cores() // world.local_world_size)
     )
     loaded = time.monotonic()
     if world.is_main:
         log.info("weights: %s", setup.provenance["weights_in_words"])
+    world.progress.enter(Phase.compiling)
     engine.warm_up()
     engine.startup = {"load_seconds": loaded - began, "kernels_seconds": time.monotonic() - loaded}
     log.info(

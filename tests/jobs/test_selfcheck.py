@@ -341,6 +341,20 @@ def test_tokens_that_are_not_fair_esms_are_found(parts):
     assert line == "rank 0: tokens are not fair-esm's for 1 proteins: a"
 
 
+def test_masks_are_checked_whatever_is_included(tmp_path, checkpoint_8m):
+    """In layer 0 fair-esm has zeros for a mask: so have we."""
+    (tmp_path / "a.fa").write_text(">a\nKA<mask>ISQ\n>b\nMKTAYIAKQR\n>c\n<mask><mask>\n>d\nM<mask>\n")
+    settings = (f"model.weights={checkpoint_8m}", "toks_per_batch=60", "special_tokens=mask", "device=cpu")
+    result, found = selfcheck(
+        tmp_path / "a.fa", tmp_path, *settings, "repr_layers=[0,6]", "include=[bos,per_tok]"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(found["sample"]) == 4
+    assert {(one["kind"], one["layer"]) for one in found["ranks"][0]["comparisons"]} == {
+        (kind, layer) for kind in ("mean", "bos", "per_tok") for layer in (0, 6)
+    }
+
+
 LIMITS = Limits.of(SelfcheckConfig(), torch.bfloat16, Include.mean)
 
 
@@ -455,6 +469,18 @@ def test_a_number_that_is_not_finite_is_over_any_limit(bad, num_proteins):
     found = judge(Include.mean, ours, theirs)
     assert (found.is_within, found.worst_protein) == (False, f"protein {num_proteins - 1}")
     assert found.worst_error == np.inf
+
+
+def test_a_vector_of_zeros_is_right_where_fair_esm_has_zeros_and_nowhere_else():
+    """In layer 0 fair-esm has zeros for a mask."""
+    theirs = like_real_means(3)
+    zeros = [np.zeros(2560, dtype=np.float32)]
+    for ours, others in ((zeros, theirs[:1]), (theirs[:1], zeros), ([*zeros, *theirs[1:]], theirs)):
+        assert not judge(Include.mean, ours, others).is_within
+    for both in (zeros, [*zeros, *theirs]):
+        found = judge(Include.mean, both, both)
+        assert (found.is_within, found.worst_error, found.largest_relative_error) == (True, 0, 0)
+        assert found.worst_cosine == 1
 
 
 def test_one_residue_far_off_is_over_the_limit_though_its_protein_is_not():

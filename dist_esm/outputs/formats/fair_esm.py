@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import unicodedata
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dist_esm.names import cut
 from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats.base import About, Codec, Names, escape
 from dist_esm.outputs.pickling import torch_save
@@ -53,8 +53,8 @@ def file_name(label: str) -> str:
     name = escape(label, _UNSAFE) or "%"
     if len(name.encode()) <= MAX_NAME:
         return name
-    mark = f"~h{hashlib.sha256(label.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
-    return re.sub("%.?$", "", name.encode()[: MAX_NAME - len(mark)].decode(errors="ignore")) + mark
+    beginning, mark = cut(name, label, MAX_NAME)
+    return re.sub("%.?$", "", beginning) + mark
 
 
 def same_file(name: str) -> str:

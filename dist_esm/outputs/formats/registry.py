@@ -26,6 +26,8 @@ class OutputFormat:
     """Suffix of its files; "" if an output is a folder of files."""
     package: str | None = None
     """Package that writes it or reads it back, if that is not installed with dist_esm itself."""
+    max_text: int | None = None
+    """Bytes of ids and headers in JSON that one output holds; None: any number."""
 
     @property
     def is_folder(self) -> bool:
@@ -46,7 +48,8 @@ FORMATS = {
         OutputFormat("fair_esm", ""),
         OutputFormat("h5", ".h5", "h5py"),
         OutputFormat("parquet", ".parquet", "pyarrow"),
-        OutputFormat("safetensors", ".safetensors", "safetensors"),
+        # Its readers take headers of 100 MB at most, and there is more in one than ids and headers.
+        OutputFormat("safetensors", ".safetensors", "safetensors", max_text=99_000_000),
     )
 }
 FORMAT_NAMES = tuple(FORMATS)
