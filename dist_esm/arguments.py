@@ -24,7 +24,6 @@ from dist_esm.mistakes import esm_extract_in_keys, no_key, no_key_value, no_opti
 
 EXAMPLES = {
     "toks_per_batch": "8192",
-    "selfcheck.min_cosine": "0.999",
     "selfcheck.max_relative_error": "1e-5",
 }
 """Values to show for keys whose default is null."""

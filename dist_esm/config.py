@@ -205,12 +205,15 @@ class ResidueConfig:
 class SelfcheckConfig:
     """The sample of `job=selfcheck`, and how far from fair-esm is too far."""
 
-    proteins: int = 32
+    proteins: int = 200
     """Proteins in the sample: the shortest, the longest, and others spread over the lengths between."""
-    min_cosine: float | None = None
-    """Least cosine of a mean with fair-esm's; null: 0.999."""
+    max_spread_error: float = 0.03
+    """Largest |ours - fair-esm's| of a mean, as a share of the spread: of the root mean square of the
+    distance of fair-esm's means from the mean of all of them."""
+    min_neighbours_kept: float = 0.99
+    """Least share of the proteins' 10 nearest neighbours, by fair-esm's means, that are so by ours."""
     max_relative_error: float | None = None
-    """Largest ||ours - fair-esm's|| / ||fair-esm's|| of a mean; null: 1e-5 in fp32, else no limit."""
+    """Largest |ours - fair-esm's| / |fair-esm's| of a mean; null: 1e-5 in fp32, else no limit."""
 
 
 @dataclass
@@ -499,10 +502,19 @@ def check_selfcheck(config: SelfcheckConfig) -> None:
     """Refuse values of `selfcheck.*` that the schema's types let through."""
     if config.proteins < 1:
         raise ValueError(f"selfcheck.proteins={config.proteins} is too small: use 1 or more")
-    if config.min_cosine is not None and not -1 <= config.min_cosine <= 1:
+    if not 0 <= config.min_neighbours_kept <= 1:
         raise ValueError(
-            f"selfcheck.min_cosine={config.min_cosine} is no cosine: use a number up to 1, for example 0.999"
+            f"selfcheck.min_neighbours_kept={config.min_neighbours_kept} is no share: "
+            "use 0 to 1, for example 0.99"
         )
-    error = config.max_relative_error
-    if error is not None and not error >= 0:
-        raise ValueError(f"selfcheck.max_relative_error={error} is no limit: use 0 or more, for example 1e-5")
+    limits = (
+        ("max_spread_error", config.max_spread_error, "0.03"),
+        (
+            "max_relative_error",
+            config.max_relative_error,
+            "1e-5",
+        ),
+    )
+    for name, limit, example in limits:
+        if limit is not None and not limit >= 0:
+            raise ValueError(f"selfcheck.{name}={limit} is no limit: use 0 or more, for example {example}")

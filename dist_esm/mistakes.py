@@ -12,6 +12,10 @@ from typing import Any, get_origin
 from dist_esm.config import Job
 from dist_esm.keys import is_in_brackets, key_types, model_names
 
+REPLACED = {
+    "selfcheck.min_cosine": "write selfcheck.max_spread_error=0.03, since cosines hardly tell proteins apart"
+}
+"""Keys that there were, and what to write in their place."""
 REMEDIES = {
     "--nogpu": "write device=cpu",
     "-i": "write input=PATH",
@@ -130,6 +134,8 @@ def no_option(option: str, following: Sequence[str]) -> str:
 
 def no_key(key: str, types: Mapping[str, Any]) -> str:
     """Say in one line that there is no such key, and which may be meant."""
+    if key in REPLACED:
+        return f"{key!r} is no key any more: {REPLACED[key]}"
     near = difflib.get_close_matches(key.strip().lower(), types, n=1)
     leaves = [name for name in types if name.rpartition(".")[2] == key.strip().lower()]
     synonyms = [name for name, others in SYNONYMS.items() if key.strip().lower().replace("-", "_") in others]

@@ -34,7 +34,11 @@ REFUSED = {
     "input=x verbosity=silent": r"verbosity=silent is no choice: use one of quiet, normal, debug",
     "input=x job=plan": r"job=plan is not there yet: use job=embed, job=selfcheck or job=verify",
     "input=x selfcheck.proteins=0": r"selfcheck.proteins=0 is too small: use 1 or more",
-    "input=x selfcheck.min_cosine=2": r"selfcheck.min_cosine=2.0 is no cosine",
+    "input=x selfcheck.min_cosine=0.99": r"'selfcheck.min_cosine' is no key any more: write "
+    r"selfcheck.max_spread_error=0.03, since",
+    "input=x selfcheck.max_spread_error=-1": r"selfcheck.max_spread_error=-1.0 is no limit: use 0 or more",
+    "input=x selfcheck.max_spread_error=nan": r"selfcheck.max_spread_error=nan is no limit: use 0 or more",
+    "input=x selfcheck.min_neighbours_kept=99": r"min_neighbours_kept=99.0 is no share: use 0 to 1, for",
     "input=x selfcheck.max_relative_error=-1": r"selfcheck.max_relative_error=-1.0 is no limit: use 0",
     "input=x selfcheck.protein=3": r"'selfcheck.protein' is no key: did you mean selfcheck.proteins\?",
     "inputs": r"'inputs' is not key=value",
@@ -109,7 +113,12 @@ def test_plain_values_are_what_was_given():
         "blanks": "fix",
         "unknown": "replace",
     }
-    assert values["selfcheck"] == {"proteins": 32, "min_cosine": None, "max_relative_error": None}
+    assert values["selfcheck"] == {
+        "proteins": 200,
+        "max_spread_error": 0.03,
+        "min_neighbours_kept": 0.99,
+        "max_relative_error": None,
+    }
     assert (values["model"]["embed_dim"], values["unit_share"], values["job"]) == (2560, 0.01, "embed")
     config.input = "a${b.fa"
     assert plain_values(config)["input"] == "a${b.fa"

@@ -19,6 +19,17 @@ def random_sequence(length: int, seed: int = 0) -> str:
     return "".join(random.Random(f"{seed} {length}").choices(LETTERS, k=length))
 
 
+def varied_proteins(number: int, least: int = 20, most: int = 60) -> list[bytes]:
+    """Proteins of so many residues whose compositions differ, as those of real proteins do."""
+    draws = random.Random(0)
+    proteins = []
+    for _ in range(number):
+        weights = [draws.gammavariate(8.0, 1.0) for _ in "ACDEFGHIKLMNPQRSTVWY"]
+        residues = draws.choices("ACDEFGHIKLMNPQRSTVWY", weights, k=draws.randint(least, most))
+        proteins.append("".join(residues).encode())
+    return proteins
+
+
 def write(path: Path, content: bytes | str) -> Path:
     """Write a file, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dist_esm import Embedder
 from dist_esm.config import Config, Include, ModelConfig, SelfcheckConfig
 from dist_esm.distributed import World
-from dist_esm.jobs.selfcheck.compare import Limits, compare, list_problems, make_table
+from dist_esm.jobs.selfcheck.compare import Limits, RankCheck, compare, list_problems, make_table
 from dist_esm.jobs.selfcheck.job import check_bits, compare_models, describe_protein, full_packs
 from dist_esm.jobs.selfcheck.oracle import (
     embed_with_fair_esm,
@@ -58,7 +58,7 @@ def selfcheck(inputs: Path, out: Path, *settings: str, num_ranks: int | None = N
 
 @pytest.mark.distributed
 def test_the_figures_of_two_ranks_are_those_worked_out_apart(tmp_path, checkpoint_8m):
-    """In bf16, truncated: ours through the Python API, theirs through fair-esm's module, cosines by torch."""
+    """In bf16, truncated: ours through the Python API, theirs through fair-esm's, distances by torch."""
     wanted = [
         "include=[bos,per_tok]",
         "dtype=bf16",
@@ -102,27 +102,37 @@ def test_the_figures_of_two_ranks_are_those_worked_out_apart(tmp_path, checkpoin
     for rank in found["ranks"]:
         assert [one["kind"] for one in rank["comparisons"]] == ["mean", "bos", "per_tok"]
         for one in rank["comparisons"]:
-            mine = [torch.from_numpy(np.atleast_2d(values)).double() for values in ours[one["kind"]]]
-            others = [torch.atleast_2d(values).double() for values in theirs[one["kind"]]]
-            cosines = torch.cat(
-                [torch.cosine_similarity(a, b) for a, b in zip(mine, others, strict=True)]
-            ).numpy()
-            errors = [
-                float(((a - b).norm(dim=1) / b.norm(dim=1)).max()) for a, b in zip(mine, others, strict=True)
-            ]
-            assert max(errors) > 1e-4  # bf16 is not fp32
-            assert one["worst_cosine"] == pytest.approx(cosines.min(), abs=1e-7)
-            assert one["median_cosine"] == pytest.approx(np.median(cosines), abs=1e-7)
-            assert one["largest_relative_error"] == pytest.approx(max(errors), rel=1e-3)
+            kind = one["kind"]
+            mine = [torch.from_numpy(np.atleast_2d(values)).double() for values in ours[kind]]
+            others = [torch.atleast_2d(values).double() for values in theirs[kind]]
+            centre = torch.cat(others).mean(0)
+            spread = (torch.cat(others) - centre).pow(2).sum(1).mean().sqrt()
+            pairs = list(zip(mine, others, strict=True))
+            cosines = torch.cat([torch.cosine_similarity(a - centre, b - centre) for a, b in pairs])
+            errors = [float((a - b).pow(2).sum(1).mean().sqrt() / spread) for a, b in pairs]
+            assert max(errors) > 1e-3  # bf16 is not fp32
+            assert one["spread"] == pytest.approx(float(spread), rel=1e-5)
+            assert one["worst_error"] == pytest.approx(max(errors), rel=1e-3)
+            assert one["worst_vector"] == pytest.approx(
+                max(float(((a - b).norm(dim=1) / spread).max()) for a, b in pairs), rel=1e-3
+            )
+            assert one["shift"] == pytest.approx(
+                float((torch.cat(mine) - torch.cat(others)).mean(0).norm() / spread), rel=1e-2
+            )
+            assert one["worst_cosine"] == pytest.approx(float(cosines.min()), abs=1e-6)
+            assert one["median_cosine"] == pytest.approx(np.median(cosines.numpy()), abs=1e-6)
+            assert one["largest_relative_error"] == pytest.approx(
+                max(float(((a - b).norm(dim=1) / b.norm(dim=1)).max()) for a, b in pairs), rel=1e-3
+            )
             assert one["largest_difference"] == pytest.approx(
-                max(float((a - b).abs().max()) for a, b in zip(mine, others, strict=True)), rel=1e-3
+                max(float((a - b).abs().max()) for a, b in pairs), rel=1e-3
             )
             name = list(letters)[errors.index(max(errors))]
             assert one["worst_protein"] == f"{name} ({letters[name][0]}, {len(letters[name][1])} residues)"
-            assert one["limits"] == {
-                "min_cosine": 0.999 if one["kind"] == "mean" else 0.99,
-                "max_relative_error": None,
-            }
+            assert one["limits"]["max_relative_error"] is None
+            assert one["limits"]["max_spread_error"] == (0.09 if kind == "bos" else 0.03)
+            assert (one["neighbours_kept"] is None) == (kind != "per_tok")
+        assert "mean of layer 6: no neighbours were compared, which takes 21 vectors or more" in result.stdout
         assert rank["num_answers"] > 2 * len(letters)
         assert rank["other_bits"] == {}
     assert found["ranks"][0]["bits"] == found["ranks"][1]["bits"]
@@ -155,8 +165,8 @@ def test_over_the_limits_is_exit_code_1_and_nothing_of_an_embedding_is_touched(t
     )
     assert result.returncode == 1, result.stderr
     assert (
-        "over: rank 0: mean of layer 6 is over the limit (cosine >= 0.999, error <= 0): cosine 1.00000000"
-        in result.stdout
+        "over: rank 0: mean of layer 6 is over the limit "
+        "(error <= 0.03, kept >= 0.99, relative <= 0): error " in result.stdout
     )
     assert "b.fasta: line 1 has text before the first '>'" in result.stdout
     assert "WEIGHTS ARE RANDOM" in result.stdout
@@ -273,14 +283,15 @@ def faulty(fault: str) -> dict[str, torch.Tensor]:
 def test_a_fault_in_the_forward_is_over_the_limit_in_fp32(parts, fault):
     found = list_problems([check(parts, faulty(fault))], names_of(parts))
     assert any(
-        "mean of layer 6 is over the limit (cosine >= 0.999, error <= 1e-05)" in line for line in found
+        "mean of layer 6 is over the limit (error <= 0.03, kept >= 0.99, relative <= 1e-05)" in line
+        for line in found
     ), found
 
 
 def test_another_model_is_over_the_limit_in_bf16(parts):
     rank = check(parts, random_state(A8M, seed=4), torch.bfloat16)
     assert any(
-        "mean of layer 6 is over the limit (cosine >= 0.999):" in line
+        "mean of layer 6 is over the limit (error <= 0.03, kept >= 0.99):" in line
         for line in list_problems([rank], names_of(parts))
     )
     assert "OVER" in make_table([rank])
@@ -344,38 +355,142 @@ def test_masks_are_checked_whatever_is_included(tmp_path, checkpoint_8m):
     }
 
 
-def test_distances_by_hand():
-    limits = Limits(0.9, 0.5)
-    theirs = [np.array([3.0, 4.0], dtype=np.float32), np.array([[1, 0], [0, 2]], dtype=np.float32)]
-    ours = [np.array([3.0, 4.5], dtype=np.float32), np.array([[1, 0], [1, 2]], dtype=np.float32)]
-    found = compare(Include.per_tok, 1, ["a", "b"], ours, theirs, limits)
-    assert (found.largest_relative_error, found.largest_difference, found.worst_protein) == (0.5, 1.0, "b")
-    assert found.worst_cosine == pytest.approx(2 / 5**0.5)
-    assert found.median_cosine == pytest.approx((3 * 3 + 4 * 4.5) / (5 * (9 + 4.5**2) ** 0.5))
-    assert not found.is_within
-    assert compare(Include.per_tok, 1, ["a", "b"], ours, theirs, Limits(0.89, 0.5)).is_within
-    assert not compare(Include.per_tok, 1, ["a", "b"], ours, theirs, Limits(0.89, 0.49)).is_within
-    for bad in (np.nan, np.inf):
-        spoilt = [np.array([3.0, bad], dtype=np.float32), ours[1]]
-        found = compare(Include.mean, 1, ["a", "b"], spoilt, theirs, Limits(-0.5, None))
-        assert (found.is_within, found.worst_protein, found.worst_cosine) == (False, "a", -1)
-    zeros = [np.zeros(2, dtype=np.float32)]
-    for one, other in ((zeros, theirs[:1]), (theirs[:1], zeros)):
-        assert not compare(Include.mean, 1, ["a"], one, other, Limits(0.5, None)).is_within
-    found = compare(Include.mean, 0, ["a"], zeros, zeros, Limits(1.0, 0.0))
-    assert (found.is_within, found.worst_cosine, found.largest_relative_error) == (True, 1.0, 0.0)
+LIMITS = Limits.of(SelfcheckConfig(), torch.bfloat16, Include.mean)
+
+
+def test_shapes_that_differ_are_named():
+    vector, rows = np.ones(2, dtype=np.float32), np.ones((2, 2), dtype=np.float32)
     with pytest.raises(ValueError, match=r"mean of layer 1 of b has shape \(2,\), fair-esm's has \(2, 2\)"):
-        compare(Include.mean, 1, ["a", "b"], [ours[0], ours[0]], theirs, limits)
+        compare(Include.mean, 1, ["a", "b"], [vector, vector], [vector, rows], LIMITS)
 
 
 def test_limits_by_default_and_by_key():
-    fp32, bf16 = SelfcheckConfig(), SelfcheckConfig()
-    assert Limits.of(fp32, torch.float32, Include.mean) == Limits(0.999, 1e-5)
-    assert Limits.of(bf16, torch.bfloat16, Include.mean) == Limits(0.999, None)
-    assert Limits.of(bf16, torch.float16, Include.per_tok) == Limits(0.99, None)
-    mine = SelfcheckConfig(min_cosine=0.95, max_relative_error=0.01)
-    assert Limits.of(mine, torch.bfloat16, Include.mean) == Limits(0.95, 0.01)
-    assert Limits.of(mine, torch.float32, Include.bos) == Limits(0.5, 0.1)
+    config = SelfcheckConfig()
+    assert Limits.of(config, torch.float32, Include.mean) == Limits(1e-5, 0.03, 0.03, 0.99)
+    assert Limits.of(config, torch.bfloat16, Include.mean) == Limits(None, 0.03, 0.03, 0.99)
+    assert Limits.of(config, torch.float16, Include.bos) == Limits(None, 0.09, 0.09, 0.95)
+    assert Limits.of(config, torch.float16, Include.per_tok) == Limits(None, 0.03, 0.3, 0.95)
+    mine = SelfcheckConfig(max_spread_error=0.1, min_neighbours_kept=0.5, max_relative_error=0.01)
+    assert Limits.of(mine, torch.bfloat16, Include.mean) == Limits(0.01, 0.1, 0.1, 0.5)
+    assert Limits.of(mine, torch.float32, Include.per_tok) == Limits(0.1, 0.1, 1.0, 0.0)
+
+
+def like_real_means(num_proteins: int, num_rows: int | None = None) -> list[np.ndarray]:
+    """Vectors as the real 3B gives them: one channel with nine tenths of the length, and a spread of 1.8."""
+    numbers = np.random.default_rng(0)
+    shape = (num_proteins, num_rows or 1, 2560)
+    vectors = 0.035 * numbers.standard_normal(shape).astype(np.float32)
+    vectors[..., 1542] += 13.64
+    return list(vectors if num_rows else vectors[:, 0])
+
+
+def plain_cosine(ours, theirs) -> float:
+    """The least cosine of any vector, as one might judge by."""
+    pairs = [(np.atleast_2d(a), np.atleast_2d(b)) for a, b in zip(ours, theirs, strict=True)]
+    return min(
+        float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
+        for a, b in pairs
+    )
+
+
+def judge(include, ours, theirs):
+    names = [f"protein {index}" for index in range(len(theirs))]
+    limits = Limits.of(SelfcheckConfig(), torch.bfloat16, include)
+    return compare(include, 36, names, ours, theirs, limits)
+
+
+@pytest.mark.parametrize("include", [Include.mean, Include.per_tok])
+def test_two_alike_proteins_exchanged_are_over_the_limit_though_their_cosine_is_high(include):
+    theirs = like_real_means(40, 30 if include is Include.per_tok else None)
+    theirs[7] = theirs[3] + 0.2 * (theirs[7] - theirs[3])
+    ours = list(theirs)
+    assert judge(include, ours, theirs).is_within
+    ours[3], ours[7] = ours[7], ours[3]
+    assert plain_cosine(ours, theirs) > 0.999
+    found = judge(include, ours, theirs)
+    assert not found.is_within
+    assert found.worst_protein in ("protein 3", "protein 7")
+    assert found.worst_error > 0.25
+
+
+@pytest.mark.parametrize("include", [Include.mean, Include.per_tok])
+def test_five_percent_of_the_spread_is_over_the_limit_and_one_is_not(include):
+    theirs = like_real_means(40, 30 if include is Include.per_tok else None)
+    spread = judge(include, theirs, theirs).spread
+    assert spread == pytest.approx(0.035 * 2560**0.5, rel=0.05)
+    direction = np.random.default_rng(1).standard_normal(2560)
+    direction *= spread / np.linalg.norm(direction)
+    for share, is_within in ((0.01, True), (0.05, False)):
+        ours = [(vector + share * direction).astype(np.float32) for vector in theirs]
+        assert plain_cosine(ours, theirs) > 0.999
+        found = judge(include, ours, theirs)
+        assert (found.is_within, found.worst_error) == (is_within, pytest.approx(share, rel=1e-3))
+        assert found.shift == pytest.approx(share, rel=1e-3)  # all of it is shared
+        assert found.neighbours_kept == 1  # so no neighbour sees it
+
+
+def test_neighbours_lost_are_over_the_limit_by_themselves():
+    """Proteins in tight families: an error that is small beside the spread exchanges who is nearest."""
+    numbers = np.random.default_rng(2)
+    families = np.repeat(like_real_means(4), 16, axis=0)
+    theirs = list((families + 0.0002 * numbers.standard_normal(families.shape)).astype(np.float32))
+    ours = [(v + 0.0002 * numbers.standard_normal(2560)).astype(np.float32) for v in theirs]
+    found = judge(Include.mean, ours, theirs)
+    assert found.worst_error < 0.03
+    assert found.neighbours_kept < 0.9
+    assert not found.is_within
+    assert ", kept 0." in list_problems([replace(LINE, comparisons=(found,))], [])[0]
+
+
+LINE = RankCheck(0, "host", "cpu", "cpu", "bfloat16", "", 64, "cpu", (), 0, 0, {}, (), (), 0.0)
+
+
+def test_a_sample_too_small_or_all_alike_is_said_in_the_table():
+    vectors = like_real_means(20)
+    for theirs, said in (
+        (vectors, "mean of layer 36: no neighbours were compared, which takes 21 vectors or more"),
+        (vectors[:1], "mean of layer 36: fair-esm's vectors are all alike or there is one: errors are"),
+        ([vectors[0]] * 30, "mean of layer 36: fair-esm's vectors are all alike or there is one: errors are"),
+    ):
+        for factor, is_within in ((1, True), (1.1, False)):
+            found = judge(Include.mean, [v * np.float32(factor) for v in theirs], theirs)
+            assert (found.is_within, found.neighbours_kept) == (is_within, None)
+            table = make_table([replace(LINE, comparisons=(found,))])
+            assert said in table
+            assert "too few" in table
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("num_proteins", [1, 2, 30])
+def test_a_number_that_is_not_finite_is_over_any_limit(bad, num_proteins):
+    theirs = like_real_means(num_proteins)
+    ours = [vector.copy() for vector in theirs]
+    ours[-1][3] = bad
+    found = judge(Include.mean, ours, theirs)
+    assert (found.is_within, found.worst_protein) == (False, f"protein {num_proteins - 1}")
+    assert found.worst_error == np.inf
+
+
+def test_a_vector_of_zeros_is_right_where_fair_esm_has_zeros_and_nowhere_else():
+    """In layer 0 fair-esm has zeros for a mask."""
+    theirs = like_real_means(3)
+    zeros = [np.zeros(2560, dtype=np.float32)]
+    for ours, others in ((zeros, theirs[:1]), (theirs[:1], zeros), ([*zeros, *theirs[1:]], theirs)):
+        assert not judge(Include.mean, ours, others).is_within
+    for both in (zeros, [*zeros, *theirs]):
+        found = judge(Include.mean, both, both)
+        assert (found.is_within, found.worst_error, found.largest_relative_error) == (True, 0, 0)
+        assert found.worst_cosine == 1
+
+
+def test_one_residue_far_off_is_over_the_limit_though_its_protein_is_not():
+    theirs = like_real_means(4, 500)
+    ours = [rows.copy() for rows in theirs]
+    ours[2][77] = ours[2][77] + 0.5 * (ours[2][78] - ours[2][77])
+    found = judge(Include.per_tok, ours, theirs)
+    assert found.worst_error < 0.045
+    assert 0.5 < found.worst_vector < 0.9
+    assert (found.is_within, found.worst_protein) == (False, "protein 2")
 
 
 def test_what_does_not_fit_is_refused_with_a_remedy():

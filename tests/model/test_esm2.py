@@ -17,8 +17,9 @@ from dist_esm.pipeline.retry import embed_pack
 from dist_esm.types import Pack, RankResult
 from helpers.checkpoints import A3B_SHAPED, A8M, A35M, fair_esm_model, random_state, write_checkpoint
 from helpers.command import run_ranks
-from helpers.compare import relative_error
+from helpers.compare import assert_within, relative_error
 from helpers.data import DATA
+from helpers.fasta import varied_proteins
 from helpers.layers import CPU, SEQUENCES, fair_esm_layers, packed_layers, segment_of
 
 MODELS = [
@@ -183,17 +184,36 @@ def test_same_bits_in_any_company(pair, num_threads):
 
 
 def test_bf16_stays_close_to_fair_esms_fp32():
-    for hard, least in ((False, 0.9999), (True, 0.999)):
+    """By the yardstick of `job=selfcheck`, on means and on residues."""
+    proteins = varied_proteins(24)
+    for hard in (False, True):
         state = random_state(A8M, seed=2, hard=hard)
         oracle = fair_esm_model(A8M, state)
         model = bf16_model(A8M, state)
-        engine = Engine(model, [A8M.num_layers], wants_rows=False, num_threads=2)
-        answers = engine.run(Pack(tuple(segment_of(sequence, i) for i, sequence in enumerate(SEQUENCES))))
+        engine = Engine(model, [A8M.num_layers], wants_rows=True, num_threads=2)
+        answers = engine.run(Pack(tuple(segment_of(sequence, i) for i, sequence in enumerate(proteins))))
         engine.close()
-        for sequence, answer in zip(SEQUENCES, answers, strict=True):
-            expected = fair_esm_layers(oracle, sequence)[A8M.num_layers][1 : len(sequence) + 1].mean(0)
-            cosine = torch.cosine_similarity(torch.from_numpy(answer.sums[A8M.num_layers]), expected, dim=0)
-            assert cosine >= least, (hard, len(sequence))
+        ours = [answer.rows[A8M.num_layers] for answer in answers]
+        theirs = [fair_esm_layers(oracle, one)[A8M.num_layers][1:-1].numpy() for one in proteins]
+        assert_within(Include.per_tok, torch.bfloat16, ours, theirs)
+        found = assert_within(
+            Include.mean, torch.bfloat16, [one.mean(0) for one in ours], [one.mean(0) for one in theirs]
+        )
+        assert found.worst_error > 0.001  # bf16 is not fp32
+
+
+def test_a_hard_model_is_like_the_real_ones():
+    """After the last LayerNorm as the real 3B: most of a vector's length is one channel, the same for all."""
+    state = random_state(A8M, seed=2, hard=True)
+    oracle = fair_esm_model(A8M, state)
+    rows = torch.cat([fair_esm_layers(oracle, one)[A8M.num_layers][1:-1] for one in varied_proteins(8)])
+    means, deviations = rows.mean(0), rows.std(0)
+    constant = int(means.abs().argmax())
+    assert float(means[constant]) == pytest.approx(13.64, abs=0.5)
+    assert 0.01 < float(deviations[constant]) < 0.5
+    shares = rows[:, constant].square() / rows.square().sum(1)
+    assert 0.8 < float(shares.mean()) < 0.95
+    assert float(torch.cosine_similarity(rows[:1], rows[1:]).min()) > 0.97
 
 
 def bf16_model(arch: Architecture, state) -> ESM2:

@@ -1,7 +1,7 @@
-"""How far numbers are from fair-esm's, as `job=selfcheck` puts it: pure functions, and a table of results.
+"""How far numbers are from fair-esm's, as `job=selfcheck` puts it: limits, findings, and a table of results.
 
-A mean over residues is held to the limits themselves. `bos` and `per_tok` are single tokens, and no
-average evens their rounding out: they may be ten times as far off.
+The limits are for means over residues. `bos` and `per_tok` are single tokens, no average evens their rounding
+out, and residues crowd: see `Limits.of`.
 """
 
 from __future__ import annotations
@@ -14,39 +14,54 @@ import torch
 from numpy.typing import NDArray
 
 from dist_esm.config import Include, SelfcheckConfig
+from dist_esm.jobs.selfcheck.yardstick import FEWEST_WITH_NEIGHBOURS, measure
 from dist_esm.types import SegmentEmbedding
 
-MIN_COSINE = 0.999
 MAX_RELATIVE_ERROR = {torch.float32: 1e-5}
+BOS_FACTOR = 3
+"""By so much more of the spread a single BOS may be off than a mean."""
 TOKEN_FACTOR = 10
+"""By so much more of the spread a single residue may be off than those of a protein together, and by so much
+more of its length any single token than a mean."""
+TOKEN_NEIGHBOURS_FACTOR = 5
+"""So many times the neighbours that means may lose, single tokens may lose."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """How far from fair-esm's a representation may be."""
 
-    min_cosine: float
     max_relative_error: float | None
-    """None: only the cosine counts."""
+    """Of the worst protein, as a share of its vector's length; None: no limit."""
+    max_spread_error: float
+    """Of the worst protein, as a share of the spread of the sample; of residues the root mean square over the
+    protein. Where the sample has no spread, as a share of the vector's length."""
+    max_vector_error: float
+    """The same of the worst single vector."""
+    min_neighbours_kept: float
+    """Over the sample."""
 
     @classmethod
     def of(cls, config: SelfcheckConfig, dtype: torch.dtype, include: Include) -> Limits:
         """Return the limits of a representation, from the configuration or by default for the dtype."""
-        cosine = MIN_COSINE if config.min_cosine is None else config.min_cosine
         error = (
             MAX_RELATIVE_ERROR.get(dtype) if config.max_relative_error is None else config.max_relative_error
         )
+        most, kept = config.max_spread_error, config.min_neighbours_kept
         if include is Include.mean:
-            return cls(cosine, error)
-        return cls(
-            max(-1.0, round(1 - TOKEN_FACTOR * (1 - cosine), 12)),
-            None if error is None else TOKEN_FACTOR * error,
-        )
+            return cls(error, most, most, kept)
+        error = None if error is None else TOKEN_FACTOR * error
+        kept = max(0.0, round(1 - TOKEN_NEIGHBOURS_FACTOR * (1 - kept), 12))
+        if include is Include.bos:
+            return cls(error, BOS_FACTOR * most, BOS_FACTOR * most, kept)
+        return cls(error, most, TOKEN_FACTOR * most, kept)
 
     def __str__(self) -> str:
-        return f"cosine >= {self.min_cosine:g}" + (
-            "" if self.max_relative_error is None else f", error <= {self.max_relative_error:g}"
+        relative = "" if self.max_relative_error is None else f", relative <= {self.max_relative_error:g}"
+        single = (
+            "" if self.max_vector_error == self.max_spread_error else f" (residue {self.max_vector_error:g})"
         )
+        return f"error <= {self.max_spread_error:g}{single}, kept >= {self.min_neighbours_kept:g}{relative}"
 
 
 @dataclass(frozen=True)
@@ -55,14 +70,29 @@ class Comparison:
 
     kind: str
     layer: int
+    spread: float
+    """Root mean square of the distance of fair-esm's vectors from their mean; 0: errors are relative to the
+    length of a vector."""
+    worst_error: float
+    """Largest of a protein's |ours - theirs| / spread; of residues the root mean square over the protein."""
+    worst_vector: float
+    """Largest |ours - theirs| / spread of a single vector."""
+    median_error: float
+    shift: float
+    """|mean of (ours - theirs)| / spread: the part of the error that all vectors share."""
     worst_cosine: float
+    """Least cosine after fair-esm's mean over the sample was subtracted from both."""
     median_cosine: float
+    neighbours_kept: float | None
+    """Share of each vector's 10 nearest that stay its 10 nearest; None: the sample is too small."""
+    nearest_kept: float | None
+    """Share of vectors whose nearest stays the same."""
     largest_relative_error: float
-    """Largest ||ours - theirs|| / ||theirs||."""
+    """Largest |ours - theirs| / |theirs|."""
     largest_difference: float
     """Largest |ours - theirs| of a single number."""
     worst_protein: str
-    """The protein with the largest relative error."""
+    """The protein with the largest error."""
     limits: Limits
     is_within: bool
 
@@ -101,7 +131,7 @@ def compare(
     theirs: Sequence[NDArray[np.float32]],
     limits: Limits,
 ) -> Comparison:
-    """Measure the distance between two models' embeddings of the same proteins.
+    """Measure the distance between two models' embeddings of the same proteins, and hold it to the limits.
 
     Parameters
     ----------
@@ -112,48 +142,45 @@ def compare(
     ours, theirs : sequence of arrays, shape (D,) or (L, D)
         An array of each model for each protein; vectors are compared row by row, in float64.
     limits
-        The distance that is too far. A vector that is not finite is too far from any, and one that is zero
-        from any that is not.
+        The distance that is too far. A vector that is not finite is too far from any.
 
     Raises
     ------
     ValueError
         If the two have different shapes.
     """
-    cosines, errors, differences = [], [], []
     for name, our_array, their_array in zip(names, ours, theirs, strict=True):
         if our_array.shape != their_array.shape:
             shapes = f"has shape {our_array.shape}, fair-esm's has {their_array.shape}"
             raise ValueError(f"{include.name} of layer {layer} of {name} {shapes}")
-        x_LD, y_LD = (np.atleast_2d(values).astype(np.float64) for values in (our_array, their_array))
-        with np.errstate(all="ignore"):
-            x_L, y_L, apart_L = (np.linalg.norm(values, axis=1) for values in (x_LD, y_LD, x_LD - y_LD))
-            cosine_L, error_L, difference_L = (
-                (x_LD * y_LD).sum(1) / (x_L * y_L),
-                apart_L / y_L,
-                np.abs(x_LD - y_LD).max(1),
-            )
-        # fair-esm's layer 0 has nothing but zeros for a mask, which have no direction.
-        is_zero_in_both_L = (x_L == 0) & (y_L == 0)
-        cosine_L[is_zero_in_both_L], error_L[is_zero_in_both_L] = 1.0, 0.0
-        cosines.append(np.where(np.isnan(cosine_L), -1.0, np.minimum(cosine_L, 1.0)))
-        errors.append(float(np.where(np.isnan(error_L), np.inf, error_L).max()))
-        differences.append(float(np.where(np.isnan(difference_L), np.inf, difference_L).max()))
-    worst, error = float(np.concatenate(cosines).min()), max(errors)
-    is_within = worst >= limits.min_cosine and (
-        limits.max_relative_error is None or error <= limits.max_relative_error
+    distance = measure(ours, theirs)
+    errors = distance.errors if distance.spread else distance.relative_errors
+    worst, relative = max(errors), max(distance.relative_errors)
+    worst_vector = distance.worst_vector if distance.spread else relative
+    kept = distance.neighbours_kept if distance.spread else None  # of vectors all alike, any may be nearest
+    is_within = (
+        worst <= limits.max_spread_error
+        and worst_vector <= limits.max_vector_error
+        and (kept is None or kept >= limits.min_neighbours_kept)
+        and (limits.max_relative_error is None or relative <= limits.max_relative_error)
     )
-    median = float(np.median(np.concatenate(cosines)))
     return Comparison(
-        include.name,
-        layer,
-        worst,
-        median,
-        error,
-        max(differences),
-        names[errors.index(error)],
-        limits,
-        is_within,
+        kind=include.name,
+        layer=layer,
+        spread=distance.spread,
+        worst_error=worst,
+        worst_vector=worst_vector,
+        median_error=distance.median_error if distance.spread else float(np.median(errors)),
+        shift=distance.shift if distance.spread else worst,
+        worst_cosine=distance.worst_cosine,
+        median_cosine=distance.median_cosine,
+        neighbours_kept=kept,
+        nearest_kept=None if kept is None else distance.nearest_kept,
+        largest_relative_error=relative,
+        largest_difference=distance.largest_difference,
+        worst_protein=names[errors.index(worst)],
+        limits=limits,
+        is_within=is_within,
     )
 
 
@@ -179,14 +206,14 @@ def list_problems(ranks: Sequence[RankCheck], names: Sequence[str]) -> list[str]
     """Say everything that is over a limit, a line for each."""
     lines = []
     for rank in ranks:
-        for comparison in rank.comparisons:
-            if not comparison.is_within:
-                cosine, error = comparison.worst_cosine, comparison.largest_relative_error
-                lines.append(
-                    f"rank {rank.rank}: {comparison.kind} of layer {comparison.layer} is over the limit "
-                    f"({comparison.limits}): cosine {cosine:.8f}, relative error {error:.1e}, "
-                    f"worst {comparison.worst_protein}"
-                )
+        lines += [
+            f"rank {rank.rank}: {comparison.kind} of layer {comparison.layer} is over the limit "
+            f"({comparison.limits}): error {in_words(comparison)}, "
+            f"kept {share_kept(comparison.neighbours_kept)}, "
+            f"relative {comparison.largest_relative_error:.1e}, worst {comparison.worst_protein}"
+            for comparison in rank.comparisons
+            if not comparison.is_within
+        ]
         if rank.other_tokens:
             lines.append(
                 f"rank {rank.rank}: tokens are not fair-esm's for {count_and_name(rank.other_tokens)}"
@@ -215,14 +242,45 @@ def count_and_name(proteins: Sequence[str]) -> str:
     return f"{len(proteins)} proteins: " + ", ".join(proteins[:3]) + (", ..." if len(proteins) > 3 else "")
 
 
+def list_not_judged(ranks: Sequence[RankCheck]) -> list[str]:
+    """Say for each representation what the sample was too small or too uniform for."""
+    lines = {}
+    for comparison in (comparison for rank in ranks for comparison in rank.comparisons):
+        name = f"{comparison.kind} of layer {comparison.layer}"
+        if not comparison.spread:
+            lines[name] = (
+                f"{name}: fair-esm's vectors are all alike or there is one: errors are shares of its length, "
+                "and no neighbours were compared"
+            )
+        elif comparison.neighbours_kept is None:
+            lines[name] = (
+                f"{name}: no neighbours were compared, which takes {FEWEST_WITH_NEIGHBOURS} vectors or more"
+            )
+    return list(lines.values())
+
+
+def in_words(comparison: Comparison) -> str:
+    """Write the worst error, and what it is measured against."""
+    single = "" if comparison.worst_vector == comparison.worst_error else f" ({comparison.worst_vector:.3g})"
+    return f"{comparison.worst_error:.3g}{single} of the {'spread' if comparison.spread else 'length'}"
+
+
+def share_kept(share: float | None) -> str:
+    """Write a share of neighbours, or that there are none to speak of."""
+    return "too few" if share is None else f"{share:.4f}"
+
+
 HEADINGS = (
     "rank",
     "device",
     "representation",
-    "worst cosine",
+    "worst error",
     "median",
-    "error",
-    "difference",
+    "shift",
+    "worst cosine",
+    "neighbours kept",
+    "nearest",
+    "relative",
     "limit",
     "",
     "worst protein",
@@ -238,10 +296,13 @@ def make_table(ranks: Sequence[RankCheck]) -> str:
                 str(rank.rank),
                 rank.device,
                 f"{comparison.kind}, layer {comparison.layer}",
-                f"{comparison.worst_cosine:.8f}",
-                f"{comparison.median_cosine:.8f}",
+                in_words(comparison),
+                f"{comparison.median_error:.3g}",
+                f"{comparison.shift:.3g}",
+                f"{comparison.worst_cosine:.6f}",
+                share_kept(comparison.neighbours_kept),
+                share_kept(comparison.nearest_kept),
                 f"{comparison.largest_relative_error:.1e}",
-                f"{comparison.largest_difference:.1e}",
                 str(comparison.limits),
                 "ok" if comparison.is_within else "OVER",
                 comparison.worst_protein,
@@ -268,4 +329,4 @@ def make_table(ranks: Sequence[RankCheck]) -> str:
         )
         among = "" if len(devices) == 1 else f" within each of {len(devices)} kinds of device"
         lines.append(f"all {len(ranks)} ranks: {'the same bits' if agree else 'OTHER BITS'}{among}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *list_not_judged(ranks)])

@@ -2,9 +2,9 @@
 
 It is the same for any number of ranks. A digest of its residues stands for a protein, so neither files nor
 their order decide which are taken, and none is taken twice. Proteins of about the same length share a
-bucket, sixteen to a doubling. Of each bucket only the `size` lowest digests are kept, so memory holds a
-few thousand proteins at most, whatever the input. `choose_sample` then takes a protein of each bucket in
-turn.
+bucket, sixteen to a doubling. Of each bucket only the `size` lowest digests are kept, so memory holds tens of
+thousands of proteins at most, whatever the input, and ranks tell each other of a few hundred.
+`choose_sample` then takes a protein of each bucket in turn.
 """
 
 from __future__ import annotations
@@ -64,22 +64,38 @@ class Sampler:
         self.size = size
         self.num_seen = 0
         self._kept: dict[int, dict[bytes, SampledProtein]] = {}
+        self._highest: dict[int, bytes] = {}
         self._ends: tuple[SampledProtein, SampledProtein] | None = None
 
     def add(self, protein: SampledProtein) -> None:
         """Let a protein pass by."""
         self.num_seen += 1
-        kept = self._kept.setdefault(bucket(protein.embedded), {})
-        kept[protein.key] = min(protein, kept.get(protein.key, protein))
-        if len(kept) > self.size:
-            del kept[max(kept)]
+        self._keep_lowest(bucket(protein.embedded), protein)
         shortest, longest = self._ends or (protein, protein)
         self._ends = min(shortest, protein, key=_by_length), max(longest, protein, key=_by_length)
 
+    def _keep_lowest(self, length: int, protein: SampledProtein) -> None:
+        """Keep a protein if its digest is one of the lowest of its bucket."""
+        if protein.key > self._highest.get(length, protein.key):  # of a large input nearly always so
+            return
+        kept = self._kept.setdefault(length, {})
+        kept[protein.key] = min(protein, kept.get(protein.key, protein))
+        if len(kept) > self.size:
+            del kept[max(kept)]
+        if len(kept) == self.size:
+            self._highest[length] = max(kept)
+
     def candidates(self) -> list[SampledProtein]:
-        """Return the proteins that were kept."""
-        kept = (protein for proteins in self._kept.values() for protein in proteins.values())
-        return [*(self._ends or ()), *kept]
+        """Return the proteins that `choose_sample` may take, whatever other samplers saw.
+
+        It goes through all buckets in turn, so the more buckets there are the fewer it takes of each. Two
+        more of each bucket make up for the shortest and the longest, which it takes apart.
+        """
+        sizes = [len(proteins) for proteins in self._kept.values()]
+        enough = (depth for depth in range(1, self.size) if sum(min(depth, n) for n in sizes) >= self.size)
+        depth = next(enough, self.size) + 2
+        kept = (sorted(proteins.values())[:depth] for proteins in self._kept.values())
+        return [*(self._ends or ()), *(protein for proteins in kept for protein in proteins)]
 
 
 def read_candidates(

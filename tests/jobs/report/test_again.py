@@ -19,7 +19,7 @@ LINES = [
     ['input=["a b.fasta","it\'s, c.fasta",plain.fasta]', MODEL, "model.seed=3", "toks_per_batch=500"],
     ['input=["ü b.fasta",ü.fasta]', MODEL],
     ['input="[a].fasta"', MODEL],
-    ["input=*.fasta", MODEL, 'model.weights="my weights.pt"', "selfcheck.min_cosine=0.9"],
+    ["input=*.fasta", MODEL, 'model.weights="my weights.pt"', "selfcheck.max_relative_error=0.9"],
     ["input=[a#b.fasta,ü.fasta]", "model=esm2_t33_650M_UR50D", "format=fair_esm", "save_dtype=float16"],
     ['input=["{x}.fasta","[y].fasta","a=b.fasta","c:d.fasta"]', MODEL],
 ]
