@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.types import Row
+
+BLOCK_ROWS = 1 << 12
 
 
 class ChunkedTensor:
@@ -49,6 +53,15 @@ class ChunkedTensor:
             if span.stop <= end:
                 break
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def little_endian_blocks(rows: Tensor | ChunkedTensor) -> Iterator[NDArray[Any]]:
+    """Give the rows of a matrix as they are written, at most `BLOCK_ROWS` at a time: those that are next to
+    each other in memory, C-contiguous and little-endian."""
+    for chunk in rows.chunks if isinstance(rows, ChunkedTensor) else [rows]:
+        for block in torch.split(chunk, BLOCK_ROWS):
+            values = np.ascontiguousarray(block.numpy())
+            yield values.astype(values.dtype.newbyteorder("<"), copy=False)
 
 
 @dataclass(frozen=True)

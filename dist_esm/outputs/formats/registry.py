@@ -47,6 +47,7 @@ FORMATS = {
         OutputFormat("h5", ".h5", "h5py"),
         OutputFormat("parquet", ".parquet", "pyarrow"),
         OutputFormat("safetensors", ".safetensors", "safetensors"),
+        OutputFormat("npy", ""),
     )
 }
 FORMAT_NAMES = tuple(FORMATS)
