@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from dist_esm.atomic import commit_together
 from dist_esm.attempt import as_value
-from dist_esm.config import Config
+from dist_esm.config import Compression, Config
 from dist_esm.distributed import LostRankError, World
 from dist_esm.jobs.report import (
     describe_run,
@@ -324,7 +324,8 @@ def join_file(
     """
     paths = [out.path / shard.files[0].path for shard in shards]
     with join_shards(paths, out.scratch) as table:
-        staged = write_output(config.format, table, out.path / plan.files[file].output, out.scratch)
+        stem, is_compressed = out.path / plan.files[file].output, config.compression is not Compression.none
+        staged = write_output(config.format, table, stem, out.scratch, is_compressed)
         (written,) = commit_together([staged], out.path)
         duplicate_ids = len(table.rows) - len(set(table.ids))
     if isinstance(written, Exception):

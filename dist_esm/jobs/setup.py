@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from dist_esm.config import Config, check_layers, plain_values
+from dist_esm.config import Compression, Config, check_layers, plain_values
 from dist_esm.distributed import RefusedError, World
 from dist_esm.model import NUMERICS
 from dist_esm.model.checkpoints.locate import RANDOM, fetch
@@ -164,6 +164,8 @@ def settings_of(
     """Return all that decides the content of an output; a resume refuses to mix two of these."""
     values = plain_values(config)
     settings = {**numbers, **{key: values[key] for key in KEYS_OF_CONTENT}}
+    if config.compression is not Compression.none:  # directories of before there was this key go on without
+        settings["compression"] = config.compression.name
     if device.type == "cuda":  # the rows of a pack choose the matrix kernels, and these the bits
         settings["toks_per_batch"] = config.toks_per_batch or default_toks_per_batch(
             "cuda", config.model.embed_dim

@@ -44,6 +44,8 @@ class OutputSettings:
     """Records of one numbered part."""
     provenance: dict[str, Any]
     """Goes into every output."""
+    is_compressed: bool = False
+    """Compress the numbers."""
 
     @property
     def residue_bytes(self) -> int:
@@ -111,9 +113,9 @@ class OutputBuilder:
         stem = settings.output_dir / file.output
         if unit.first_part is not None:
             part = f"{stem.name}.part{unit.first_part + self.part + 1:05d}"
-            return write_output(settings.format, table, stem.with_name(part), settings.scratch)
-        if unit.is_whole:
-            return write_output(settings.format, table, stem, settings.scratch)
+            stem = stem.with_name(part)
+        if unit.first_part is not None or unit.is_whole:
+            return write_output(settings.format, table, stem, settings.scratch, settings.is_compressed)
         return write_shard(
             table, settings.output_dir / SHARDS / f"{file.output}.{unit.ordinal:06d}.pt", settings.scratch
         )

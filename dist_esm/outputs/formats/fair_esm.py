@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dist_esm.atomic import SummedFolder
 from dist_esm.outputs.embeddings import OutputTable
@@ -66,6 +67,11 @@ def same_file(name: str) -> str:
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
 
 
+def alone(rows: Tensor) -> Tensor:
+    """Return rows as a tensor whose storage has nothing else, without a copy: a storage is saved whole."""
+    return torch.from_numpy(rows.numpy())
+
+
 def write_fair_esm(table: OutputTable, path: Path) -> str:
     """Write what fair-esm's `esm-extract` leaves: a folder with a ``.pt`` for each protein, whose name is the
     protein's label.
@@ -90,14 +96,14 @@ def write_fair_esm(table: OutputTable, path: Path) -> str:
             content: dict[str, object] = {"label": label, "id": row.id}
             if table.per_tok:
                 content["representations"] = {
-                    layer: rows[start:stop].clone() for layer, rows in table.per_tok.items()
+                    layer: alone(rows[start:stop]) for layer, rows in table.per_tok.items()
                 }
             content["mean_representations"] = {
-                layer: rows[place].clone() for layer, rows in table.mean.items()
+                layer: alone(rows[place]) for layer, rows in table.mean.items()
             }
             if table.bos:
                 content["bos_representations"] = {
-                    layer: rows[place].clone() for layer, rows in table.bos.items()
+                    layer: alone(rows[place]) for layer, rows in table.bos.items()
                 }
             name = f"{names.take(label)}.pt"
             with folder.file(name) as file:

@@ -26,6 +26,8 @@ class OutputFormat:
     """Suffix of its files; "" if an output is a folder of files."""
     package: str | None = None
     """Package that writes it or reads it back, if that is not installed with dist_esm itself."""
+    can_compress: bool = False
+    """Its numbers may be compressed; its codec has `write_compressed`."""
 
     @property
     def is_folder(self) -> bool:
@@ -45,7 +47,7 @@ FORMATS = {
         OutputFormat("pt", ".pt"),
         OutputFormat("fair_esm", ""),
         OutputFormat("h5", ".h5", "h5py"),
-        OutputFormat("parquet", ".parquet", "pyarrow"),
+        OutputFormat("parquet", ".parquet", "pyarrow", can_compress=True),
         OutputFormat("safetensors", ".safetensors", "safetensors"),
         OutputFormat("npy", ""),
     )

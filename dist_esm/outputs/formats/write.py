@@ -12,7 +12,9 @@ from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.types import NOTE_COLUMNS
 
 
-def write_output(output_format: Format, table: OutputTable, stem: Path, scratch: Path) -> Staged:
+def write_output(
+    output_format: Format, table: OutputTable, stem: Path, scratch: Path, is_compressed: bool = False
+) -> Staged:
     """Write one output under temporary names, with a ``<stem>.records.tsv`` if it has lines for one.
 
     Parameters
@@ -25,6 +27,8 @@ def write_output(output_format: Format, table: OutputTable, stem: Path, scratch:
         The output's path without suffix.
     scratch
         A folder of this process alone, on the same file system.
+    is_compressed
+        Compress its numbers; for a format that can.
 
     Returns
     -------
@@ -51,6 +55,8 @@ def write_output(output_format: Format, table: OutputTable, stem: Path, scratch:
         else:
             staged.obsolete.append(records_tsv)
         staged.files.append((temporary_path(scratch), path))
-        staged.sha256 = chosen.codec.write(table, staged.files[-1][0])
+        write = chosen.codec.write_compressed if is_compressed else chosen.codec.write
+        assert write is not None, f"{chosen.name} cannot compress: the configuration was not checked"
+        staged.sha256 = write(table, staged.files[-1][0])
         undo.pop_all()
     return staged
