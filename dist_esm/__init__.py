@@ -1,6 +1,7 @@
 """Data-parallel ESM-2 protein embeddings with torch.distributed.
 
-The command is ``python -m dist_esm``, under torchrun for more than one device; see README.md. In a notebook:
+The command is ``dist-esm`` or ``python -m dist_esm``, which take all GPUs of the host; see README.md. In a
+notebook:
 
 >>> from dist_esm import Embedder, load
 >>> Embedder("esm2_t33_650M_UR50D").embed(["MKTAYIAKQR"]).shape  # doctest: +SKIP
@@ -8,20 +9,32 @@ The command is ``python -m dist_esm``, under torchrun for more than one device; 
 >>> load("embeddings/").vectors.shape  # doctest: +SKIP
 (10000, 2560)
 """
+# Any Python can read this file, so that one that is too old gets a line instead of a traceback.
 
-from __future__ import annotations
+import sys
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+if sys.version_info < (3, 11):
+    _problem = "dist_esm: error: Python %d.%d is too old (%s): use Python 3.11 or newer" % (
+        sys.version_info[0],
+        sys.version_info[1],
+        sys.executable,
+    )
+    if sys.argv[:1] in (["-m"], ["-c"]):  # python -m dist_esm; Python 2 calls it -c
+        sys.exit(_problem)
+    raise ImportError(_problem)
 
-from dist_esm.fasta.blocks import FastaError
-from dist_esm.planning.assign import assign_files_by_size, count_sequences
-from dist_esm.types import WorkerStatus
+from typing import TYPE_CHECKING
+
 from dist_esm.version import __version__
 
 if TYPE_CHECKING:
     from dist_esm.embedder import Embedder
+    from dist_esm.fasta.blocks import FastaError
     from dist_esm.outputs.load import EmbeddingSet, load
+    from dist_esm.planning.assign import assign_files_by_size, count_sequences
+    from dist_esm.types import WorkerStatus
+else:
+    from dist_esm.lazy import __dir__, __getattr__
 
 __all__ = [
     "Embedder",
@@ -33,17 +46,3 @@ __all__ = [
     "count_sequences",
     "load",
 ]
-
-
-_LATER = {
-    "Embedder": "dist_esm.embedder",
-    "EmbeddingSet": "dist_esm.outputs.load",
-    "load": "dist_esm.outputs.load",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import what needs torch, which takes seconds, when it is first asked for."""
-    if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,18 +9,18 @@ against the type of its key.
 from __future__ import annotations
 
 import argparse
-import difflib
 import glob
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
-from dist_esm.config import Config, Job, conf_dir, no_choice, unknown_model
+from dist_esm.config import Config, no_choice, unknown_model
+from dist_esm.keys import is_auto_or_number, is_in_brackets, is_text, key_types, model_names
+from dist_esm.mistakes import esm_extract_in_keys, no_key, no_key_value, no_option, shown
 
 EXAMPLES = {
     "toks_per_batch": "8192",
@@ -31,26 +31,6 @@ EXAMPLES = {
 NO_VALUE = ("null", "none")
 TRUTH = ("true", "false", "yes", "no", "y", "n", "on", "off", "1", "0")
 """Words that OmegaConf takes as a truth value."""
-REMEDIES = {
-    "--nogpu": "write device=cpu",
-    "--multirun": "one call is one run; a list is written in brackets, as include=[mean,bos]",
-    "-m": "one call is one run; a list is written in brackets, as include=[mean,bos]",
-    "--config-path": "write --config-dir DIR",
-    "-cd": "write --config-dir DIR",
-    "-cn": "write --config-name NAME",
-}
-"""What does the same as an option of esm-extract or Hydra."""
-TORCHRUN = (
-    "--nproc",
-    "--nnodes",
-    "--node",
-    "--rdzv",
-    "--master",
-    "--standalone",
-    "--max-restarts",
-    "--max_restarts",
-)
-"""Beginnings of torchrun's own options."""
 
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -72,54 +52,14 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
         options, unknown = parser.parse_known_intermixed_args(argv)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from None
+    words = list(argv or ())
+    line = esm_extract_in_keys(words)
+    if line is not None:
+        raise ValueError(f"these are the words of esm-extract: write dist-esm {line}")
     if unknown:
-        words = list(argv or ())
         at = next((index for index, word in enumerate(words) if word == unknown[0]), len(words))
         raise ValueError(no_option(unknown[0], words[at + 1 :]))
     return options
-
-
-def no_option(option: str, following: Sequence[str]) -> str:
-    """Say in one line what to write in place of an option, given the words that follow it."""
-    name, equals, value = option.partition("=")
-    key = name.lstrip("-").replace("-", "_")
-    values = [value] if equals else []
-    for word in following if not equals else ():
-        if "=" in word or (word.startswith("-") and not word[1:].isdigit()):
-            break
-        values.append(word)
-    hint = key_types().get(key)
-    if name in REMEDIES:
-        remedy = REMEDIES[name]
-    elif name.startswith(TORCHRUN):
-        remedy = "it is torchrun's, write it before -m dist_esm"
-    elif hint is None:
-        options = ["--help", "--version", "--cfg", "--config-dir", "--config-name"]
-        near = difflib.get_close_matches(name, options, n=1)
-        remedy = f"did you mean {near[0]}?" if near else "write keys as key=value, and see --help"
-    elif get_origin(hint) is list or (key == "input" and len(values) > 1):
-        remedy = f"write {key}=[{','.join(values) or 'VALUE,...'}]"
-    elif hint is bool and not values:
-        remedy = f"write {key}=true"
-    else:
-        remedy = f"write {key}={values[0] if values else 'VALUE'}"
-    given = " ".join([option, *values]) if hint is not None and not equals else option
-    return f"{given} is no option: {remedy}"
-
-
-def key_types(schema: type[Any] = Config, prefix: str = "") -> dict[str, Any]:
-    """Return the type of every key by its dotted name; a group of keys has the type of its dataclass."""
-    types: dict[str, Any] = {}
-    for name, hint in get_type_hints(schema).items():
-        types[prefix + name] = hint
-        if hasattr(hint, "__dataclass_fields__"):
-            types |= key_types(hint, f"{prefix}{name}.")
-    return types
-
-
-def is_text(hint: Any) -> bool:
-    """Return whether a key's value is text, taken as it stands: a path or a name."""
-    return hint is Any or bool({str, Path} & {hint, *get_args(hint)})
 
 
 Text = str | list[str] | None
@@ -145,6 +85,7 @@ def read_words(words: Sequence[str], config_dir: str | None = None) -> tuple[lis
         One line that names the key, its value and what to write.
     """
     types = key_types()
+    words = put_together(words, types)
     given: dict[str, str] = {}
     inputs: list[str] = []
     overrides: list[str] = []
@@ -175,6 +116,26 @@ def read_words(words: Sequence[str], config_dir: str | None = None) -> tuple[lis
     return overrides, texts
 
 
+def put_together(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:
+    """Put together what blanks have torn apart in the shell: `key = value`, and lists in brackets."""
+    whole: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if rest and word in types and rest[0].startswith("="):
+            word += rest.pop(0)
+        key, equals, value = word.partition("=")
+        if rest and key in types and equals and not value and "=" not in rest[0]:
+            value = rest.pop(0)
+        if key in types and value.startswith("[") and not os.path.lexists(value):
+            ends = [at for at in range(1, len(rest) + 1) if is_in_brackets(" ".join([value, *rest[:at]]))]
+            if ends and not is_in_brackets(value):
+                value = " ".join([value, *rest[: ends[0]]])
+                del rest[: ends[0]]
+        whole.append(f"{key}{equals}{value}")
+    return whole
+
+
 def split_word(word: str, types: Mapping[str, Any], config_dir: str | None) -> tuple[str, str]:
     """Split a word into a key that there is, and its value."""
     signed, _, value = word.partition("=")
@@ -193,48 +154,6 @@ def split_word(word: str, types: Mapping[str, Any], config_dir: str | None) -> t
     if signed.startswith("+") and not is_group:
         raise ValueError(f"{word}: {key} is a key already: write {shown(key, value)}")
     return (signed if is_group else key), value
-
-
-def no_key(key: str, types: Mapping[str, Any]) -> str:
-    """Say in one line that there is no such key, and which may be meant."""
-    near = difflib.get_close_matches(key.strip().lower(), types, n=1)
-    leaves = [name for name in types if name.rpartition(".")[2] == key.strip().lower()]
-    guess = (leaves if len(leaves) == 1 else near)[:1]
-    return f"{key!r} is no key" + (f": did you mean {guess[0]}?" if guess else ": see --help for the keys")
-
-
-def no_key_value(word: str, words: Sequence[str]) -> str:
-    """Say in one line what to write in place of a word without a key."""
-    types = key_types()
-    key = word.lstrip("+~")
-    if word != key and key in types:
-        remedy = f"leave {key} out for its default"
-    elif os.path.lexists(word):
-        keyed = [other.partition("=")[2] for other in words if other.startswith("input=")]
-        paths = [path[1:-1] if is_in_brackets(path) else path for path in keyed]
-        paths += [other for other in words if "=" not in other and os.path.lexists(other)]
-        remedy = f"write {shown('input', paths[0] if len(paths) == 1 else '[' + ','.join(paths) + ']')}"
-    elif word in Job.__members__:
-        remedy = f"write job={word}"
-    elif word in model_names(None):
-        remedy = f"write model={word}"
-    elif word in types:
-        remedy = f"write {word}=VALUE, and see --help"
-    else:
-        remedy = "for example input=proteins/"
-    return f"{word!r} is not key=value: {remedy}"
-
-
-def shown(key: str, value: str) -> str:
-    """Write a word as a shell takes it."""
-    word = f"{key}={value}"
-    return word if re.fullmatch(r"[\w./,:@%+=\[\]~^-]*", word, re.ASCII) else shlex.quote(word)
-
-
-def model_names(config_dir: str | None) -> list[str]:
-    """Return the models that there are, those of the user's own configuration included."""
-    folders = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
-    return [path.stem for folder in folders for path in sorted((folder / "model").glob("*.yaml"))]
 
 
 def model_name(value: str, config_dir: str | None) -> str:
@@ -264,7 +183,8 @@ def read_text(key: str, text: str, is_optional: bool = False) -> str | None:
         return text
     text = unquoted(text)
     if not text:
-        raise ValueError(f"{key} is empty: write {key}=PATH, or leave it out for its default")
+        default = "" if key == "input" else ", or leave it out for its default"
+        raise ValueError(f"{key} is empty: write {key}=PATH{default}")
     if text.lower() in NO_VALUE and key != "input":
         if is_optional and text.lower() == "null":
             return None
@@ -302,16 +222,6 @@ def read_list(value: str) -> list[str] | None:
     raise ValueError(f"input={value} does not exist: a list is written {shown('input', f'[{text}]')}")
 
 
-def is_in_brackets(text: str) -> bool:
-    """Return whether the first bracket is closed by the last, as in `[a,b]` and not in `[ab]*[0-9]`."""
-    depth = 0
-    for index, letter in enumerate(text):
-        depth += (letter == "[") - (letter == "]")
-        if depth == 0:
-            return index == len(text) - 1 and index > 0
-    return False
-
-
 def read_value(key: str, hint: Any, value: str) -> str:
     """Check a value against the type of its key, and write it as Hydra's grammar reads it.
 
@@ -331,6 +241,10 @@ def read_value(key: str, hint: Any, value: str) -> str:
         items = re.split(r"[\s,]+", text[1:-1] if is_in_brackets(text) else text)
         return f"[{','.join(read_value(key, item_type, item) for item in items if item)}]"
     choices = get_args(hint)
+    if is_auto_or_number(hint):
+        if text != "auto" and not text.isdecimal():
+            raise ValueError(f"{key}={value} is neither auto nor a whole number: write {key}=auto or {key}=2")
+        return text
     if NoneType in choices:
         if text.lower() == "null":
             return "null"

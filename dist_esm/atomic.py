@@ -330,9 +330,11 @@ def read_back(output_dir: Path, path: Path) -> WrittenFile | None:
     Returns
     -------
     WrittenFile or None
-        None if it is not there.
+        None if it is not there, or is neither, as a pipe.
     """
     full = output_dir / path
+    if full.exists() and not (full.is_file() or full.is_dir()):
+        return None
     if full.is_dir():
         files = [
             read_back(full, file.relative_to(full)) for file in sorted(full.rglob("*")) if file.is_file()
@@ -381,8 +383,8 @@ def _written_file(output_dir: Path, output: Staged) -> WrittenFile:
 
 
 def remove(path: Path) -> None:
-    """Remove an output, a file or a folder of files."""
-    if path.is_dir():
+    """Remove an output, a file or a folder of files; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
         for file in sorted(path.rglob("*"), reverse=True):
             file.unlink()
         path.rmdir()

@@ -11,7 +11,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from enum import EnumType
 from functools import cache
 from itertools import pairwise
@@ -25,25 +25,28 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_esm.arguments import is_text, key_types, model_names, no_key, read_value, read_words
-from dist_esm.config import Config, by_layers, conf_dir, plain_values, unknown_model
+from dist_esm.arguments import read_value, read_words
+from dist_esm.config import Config, Job, by_layers, conf_dir, plain_values, unknown_model
+from dist_esm.keys import is_text, key_types, model_names
+from dist_esm.mistakes import no_key
 
 HELP = """\
-usage: torchrun --nproc_per_node=N -m dist_esm input=PATH [key=value ...]
-       python -m dist_esm input=PATH [key=value ...]
+usage: dist-esm input=PATH [key=value ...]
 
-Embed proteins with ESM-2 on every GPU torchrun starts a rank for, or on one device without torchrun.
+Embed proteins with ESM-2 on every visible GPU of this host, or on its CPU. `python -m dist_esm` is the same.
+On clusters torchrun starts the ranks: torchrun --nproc_per_node=N -m dist_esm input=PATH [key=value ...]
 
 examples:
-  torchrun --nproc_per_node=4 -m dist_esm input=proteins/ output_dir=embeddings/
-  python -m dist_esm input=[a.fasta,b.fasta.gz] model=esm2_t33_650M_UR50D repr_layers=33 include=mean,per_tok
-  python -m dist_esm input=proteins/ model=esm2_t6_8M_UR50D device=cpu job=selfcheck
+  dist-esm input=proteins/ output_dir=embeddings/
+  dist-esm input=[a.fasta,b.fasta.gz] model=esm2_t33_650M_UR50D repr_layers=33 include=mean,per_tok ranks=2
+  dist-esm input=proteins/ model=esm2_t6_8M_UR50D device=cpu job=selfcheck
 
 jobs:
   job=embed      the default: embed the input into output_dir, or go on from what earlier launches finished
   job=selfcheck  compare the numbers of these settings, weights and GPUs with fair-esm's own fp32 model,
                  on a sample of the input
   job=verify     check a finished output_dir against the input
+  job=report     write the report of output_dir's last run again, also after a crash; no input is needed
 
 options:
   -h, --help     this text
@@ -56,6 +59,7 @@ options:
 HELP_GROUPS = {
     "input and outputs": (
         "input",
+        "id",
         "header_encoding",
         "output_dir",
         "format",
@@ -64,7 +68,7 @@ HELP_GROUPS = {
         "include",
         "repr_layers",
     ),
-    "model and device": ("model", "dtype", "device", "attention", "linear", "toks_per_batch"),
+    "model and device": ("model", "ranks", "device", "dtype", "attention", "linear", "toks_per_batch"),
     "proteins": (
         "truncation_seq_length",
         "long",
@@ -77,16 +81,27 @@ HELP_GROUPS = {
     "the run": (
         "job",
         "resume",
+        "max_restarts",
         "assign_by",
         "unit_share",
         "max_proteins_per_output",
         "max_consecutive_failures",
         "steal",
         "heartbeat_timeout",
+        "progress_seconds",
+        "verbosity",
+        "report",
         "selfcheck",
     ),
 }
 MEANING_COLUMN, HELP_WIDTH = 34, 110
+
+
+@dataclass
+class Composed(Config):
+    """The schema as Hydra has it: `output_dir` as it was written, since the path of "" is "."."""
+
+    output_dir: Any = "embeddings"
 
 
 def help_text() -> str:
@@ -194,9 +209,13 @@ def compose_config(
         texts = {key: looked_up(composed, key, text) for key, text in texts.items()}
         for key, text in texts.items():
             OmegaConf.update(composed, key, escaped(text))
+        if composed.job is Job.report and OmegaConf.is_missing(composed, "input"):
+            composed.input = str(composed.output_dir)  # it looks at nothing else
         missing = OmegaConf.missing_keys(composed)
         if missing:
-            raise ValueError(f"{min(missing)} is required: for example input=proteins/")
+            raise ValueError(
+                f"{min(missing)} is required: for example input=proteins/; --help shows all keys"
+            )
         config = OmegaConf.to_object(composed)
     except yaml.YAMLError as error:
         raise ValueError(yaml_problem(error)) from None
@@ -208,7 +227,20 @@ def compose_config(
     for key, text in texts.items():
         group, _, name = key.rpartition(".")
         setattr(getattr(config, group) if group else config, name, text)
-    return fill_in(config)
+    if not isinstance(config.output_dir, str) or not config.output_dir.strip():
+        raise ValueError(no_output_dir(config.output_dir, folder / f"{config_name}.yaml"))
+    return fill_in(Config(**vars(config)))
+
+
+def no_output_dir(value: Any, path: Path) -> str:
+    """Say in one line what is wrong with an `output_dir` that is no text, and where that stands."""
+    line, written = find_in_yaml(path, "output_dir")
+    where = f"{path}, line {line}: " if line else ""
+    if value is None or not str(value).strip():
+        return f"{where}output_dir is empty: write output_dir: PATH, or leave it out for its default"
+    if isinstance(value, (list, dict)):
+        return f"{where}output_dir: {value} is a {type(value).__name__}: write output_dir: PATH"
+    return where + yaml_value_problem("output_dir", str(value) if written is None else written)
 
 
 def compose_files(folder: Path, config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -228,11 +260,11 @@ def compose_files(folder: Path, config_name: str, overrides: Sequence[str]) -> D
             line, _ = find_in_yaml(path, f"hydra.{key}")
             if line:
                 raise ValueError(f"{path}, line {line}: hydra.{key} does nothing here: leave it out")
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="schema", node=Composed)
     with warnings.catch_warnings(), initialize_config_dir(str(folder), version_base="1.3"):
         warnings.filterwarnings("ignore", "In .*Defaults list is missing `_self_`")
         composed = compose(config_name, overrides=[*overrides, *searchpath])
-    if OmegaConf.get_type(composed) is not Config:
+    if OmegaConf.get_type(composed) is not Composed:
         remedy = "write 'defaults: [config, _self_]' at its beginning"
         raise ValueError(f"{path} does not start from the defaults: {remedy}")
     return composed

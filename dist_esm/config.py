@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -102,6 +103,22 @@ class Job(Enum):
     plan = "plan"
     selfcheck = "selfcheck"
     verify = "verify"
+    report = "report"
+
+
+class ReportKind(Enum):
+    """What a report is written as."""
+
+    html = "html"
+    json = "json"
+
+
+class Verbosity(Enum):
+    """How much is said while a run is under way."""
+
+    quiet = "quiet"
+    normal = "normal"
+    debug = "debug"
 
 
 class Long(Enum):
@@ -141,6 +158,13 @@ class Chains(Enum):
 
     skip = "skip"
     split = "split"
+
+
+class ProteinId(Enum):
+    """What of a header is the protein's id: its first word, or the accession in that word."""
+
+    word = "word"
+    accession = "accession"
 
 
 class HeaderEncoding(Enum):
@@ -225,6 +249,9 @@ class Config:
     chains: Chains = Chains.skip
     """Records of several chains (separated by : / or |) are skipped; split makes each chain a protein, named
     by the record's id and the chain's place."""
+    id: ProteinId = ProteinId.word
+    """The id of a protein: the first word of its header, or the accession in it (P12345 of
+    sp|P12345|NAME); a word without one stays."""
     header_encoding: HeaderEncoding = HeaderEncoding.auto
     """A header that is not UTF-8 is read as Latin-1, and listed (auto), or its file fails (utf8)."""
     dedupe: bool = True
@@ -235,6 +262,9 @@ class Config:
     """Precision of parameters and matrix products; auto: bf16 where the GPU has it, else fp32."""
     device: DeviceKind = DeviceKind.auto
     """Where to run; auto: a GPU if there is one."""
+    ranks: int | str = "auto"
+    """Processes on this host, each with a device of its own; auto: one for each visible GPU, else one. Under
+    torchrun it is what torchrun starts."""
     attention: Attention = Attention.auto
     """Implementation of attention; auto: the fastest that the device can run."""
     linear: LinearKind = LinearKind.auto
@@ -258,8 +288,17 @@ class Config:
     """A rank that has finished its bin takes units that others have not begun; false: it waits."""
     heartbeat_timeout: float = 60.0
     """A rank that gives no sign of life for so many seconds counts as lost, and the run ends as aborted."""
+    max_restarts: int = 0
+    """So often all ranks are started again, and go on, after one of them has crashed."""
     resume: bool = True
     """Skip what earlier launches finished under the same settings; false: remove it and start over."""
+    progress_seconds: float = 30.0
+    """Seconds between two lines of progress where there is no terminal to show a live view on."""
+    verbosity: Verbosity = Verbosity.normal
+    """quiet: warnings, errors and how it ended; normal: progress and summary, too; debug: all of every
+    rank's log lines."""
+    report: ReportKind = ReportKind.html
+    """html: report.json and report.html, a page to look at; json: report.json alone."""
     selfcheck: SelfcheckConfig = field(default_factory=SelfcheckConfig)
     """Sample and limits of job=selfcheck."""
     job: Job = Job.embed
@@ -381,7 +420,9 @@ def no_choice(choices: type[Enum], key: str, value: str) -> str:
 
 LEAST_HEARTBEAT = 5.0
 """Seconds; a rank gives a sign of life every two."""
+LEAST_PROGRESS = 0.5
 LEAST = {
+    "max_restarts": 0,
     "truncation_seq_length": 1,
     "toks_per_batch": 3,
     "max_consecutive_failures": 1,
@@ -406,12 +447,17 @@ def check(config: Config) -> None:
     if not inputs or not all(isinstance(item, str) and item for item in inputs):
         remedy = "for example input=proteins/ or input=[a.fasta,b.fasta]"
         raise ValueError(f"input={config.input!r} is neither a path, a glob nor a list of these: {remedy}")
+    for key, path in (("weights", config.model.weights), ("adapter", config.model.adapter)):
+        if path is not None and not path.strip():
+            raise ValueError(f"model.{key} is empty: name a path, or write null")
     if not config.repr_layers:
         raise ValueError("repr_layers is empty: name at least one layer, for example repr_layers=[-1]")
     if config.model.num_layers:  # of model=auto they are not known yet
         check_layers(config)
     if not config.include or len(set(config.include)) < len(config.include):
         raise ValueError("include must name each wanted representation once: any of mean, bos, per_tok")
+    if config.ranks != "auto" and (not isinstance(config.ranks, int) or config.ranks < 1):
+        raise ValueError(f"ranks={config.ranks} is no number of ranks: write ranks=auto or ranks=2")
     for key, least in LEAST.items():
         value = getattr(config, key)
         if value is not None and value < least:
@@ -427,6 +473,9 @@ def check(config: Config) -> None:
     if not config.heartbeat_timeout >= LEAST_HEARTBEAT:
         remedy = f"use {LEAST_HEARTBEAT:g} seconds or more"
         raise ValueError(f"heartbeat_timeout={config.heartbeat_timeout} is too small: {remedy}")
+    if not LEAST_PROGRESS <= config.progress_seconds < math.inf:
+        remedy = f"use {LEAST_PROGRESS:g} seconds or more, or verbosity=quiet for no progress"
+        raise ValueError(f"progress_seconds={config.progress_seconds:g} is no time between lines: {remedy}")
     if not 0 < config.unit_share <= 1:
         raise ValueError(f"unit_share={config.unit_share} is not a share: use a number above 0 and up to 1")
     if config.long is Long.window:

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections import Counter
@@ -40,6 +39,8 @@ from torch.distributed.rendezvous import rendezvous
 from dist_esm.attempt import ending_of
 from dist_esm.launcher import launch_environment, refuse
 from dist_esm.liveness import SignsOfLife
+from dist_esm.names import one_line
+from dist_esm.progress import Progress, RankProgress
 from dist_esm.stop import ended_by_signals
 from dist_esm.store import (
     POLL_SECONDS,
@@ -64,13 +65,15 @@ STORE_TIMEOUT = timedelta(minutes=30)
 """torch's own, for what waits in the store once a rank has joined."""
 HEARTBEAT_TIMEOUT = 60.0
 HASTE_SECONDS = 3.0
+NEWS_SECONDS = 1.0
+"""Two looks of the watching thread."""
 LEAVE_SECONDS = 5.0
 CONCLUDE_SECONDS = 15.0
 """A rank that was interrupted stays so long for rank 0's report: torchrun ends the others when the first rank
 fails."""
 ENDED = (WorkerStatus.COMPLETED, WorkerStatus.FAILED)
 LOCAL_ADDR = "give each torchrun a --local-addr by which the other hosts reach its own"
-LOST = "torchrun's store is gone: torchrun was killed"
+LOST = "the launcher's store is gone: the launcher was killed"
 
 
 class OnStop(Protocol):
@@ -105,6 +108,8 @@ class World:
         self.host = socket.gethostname()
         self.device = torch.device("cpu")
         """This rank's device, once the process group has started."""
+        self.progress = Progress(RankProgress(rank, self.host))
+        """How far this rank is; goes out with its signs of life."""
         self._store = store
         self._signs: SignsOfLife | None = None
         self._lost: str | None = None
@@ -160,6 +165,8 @@ class World:
         world.set_status(WorkerStatus.IDLE)
         try:
             with world._watch(heartbeat_timeout):
+                if not os.environ.get("LOCAL_RANK"):
+                    world._count_ranks_of_host()
                 yield world
                 world._leave()
         except (DistNetworkError, DistStoreError):
@@ -167,6 +174,11 @@ class World:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+    def _count_ranks_of_host(self) -> None:
+        """Find this rank's place on its host, where the launcher does not say it."""
+        ranks = [rank for rank, host in enumerate(self.exchange(self.host)) if host == self.host]
+        self.local_rank, self.local_world_size = ranks.index(self.rank), len(ranks)
 
     @property
     def is_main(self) -> bool:
@@ -231,14 +243,20 @@ class World:
         store = self._store
         self._meetings += 1
         name = f"meeting/{self._meetings}"
-        put_bytes(store, f"{name}/{self.rank}", value.encode())
+        put_bytes(store, f"{name}/{self.rank}", value.encode("utf-8", "surrogateescape"))
         if self.is_main:
             keys = [f"{name}/{rank}" for rank in range(self.world_size)]
             self._wait_for(
                 lambda: store.check(keys),
                 lambda: [rank for rank, key in enumerate(keys) if not store.check([key])],
             )
-            put_bytes(store, name, json.dumps([get_bytes(store, key).decode() for key in keys]).encode())
+            put_bytes(
+                store,
+                name,
+                json.dumps(
+                    [get_bytes(store, key).decode("utf-8", "surrogateescape") for key in keys]
+                ).encode(),
+            )
         self._wait_for(lambda: store.check([name]), lambda: [0])
         return list(json.loads(get_bytes(store, name)))
 
@@ -287,7 +305,7 @@ class World:
         try:
             value = work(*args, **options)
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            problem = " ".join(str(error).split())
+            problem = one_line(error)
         self.agree(problem)
         return cast(T, value)
 
@@ -333,8 +351,22 @@ class World:
 
     def set_in_hand(self, file: str) -> None:
         """Publish, with the next sign of life, the file that this rank works on."""
+        self.progress.now.file = file
         if self._signs is not None:
             self._signs.in_hand = file
+
+    def get_progress(self) -> list[RankProgress | None]:
+        """On rank 0, how far every rank is by its last sign of life, in order of rank; None if nothing came
+        yet. The store is not asked for it."""
+        everyone: list[RankProgress | None] = [self.progress.now]
+        for rank in range(1, self.world_size):
+            message = self._signs.progress_of(rank) if self._signs is not None else ""
+            try:
+                told = decode(message.encode(), RankProgress) if message else None
+            except WireError:
+                told = None
+            everyone.append(told if isinstance(told, RankProgress) else None)
+        return everyone
 
     def get_worker_status(self) -> dict[int, WorkerStatus]:
         """Status of every rank, by rank."""
@@ -393,15 +425,22 @@ class World:
         """Ask every rank to take no further unit or, at once, to drop what is in flight. The first reason
         stays."""
         if self._store is not None:
-            self._store.compare_set("stop_at_once" if at_once else "stop", "", reason)
+            with suppress(DistError):  # without a store every rank stops
+                self._store.compare_set("stop_at_once" if at_once else "stop", "", reason)
 
     def stop_reason(self) -> str | None:
         """The reason of a stop that some rank requested, if any; of a stop at once before others."""
         if self._store is not None:
-            for key in ("stop_at_once", "stop"):
-                if self._store.check([key]):
-                    return self._store.get(key).decode()
+            with suppress(DistError):
+                for key in ("stop_at_once", "stop"):
+                    if self._store.check([key]):
+                        return self._store.get(key).decode()
         return None
+
+    def wait_for_news_of_deaths(self) -> None:
+        """Wait a moment for the watching thread to put what it sees into `lost_ranks`, if that is empty."""
+        if self._store is not None:
+            wait_at_most(NEWS_SECONDS, lambda: bool(self.lost_ranks))
 
     def gather_in_haste(self, value: Any, *types: type[Any]) -> list[Any]:
         """On rank 0, the values of the ranks that can still answer within `HASTE_SECONDS`; for runs that are
@@ -437,6 +476,11 @@ class World:
             log.warning(LOST)
             return [value]
 
+    def leave_after_neighbours(self) -> None:
+        """Let the first rank of a host wait until the others have ended, so that it alone is seen to fail."""
+        if self._signs is not None and self.local_rank == 0:
+            wait_at_most(LEAVE_SECONDS, self._signs.is_last_of_host)
+
     @contextmanager
     def watching(self, on_stop: OnStop) -> Iterator[None]:
         """While the block runs, call ``on_stop(reason)`` once if a rank requests a stop, or a rank or
@@ -462,6 +506,7 @@ class World:
             lambda rank: bool(store.check([f"left/{rank}"])),
         )
         self._signs = signs
+        signs.progress = lambda: encode(self.progress.now).decode()
         done = threading.Event()
         told: set[str] = set()
 
@@ -537,12 +582,3 @@ class World:
             keys = [f"left/{rank}" for rank in range(self.world_size)]
             if self.is_main and not self._is_in_haste:
                 wait_at_most(LEAVE_SECONDS, lambda: store.check(keys))
-
-
-def setup_logging(rank: int) -> None:
-    """INFO and above to stderr, each line with its rank."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S"))
-    log.handlers = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False

@@ -1,12 +1,75 @@
-"""The launcher's environment: which rank this process is, or one line that says what is wrong."""
+"""The launcher's environment: which rank this process is, or one line that says what is wrong.
+
+The launcher is torchrun, or the command itself (`ranks`), which tells its ranks by two variables of its own.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
+import signal
+import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 MAX_PORT = 65535
+LAUNCHER_PID = "DIST_ESM_LAUNCHER_PID"
+"""Set by the command for the ranks that it starts: its process, which they do not outlive."""
+NUM_RESTARTS = "DIST_ESM_RESTARTS"
+"""Set with it: how often the command has started its ranks again."""
+PARTIAL = 2
+"""Exit code of a run in which some files failed, and all others are done."""
+PR_SET_PDEATHSIG = 1
+
+
+def is_main_rank() -> bool:
+    """Tell whether this process speaks for the run, as the launcher's environment has it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_started_by_us() -> bool:
+    """Tell whether this process is a rank that the command started, which takes the signals for it."""
+    return LAUNCHER_PID in os.environ
+
+
+def follow_launcher() -> None:
+    """Make the kernel send SIGTERM to this rank when the command that started it ends in any way (Linux)."""
+    pid = os.environ.get(LAUNCHER_PID, "")
+    if not pid.isdecimal() or sys.platform != "linux":
+        return
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(pid):  # it has ended already
+        signal.raise_signal(signal.SIGTERM)
+
+
+def num_restarts() -> int:
+    """How often the launcher has started these ranks again."""
+    return int(os.environ.get(NUM_RESTARTS) or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def exit_code_for_launcher(code: int) -> int:
+    """Return the code that this process ends with: under torchrun's restarts, 0 for some failed files.
+
+    torchrun starts all ranks again if one fails, and only a crash is worth that: files that failed would
+    fail again. report.json says `partial` all the same.
+    """
+    restarts = [
+        int(os.environ.get(f"TORCHELASTIC_{name}") or 0) for name in ("RESTART_COUNT", "MAX_RESTARTS")
+    ]
+    return 0 if code == PARTIAL and restarts[0] < restarts[1] else code
+
+
+def tell_torchrun(line: str) -> None:
+    """Leave the reason of a failure where torchrun looks for it, to end its own report with it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        about = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump(about, file)
 
 
 def launch_environment() -> tuple[int, int] | None:

@@ -55,6 +55,8 @@ class SignsOfLife:
         self.device = ""
         self.in_hand = ""
         """The file that this rank works on."""
+        self.progress: Callable[[], str] = lambda: ""
+        """Says how far this rank is, in a message that goes out with each sign of life."""
         self._store = store
         self._rank = rank
         self._host = host
@@ -85,6 +87,7 @@ class SignsOfLife:
             "pid": os.getpid(),
             "device": self.device,
             "in_hand": self.in_hand,
+            "progress": self.progress(),
         }
         self._store.set(f"alive/{self._rank}", json.dumps(about))
 
@@ -102,7 +105,8 @@ class SignsOfLife:
         return None
 
     def silent_rank(self) -> tuple[int, str] | None:
-        """Return what is known of a rank that has given no sign of life for too long, if there is one."""
+        """Return what is known of a rank that has given no sign of life for too long, or that ended before
+        there was a handle of it, if there is one."""
         now = time.monotonic()
         for rank in self._watched:
             key = f"alive/{rank}"
@@ -112,8 +116,22 @@ class SignsOfLife:
             elif now - self._last[rank][1] > self._timeout and not self._has_left(rank):
                 silence = now - self._last[rank][1]
                 return rank, f"{self._describe(rank)} gave no sign of life for {silence:.0f} s"
-        self._find_neighbours()
-        return None
+        return self._find_neighbours()
+
+    def is_last_of_host(self) -> bool:
+        """Tell whether the processes of all other ranks of this host have ended."""
+        abouts = [self._about(rank) for rank in range(self._world_size) if rank != self._rank]
+        return all(
+            about is not None and (about["processes"] != process_space() or has_ended(int(about["pid"])))
+            for about in abouts
+        )
+
+    def progress_of(self, rank: int) -> str:
+        """Return what another rank said last of how far it is; "" if nothing came yet."""
+        sign, _ = self._last.get(rank, ("", 0.0))
+        with suppress(ValueError, AttributeError):
+            return str(json.loads(sign).get("progress", ""))
+        return ""
 
     def close(self) -> None:
         """Give the process handles back."""
@@ -121,8 +139,9 @@ class SignsOfLife:
             os.close(handle)
         self._handles.clear()
 
-    def _find_neighbours(self) -> None:
-        """Take a handle of each process of this host, once it has said which it is."""
+    def _find_neighbours(self) -> tuple[int, str] | None:
+        """Take a handle of each process of this host, once it has said which it is; return what happened to
+        one that has ended already, if any has."""
         for rank in range(self._world_size):
             if rank == self._rank or rank in self._is_searched:
                 continue
@@ -130,11 +149,20 @@ class SignsOfLife:
             if about is None:
                 continue
             self._is_searched.add(rank)
-            if about["processes"] == process_space() and hasattr(os, "pidfd_open"):
-                with suppress(OSError):  # it has ended already, in a way that its heartbeat will tell
-                    handle = os.pidfd_open(int(about["pid"]))
-                    self._handles[handle] = rank, int(about["pid"])
-                    self._poll.register(handle, select.POLLIN)
+            if about["processes"] != process_space() or not hasattr(os, "pidfd_open"):
+                continue
+            pid = int(about["pid"])
+            try:
+                handle = os.pidfd_open(pid)
+            except ProcessLookupError:
+                if not self._has_left(rank):
+                    return rank, f"{self._describe(rank)} {how_it_ended(pid)}"
+            except OSError:
+                pass  # no handle is to be had here, but its heartbeat tells
+            else:
+                self._handles[handle] = rank, pid
+                self._poll.register(handle, select.POLLIN)
+        return None
 
     def _about(self, rank: int) -> dict[str, Any] | None:
         key = f"alive/{rank}"
@@ -157,6 +185,14 @@ def process_space() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return f"{socket.gethostname()} without /proc"
+
+
+def has_ended(pid: int) -> bool:
+    """Tell whether a process of this host has ended, though perhaps its parent has not asked for it yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def how_it_ended(pid: int) -> str:

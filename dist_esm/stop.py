@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
+GO_ON = "what is done is kept, run the same command again to go on from there"
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of a shell."""
+SHOW_CURSOR = b"\033[?25h\r\n"
+"""For a terminal on which a live view ends half way."""
 REPEAT_SECONDS = 2.0
 """Signals within so many seconds count once: a scheduler signals every process of a job, and torchrun passes
-its
-own signal on to the ranks."""
+its own signal on to the ranks."""
+DOUBLE_SECONDS = 0.3
+"""The same for Ctrl-C in a process without a launcher: what comes sooner is no second key."""
 
 
 class Stop:
@@ -83,15 +92,19 @@ def on_signals(act: Callable[[str], None]) -> Iterator[None]:
     thread.
 
     From then on, in the block and after it, another signal that comes after `REPEAT_SECONDS` ends the
-    process.
+    process, and a second Ctrl-C at once.
     """
     first: list[float] = []
 
     def on_signal(number: int, _frame: object) -> None:
+        is_ctrl_c = number == signal.SIGINT
         if not first:
             first.append(time.monotonic())
+            _received.append(number)
             act(f"interrupted by {signal.Signals(number).name}")
-        elif time.monotonic() - first[0] > REPEAT_SECONDS:
+        elif time.monotonic() - first[0] > (DOUBLE_SECONDS if is_ctrl_c and is_alone() else REPEAT_SECONDS):
+            if is_ctrl_c:
+                exit_now()
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -102,6 +115,27 @@ def on_signals(act: Callable[[str], None]) -> Iterator[None]:
         if not first:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+_received: list[int] = []
+"""Signals that were the first of an `on_signals`."""
+
+
+def was_ctrl_c() -> bool:
+    """Tell whether the first signal that this process took was that of Ctrl-C."""
+    return _received[:1] == [signal.SIGINT]
+
+
+def exit_now() -> NoReturn:
+    """End the process as Ctrl-C does, without a word to anything in it."""
+    if sys.stderr.isatty():
+        os.write(2, SHOW_CURSOR)
+    os._exit(INTERRUPTED)
+
+
+def is_alone() -> bool:
+    """Tell whether no launcher passes signals on to this process."""
+    return "RANK" not in os.environ
 
 
 @contextmanager

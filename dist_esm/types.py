@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.config import Include
+from dist_esm.names import one_line, printable
 
 Compression = Literal["gzip", "bz2", "xz", "zstd"]
 """What a file may be compressed with."""
@@ -94,6 +95,15 @@ class Count:
     squares: int = 0
     """Sum over records of (residues that one forward sees) squared: the work of attention."""
     lines: int = 0
+    text: int = 0
+    """Bytes that ids and headers take in JSON at most; 0 if the format has no limit for them."""
+    part_size: int = 0
+    """Records of a numbered part that keep within that limit; 0: as many as one wants."""
+
+    def flops(self, embed_dim: int) -> int:
+        """Return the floating-point operations of one layer of width D: 24 D^2 for each residue, and 4 D L^2
+        for the attention of L residues."""
+        return 24 * embed_dim**2 * self.residues + 4 * embed_dim * self.squares
 
     def __add__(self, other: Count) -> Count:
         return Count(
@@ -101,6 +111,8 @@ class Count:
             self.residues + other.residues,
             self.squares + other.squares,
             self.lines + other.lines,
+            self.text + other.text,
+            min(filter(None, (self.part_size, other.part_size)), default=0),
         )
 
 
@@ -120,6 +132,8 @@ class Unit:
     """It is all of its file."""
     first_part: int | None = None
     """Number of its first numbered part, if its file has too many proteins for one output."""
+    part_size: int | None = None
+    """Records of one of its numbered parts; None: as the configuration has it."""
     unreadable: str | None = None
     """Why the scan could not read it; reading it will fail with the same reason."""
 
@@ -292,8 +306,13 @@ class Failure:
     @classmethod
     def of(cls, path: Path, error: Exception, rank: int, protein: str | None = None) -> Failure:
         """From what was raised, its message in one line, behind the id of the protein if it is one's."""
-        message = " ".join(str(error).split()) or repr(error)
-        return cls(str(path), type(error).__name__, f"{protein}: {message}" if protein else message, rank)
+        message = one_line(error)
+        return cls(
+            str(path),
+            type(error).__name__,
+            f"{printable(protein)}: {message}" if protein else message,
+            rank,
+        )
 
 
 TALLIED = (
@@ -422,6 +441,12 @@ class RankResult:
     """Packs that did not fit, or failed, and were tried again in halves."""
     num_recomputed: int = 0
     """Segments that were not finite, and were computed again in a wider dtype."""
+    num_padding: int = 0
+    """Rows of the device's matrix products that were no token of a protein."""
+    compute_seconds: float = 0.0
+    """Seconds in which a pack was given to the device or waited for."""
+    write_seconds: float = 0.0
+    """Seconds from the last pack until the last output was in place."""
     waits: dict[str, float] = field(
         default_factory=lambda: {"waited_for_input": 0.0, "waited_for_output": 0.0}
     )
@@ -449,3 +474,12 @@ class RankSummary:
     outcomes: list[UnitOutcome]
     taken_over: int = 0
     """Units that the assignment had given to other ranks."""
+    ended_at: float = 0.0
+    """Unix time at which its work ended, or this account was given."""
+    peak_memory_mib: float = 0.0
+    """Host memory that its process had resident at most, what it maps of the checkpoint included."""
+    padding: int = 0
+    compute_seconds: float = 0.0
+    write_seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    """Phase to the seconds that it took, until this account was given."""

@@ -24,15 +24,17 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -262,18 +264,43 @@ def end_to_end(bench: Bench) -> None:
         for num_files in bench.options.files:
             inputs = Path(name) / f"in{num_files}"
             inputs.mkdir()
-            for index in range(num_files):
-                if share := bench.proteins[index::num_files]:
-                    write_fasta(inputs / f"{index:04d}.fasta", as_records(share))
+            for index, share in enumerate(spread(bench.proteins, num_files, bench.options.uneven)):
+                write_fasta(inputs / f"{index:04d}.fasta", as_records(share))
             for num_ranks in bench.options.ranks:
                 rates, note = [], ""
                 for repeat in range(bench.options.repeats):
                     output_dir = Path(name) / f"out{num_files}.{num_ranks}.{repeat}"
                     rate, note = time_command(bench, inputs, output_dir, num_ranks)
                     rates.append(rate)
+                    note += f"; outputs {digest_of(output_dir)[:12]}"
+                    shutil.rmtree(output_dir)
                 files = f"{num_files} file{'s' if num_files > 1 else ''}"
                 ranks = f" on {num_ranks} ranks" if num_ranks > 1 else ""
                 bench.add(f"end to end, {files}{ranks}", bench.dtype, rates, note=note, devices=num_ranks)
+
+
+def spread(proteins: Sequence[Protein], num_files: int, uneven: bool) -> Iterator[Sequence[Protein]]:
+    """Share proteins out to files: as many to each, or as log-normal weights of a fixed seed have it.
+
+    The largest of 1,000 uneven files is about 9 times the mean, the smallest a fortieth of it.
+    """
+    if not uneven:
+        yield from (share for index in range(num_files) if (share := proteins[index::num_files]))
+        return
+    weights = np.random.default_rng(1).lognormal(size=num_files)
+    borders = np.rint(np.cumsum(weights) / weights.sum() * len(proteins)).astype(int).tolist()
+    for first, last in zip([0, *borders], borders, strict=False):
+        if first < last:
+            yield proteins[first:last]
+
+
+def digest_of(output_dir: Path) -> str:
+    """Return the SHA-256 of all outputs and their names: one for the same bytes, whatever the ranks."""
+    digest = sha256()
+    for path in sorted(output_dir.rglob("*_ESM*")):
+        digest.update(str(path.relative_to(output_dir)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def time_command(bench: Bench, inputs: Path, output_dir: Path, num_ranks: int) -> tuple[float, str]:
@@ -288,7 +315,12 @@ def time_command(bench: Bench, inputs: Path, output_dir: Path, num_ranks: int) -
         for rank in ranks
     )
     first = max(rank["first_pack_at"] for rank in ranks) - launched
-    return rate, f"idle {idle:.1%}; launch to first pack {first:.1f} s; whole command {took:.1f} s"
+    tail = max(rank["ended_at"] for rank in ranks) - min(rank["ended_at"] for rank in ranks)
+    memory = max(rank["peak_memory_mib"] for rank in ranks)
+    return rate, (
+        f"idle {idle:.1%}; launch to first pack {first:.1f} s; whole command {took:.1f} s; "
+        f"embedding {report['embedding_seconds']:.1f} s, tail {tail:.2f} s; {memory:,.0f} MiB a rank"
+    )
 
 
 def launch(bench: Bench, num_ranks: int, inputs: Path, output_dir: Path, *settings: str) -> dict[str, Any]:
@@ -435,6 +467,7 @@ def main() -> int:
         default=[1, 1000],
         help="end to end: files that the proteins are spread over",
     )
+    parser.add_argument("--uneven", action="store_true", help="end to end: files of unlike sizes")
     parser.add_argument(
         "--ranks",
         type=int,

@@ -9,9 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from dist_esm.__main__ import main
-from dist_esm.arguments import key_types
 from dist_esm.cli import compose_config, config_text
 from dist_esm.config import Config, Dtype, Include, check, conf_dir, plain_values
+from dist_esm.keys import key_types
 
 REFUSED = {
     "input=x dtype=foo": r"dtype=foo is no choice: use one of auto, fp32, bf16, fp16",
@@ -29,6 +29,9 @@ REFUSED = {
     "input=x long=window truncation_seq_length=null": r"long=window needs a window",
     "input=x long=window window_overlap=1022": r"window_overlap=1022 must be smaller than the window",
     "input=x unit_share=0": r"unit_share=0.0 is not a share",
+    "input=x progress_seconds=0": r"progress_seconds=0 is no time .*: use 0.5 seconds or more, or verbosity",
+    "input=x progress_seconds=nan": r"progress_seconds=nan is no time",
+    "input=x verbosity=silent": r"verbosity=silent is no choice: use one of quiet, normal, debug",
     "input=x job=plan": r"job=plan is not there yet: use job=embed, job=selfcheck or job=verify",
     "input=x selfcheck.proteins=0": r"selfcheck.proteins=0 is too small: use 1 or more",
     "input=x selfcheck.min_cosine=2": r"selfcheck.min_cosine=2.0 is no cosine",

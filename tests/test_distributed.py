@@ -92,7 +92,7 @@ def test_a_wrong_key_is_said_once_and_nothing_is_written(tmp_path):
 def test_help_is_printed_once():
     result = run_ranks(2, "--help")
     assert result.returncode == 0
-    assert result.stdout.count("usage: torchrun") == 1
+    assert result.stdout.count("usage: dist-esm") == 1
     assert "truncation_seq_length=1022" in result.stdout
 
 

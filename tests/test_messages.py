@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from dist_esm.__main__ import main
 from dist_esm.arguments import read_options
@@ -135,6 +138,25 @@ TAKEN = {
     "output_dir=${oc.env:WHERE}/runs": ("output_dir", Path("/scratch/me/runs")),
     "input=$WHERE/a.fa": ("input", "/scratch/me/a.fa"),
 }
+
+
+TORN_APART = {
+    "input = a.fa dtype= fp32": {"input": "a.fa", "dtype": Dtype.fp32},
+    "input =a.fa job = verify": {"input": "a.fa", "job": Job.verify},
+    "input=[a.fa, b.fa] include=[mean, bos]": {
+        "input": ["a.fa", "b.fa"],
+        "include": [Include.mean, Include.bos],
+    },
+    "input=[a.fa, [x] y.fa] repr_layers=[-1 0]": {"input": ["a.fa", "[x] y.fa"], "repr_layers": [-1, 0]},
+    "input=a.fa ranks=2": {"ranks": 2},
+    "input=a.fa ranks=auto": {"ranks": "auto"},
+}
+
+
+@pytest.mark.parametrize("line", TORN_APART)
+def test_what_the_shell_has_torn_apart_is_put_together(here, line):
+    config = composed(*line.split())
+    assert {key: getattr(config, key) for key in TORN_APART[line]} == TORN_APART[line]
 
 
 @pytest.mark.parametrize("word", TAKEN)
@@ -484,6 +506,46 @@ REFUSED = [
         "job",
         Job.embed,
     ),
+    *(
+        (
+            [f"{synonym}={value}"],
+            f"'{synonym}' is no key: did you mean {key}?",
+            [f"{key}={value}"],
+            key,
+            taken,
+        )
+        for synonym, key, value, taken in [
+            ("gpus", "ranks", "2", 2),
+            ("nproc_per_node", "ranks", "2", 2),
+            ("batch_size", "toks_per_batch", "64", 64),
+            ("output", "output_dir", "x", Path("x")),
+            ("max_len", "truncation_seq_length", "64", 64),
+            ("precision", "dtype", "fp32", Dtype.fp32),
+            ("layers", "repr_layers", "3", [3]),
+        ]
+    ),
+    (
+        ["ranks=0"],
+        "ranks=0 is no number of ranks: write ranks=auto or ranks=2",
+        ["ranks=auto"],
+        "ranks",
+        "auto",
+    ),
+    (
+        ["ranks=two"],
+        "ranks=two is neither auto nor a whole number: write ranks=auto or ranks=2",
+        ["ranks=2"],
+        "ranks",
+        2,
+    ),
+    (
+        ["output_dir", "runs"],
+        "'output_dir' is not key=value: write output_dir=runs",
+        ["output_dir=runs"],
+        "output_dir",
+        Path("runs"),
+    ),
+    (["-o", "runs"], "-o is no option: write output_dir=PATH", ["output_dir=x"], "output_dir", Path("x")),
     (
         ["--config-dir", "nowhere"],
         "--config-dir nowhere is not a directory: name the one that holds config.yaml",
@@ -507,6 +569,35 @@ def test_a_refusal_is_one_line_whose_remedy_works(here, words, line, remedied, k
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
     assert getattr(composed(*remedied), key) == value
+
+
+ESM_EXTRACT = (
+    "esm2_t6_8M_UR50D a.fa out --repr_layers 0 6 --include mean per_tok --toks_per_batch 4096 --nogpu"
+)
+
+
+def test_a_line_of_esm_extract_is_answered_with_the_line_that_does_the_same(here):
+    Path("w").mkdir()
+    for line in (ESM_EXTRACT, ESM_EXTRACT.replace("esm2_t6", "w/esm2_t6").replace("50D", "50D.pt")):
+        with pytest.raises(
+            ValueError, match=r"^these are the words of esm-extract: write dist-esm "
+        ) as caught:
+            composed(*line.split())
+        config = composed(*str(caught.value).partition("write dist-esm ")[2].split())
+        assert (config.input, config.output_dir, config.model.name) == (
+            "a.fa",
+            Path("out"),
+            "esm2_t6_8M_UR50D",
+        )
+        assert (config.repr_layers, config.include) == ([0, 6], [Include.mean, Include.per_tok])
+        assert (config.toks_per_batch, config.device) == (4096, DeviceKind.cpu)
+        assert config.model.weights == ("w/esm2_t6_8M_UR50D.pt" if "w/" in line else None)
+
+
+def test_a_path_that_the_shell_tore_apart_at_a_blank_is_shown_in_quotes(here):
+    Path("my proteins (1).fa").write_text(FASTA)
+    with pytest.raises(ValueError, match=r"quoted: write 'input=my proteins \(1\)\.fa'$"):
+        composed("input=my", "proteins", "(1).fa")
 
 
 START = "defaults: [config, _self_]\ninput: a.fa\n"
@@ -542,6 +633,17 @@ YAML = {
         ', line 3: output_dir: 2024 is read as a number or a truth value: write output_dir: "2024"',
         START + 'output_dir: "2024"\n',
     ),
+    START + "output_dir: [a]\n": (
+        ", line 3: output_dir: ['a'] is a list: write output_dir: PATH",
+        START + "output_dir: a\n",
+    ),
+    START + 'output_dir: ""\n': (
+        ", line 3: output_dir is empty: write output_dir: PATH, or leave it out for its default",
+        START + "output_dir: out\n",
+    ),
+    START + "output_dir: ' '\n": (", line 3: output_dir is empty: write output_dir: PATH", START),
+    START + "output_dir:\n": (", line 3: output_dir is empty: write output_dir: PATH", START),
+    START + "output_dir: ${oc.env:EMPTY}\n": (", line 3: output_dir is empty: write output_dir: PATH", START),
     START + "hydra:\n  run:\n    dir: x\n": (
         ", line 4: hydra.run does nothing here: leave it out",
         START,
@@ -574,8 +676,9 @@ YAML = {
 
 
 @pytest.mark.parametrize("text", YAML)
-def test_an_error_in_a_configuration_file_is_one_line_that_names_file_and_line(here, text):
+def test_an_error_in_a_configuration_file_is_one_line_that_names_file_and_line(here, monkeypatch, text):
     line, mended = YAML[text]
+    monkeypatch.setenv("EMPTY", "")
     Path("mine.yaml").write_text(text)
     options = ["--config-dir", ".", "--config-name", "mine"]
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared whole below
@@ -584,6 +687,13 @@ def test_an_error_in_a_configuration_file_is_one_line_that_names_file_and_line(h
     assert "\n" not in str(caught.value)
     Path("mine.yaml").write_text(mended if "defaults" in mended else START + mended)
     composed(*options)
+
+
+@pytest.mark.parametrize("key", ["weights", "adapter"])
+def test_a_configuration_file_with_an_empty_path_of_weights_is_refused(here, key):
+    Path("mine.yaml").write_text(START + f"model:\n  {key}: ' '\n")
+    with pytest.raises(ValueError, match=rf"^model.{key} is empty: name a path, or write null"):
+        composed("--config-dir", ".", "--config-name", "mine")
 
 
 def test_a_configuration_file_may_name_a_model_of_its_own_and_say_so_when_it_is_not_there(here):
@@ -606,6 +716,52 @@ def test_a_configuration_file_may_name_a_model_of_its_own_and_say_so_when_it_is_
         composed("--config-dir", ".", "--config-name", "main")
 
 
+RUNS = {
+    "input=no.fa": r"input=no\.fa does not exist: name a FASTA file, a directory, a glob or a list of these",
+    "input=*.fsta": r"input=\*\.fsta matches no FASTA file \(.*\): check the pattern, .*",
+    "input=empty": r"input=empty .*",
+    "output_dir=a.fa": r"output_dir=a\.fa cannot be written to \(.*\): name a directory that can",
+    "output_dir=/proc/x": r"output_dir=/proc/x cannot be written to \(.*\): name a directory that can",
+    "model.weights=no.pt": r"model\.weights=no\.pt is not a file or directory: name fair-esm's \.pt or .*",
+    "model.weights=a.fa": r"a\.fa cannot be read as a checkpoint; .*, or name fair-esm's \.pt, .*",
+    "model.weights=other.pt": r"other\.pt holds no ESM-2 .*: use an ESM-2, for example model\.weights=null.*",
+    "model.weights=other.safetensors": r"other\.safetensors holds no ESM-2 .*: use an ESM-2, .*",
+    "model.weights=null": r".*esm2_t6_8M_UR50D\.pt is missing and http://127\.0\.0\.1:9\S* cannot be "
+    r"downloaded \(.*\): put the file there, or name it with model\.weights=PATH",
+    "model=auto model.weights=null": r"model=auto takes the size from the weights: set model\.weights=.*",
+    "repr_layers=[3]": r"output_dir=done holds embeddings made under other settings \(layers=\[6\] before, "
+    r"\[3\] now\): name another output_dir, or start over with resume=false",
+    "attention=triton": r"attention=triton needs a CUDA GPU .*: use attention=auto",
+}
+"""What is wrong with a run, and is seen when its files, weights and directory are looked at."""
+
+
+@pytest.mark.parametrize("words", RUNS)
+def test_what_a_run_cannot_start_with_is_one_line(here, words, capfd, monkeypatch):
+    from dist_esm.model.checkpoints import locate
+
+    monkeypatch.setattr(locate, "URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", str(here / "hub"))
+    Path("empty").mkdir()
+    torch.save({"a": torch.zeros(3)}, "other.safetensors")
+    Path("other.pt").write_bytes(save({"a": torch.zeros(3)}))
+    usual = {
+        "input": "a.fa",
+        "output_dir": "done",
+        "model": "esm2_t6_8M_UR50D",
+        "model.weights": "random",
+        "device": "cpu",
+    }
+    if "repr_layers" in words:
+        assert main([f"{key}={value}" for key, value in usual.items()]) == 0
+        capfd.readouterr()
+    given = dict(word.split("=", 1) for word in words.split())
+    assert main([f"{key}={value}" for key, value in {**usual, **given}.items()]) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if " INFO " not in line]
+    assert len(lines) == 1, lines
+    assert re.fullmatch(f"dist_esm: error: {RUNS[words]}", lines[0]), lines[0]
+
+
 @pytest.mark.distributed
 def test_ranks_say_a_refusal_once_and_empty_output_dir_writes_nothing(here):
     result = run_ranks(2, "input=a.fa", "output_dir=")
@@ -614,3 +770,8 @@ def test_ranks_say_a_refusal_once_and_empty_output_dir_writes_nothing(here):
         "dist_esm: error: output_dir is empty: write output_dir=PATH, or leave it out for its default"
     ]
     assert sorted(path.name for path in here.iterdir()) == ["a.fa", "b.fa", "c.fa"]
+    *_, reason, _ = result.stderr.splitlines()
+    assert (
+        reason == "  traceback : output_dir is empty: write output_dir=PATH, or leave it out for its default"
+    )
+    assert "<NO_OTHER_FAILURES>" in result.stderr

@@ -39,6 +39,10 @@ BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b00030000000000000000
 """The empty block that ends a block-gzip file; SAM/BAM format specification, section 4.1.2."""
 
 
+ELSEWHERE = "(other settings need another output_dir)"
+"""Goes behind a remedy that is another setting: one output_dir does not mix two."""
+
+
 class FastaError(ValueError):
     """A file that cannot be read as FASTA; the message names the line and what is wrong with it."""
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from dist_esm.config import Chains, Config, Letter, ResidueConfig, SpecialTokens, Unknown
-from dist_esm.fasta.blocks import FastaError
+from dist_esm.config import Chains, Config, Letter, ProteinId, ResidueConfig, SpecialTokens, Unknown
+from dist_esm.fasta.blocks import ELSEWHERE, FastaError
+from dist_esm.fasta.ids import accession_of
 from dist_esm.types import MASK, NO_CHANGES, Changes, Protein
 
 RESIDUES = b"ACDEFGHIKLMNPQRSTVWYXBUZO"
@@ -42,13 +43,13 @@ def make_proteins(header: str, letters: str, record_number: int, config: Config)
     Parameters
     ----------
     header
-        Its header line without `>`.
+        Its header line without `>`; its first word, or the accession in it, is the id.
     letters
         Its sequence as it was given. A line feed ends a line and is not counted as a blank.
     record_number
         Its place in its file, from 1.
     config
-        ``residues.*``, `special_tokens` and `chains` decide.
+        ``residues.*``, `special_tokens`, `chains` and `id` decide.
 
     Returns
     -------
@@ -62,6 +63,8 @@ def make_proteins(header: str, letters: str, record_number: int, config: Config)
     """
     words = header.split(None, 1)
     name = words[0] if words else f"unnamed_{record_number}"
+    if config.id is ProteinId.accession:
+        name = accession_of(name)
     if letters.isascii():
         residues = letters.encode("ascii")
         if residues and not residues.translate(None, RESIDUES):  # nearly every record
@@ -101,7 +104,7 @@ def _mask_tokens(letters: str, policy: SpecialTokens) -> tuple[str, str | None]:
     named = sorted(token for token in found if _NAMED_TOKEN.fullmatch(token))
     words = f"special token {named[0]}" if named else "text in angle brackets"
     if policy is SpecialTokens.fail:
-        raise FastaError(f"has a {words}: special_tokens=skip leaves such records out")
+        raise FastaError(f"has a {words}: special_tokens=skip leaves such records out {ELSEWHERE}")
     if policy is SpecialTokens.skip or found != {"<mask>"}:
         return letters, words
     return _MASK_TOKEN.sub(MASK.decode(), letters), None
@@ -114,7 +117,9 @@ def _not_a_protein(letters: str, policy: ResidueConfig) -> str | None:
         return None
     if policy.unknown is Unknown.fail:
         shown = ", ".join(repr(chr(letter)) for letter in sorted(set(text) & set(_NO_LETTERS)))
-        raise FastaError(f"is mostly no residues ({shown}); residues.unknown=replace skips such records")
+        raise FastaError(
+            f"is mostly no residues ({shown}); residues.unknown=replace skips such records {ELSEWHERE}"
+        )
     return "mostly no residues"
 
 
@@ -145,7 +150,8 @@ def _make_protein(
         if policy.unknown is Unknown.fail:
             shown = ", ".join(repr(letter) for letter in sorted(strange))
             raise FastaError(
-                f"{place} has letters outside the alphabet: {shown}; residues.unknown=replace makes them X"
+                f"{place} has letters outside the alphabet: {shown}; "
+                f"residues.unknown=replace makes them X {ELSEWHERE}"
             )
         if policy.unknown is Unknown.skip:
             return Protein(name, header, b"", changes, skipped="unknown letters")

@@ -18,7 +18,7 @@ from itertools import islice
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
 from dist_esm.config import Config, HeaderEncoding, Long
-from dist_esm.fasta.blocks import FastaError, Tee, text_lines
+from dist_esm.fasta.blocks import ELSEWHERE, FastaError, Tee, text_lines
 from dist_esm.fasta.formats import name_of_text
 from dist_esm.fasta.letters import RESIDUES, make_proteins
 from dist_esm.types import Count, Protein, Slice, Unit
@@ -207,15 +207,15 @@ class _Lines:
             except UnicodeDecodeError:
                 self._remark().is_latin1 = True
                 return raw.decode("latin-1")
-        return self._decode(raw, line_number)
+        return self._decode(raw, line_number, f"use header_encoding=auto {ELSEWHERE}, or ")
 
-    def _decode(self, raw: bytes, line_number: int) -> str:
+    def _decode(self, raw: bytes, line_number: int, remedy: str = "") -> str:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise FastaError(
                 f"line {line_number}, byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8 text: "
-                "if the file is FASTA in another encoding, convert it, for example with "
+                f"if the file is FASTA in another encoding, {remedy}convert it, for example with "
                 "iconv -f latin1 -t utf-8"
             ) from None
 
@@ -224,7 +224,8 @@ class _Lines:
         if not self.is_truncated:
             raise FastaError(
                 f"the record that reaches line {line_number} has more than {MAX_RESIDUES} letters: "
-                "no protein, perhaps a genome"
+                "no protein, perhaps a genome; with truncation_seq_length=1022, long=truncate embeds its "
+                f"beginning, and long=skip leaves it out {ELSEWHERE}"
             )
         num_over = min(length - MAX_RESIDUES, len(line))
         self._remark().num_unread += num_over

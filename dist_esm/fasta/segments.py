@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from dist_esm.config import Config, Long
-from dist_esm.fasta.blocks import FastaError
+from dist_esm.fasta.blocks import ELSEWHERE, FastaError
 from dist_esm.fasta.tokens import tokenize
 from dist_esm.types import Protein, RecordOutcome, Segment
 
@@ -57,7 +57,7 @@ def apply_length_policy(protein: Protein, config: Config) -> tuple[Protein, Reco
         return protein, RecordOutcome.windowed, windows(num_residues, limit, config.window_overlap)
     if config.long is Long.fail:
         limit_in_words = f"{num_residues} residues, more than truncation_seq_length={limit}"
-        raise FastaError(f"{protein.id} has {limit_in_words}: use long=truncate, skip or window")
+        raise FastaError(f"{protein.id} has {limit_in_words}: use long=truncate, skip or window {ELSEWHERE}")
     return protein._replace(skipped="too long"), RecordOutcome.skipped, []
 
 

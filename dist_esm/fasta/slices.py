@@ -15,13 +15,14 @@ from itertools import pairwise
 import numpy as np
 
 from dist_esm.fasta.blocks import bgzf_index, raw_blocks, text_blocks
+from dist_esm.fasta.header_texts import HeaderTexts
 from dist_esm.types import Count, Slice
 
 _BORDER = re.compile(rb"[\r\n]>")
 _NEWLINE, _HEADER, _COMMENT = b"\n>;"
 
 
-def count_records(slice_: Slice, max_residues: int | None = None) -> Count:
+def count_records(slice_: Slice, max_residues: int | None = None, texts: HeaderTexts | None = None) -> Count:
     """Count the records, the bytes of sequence lines, and the lines of a slice.
 
     Parameters
@@ -30,6 +31,8 @@ def count_records(slice_: Slice, max_residues: int | None = None) -> Count:
         What to count.
     max_residues
         Residues that one forward sees of a record, for `Count.squares`; None: all.
+    texts
+        Is told of the headers.
 
     Returns
     -------
@@ -60,6 +63,8 @@ def count_records(slice_: Slice, max_residues: int | None = None) -> Count:
         first = data.take(starts, mode="clip")
         is_header = (first == _HEADER) & (lengths > 0)
         is_text = ~(is_header | (first == _COMMENT))
+        if texts is not None:
+            texts.add(block, starts, is_header, carried is not None)
         if carried is not None:
             is_header[0], is_text[0] = False, carried
         carried = bool(is_text[-1]) if lengths[-1] else None

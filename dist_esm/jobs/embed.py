@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dist_esm.atomic import commit_together
 from dist_esm.attempt import as_value
-from dist_esm.config import Compression, Config
+from dist_esm.config import Compression, Config, ReportKind
 from dist_esm.distributed import LostRankError, World
-from dist_esm.jobs.report import (
-    describe_run,
-    fail_what_vanished,
-    failures_by_file,
-    make_report,
-    summary,
-    write_report,
-    write_running_report,
-)
+from dist_esm.jobs.progress.ticker import Ticker
+from dist_esm.jobs.report.content import Ending, Report
+from dist_esm.jobs.report.draw import draw_page
+from dist_esm.jobs.report.make import fail_what_vanished, failures_by_file, make_report
+from dist_esm.jobs.report.summary import summary
+from dist_esm.jobs.report.write import about_launch, describe_launch, write_report, write_running_report
 from dist_esm.jobs.setup import MakeEngine, Setup, choose_setup, describe, find_inputs, load_engine
+from dist_esm.logs import logging_to
 from dist_esm.model.engine import Engine
+from dist_esm.outputs.events import start_details
 from dist_esm.outputs.formats.write import write_output
 from dist_esm.outputs.in_hand import acquit, name_of, note_death, notes_of
 from dist_esm.outputs.journal import Entry, entry_of
-from dist_esm.outputs.output_dir import OutputDir
+from dist_esm.outputs.output_dir import OutputDir, inside
 from dist_esm.outputs.shards import join_shards
 from dist_esm.pipeline.worker import Destination, embed_units
 from dist_esm.planning.agree import agree_on_output_dir, agree_on_plan, results_in_journal
@@ -34,6 +35,7 @@ from dist_esm.planning.claims import ClaimOrder
 from dist_esm.planning.inputs import Inputs
 from dist_esm.planning.pipes import remove_copies, remove_leftovers
 from dist_esm.planning.units import Plan
+from dist_esm.progress import Phase, RankProgress
 from dist_esm.stop import Stop, stopping
 from dist_esm.types import (
     Failure,
@@ -42,6 +44,7 @@ from dist_esm.types import (
     RankSummary,
     TakenUnit,
     Tally,
+    Unit,
     UnitFailure,
     UnitOutcome,
     UnitResult,
@@ -80,16 +83,25 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
         If it is interrupted before it is known what there is to do.
     """
     clock = Clock()
-    inputs = find_inputs(config, world)
-    setup = choose_setup(config, world)
-    with OutputDir.open(config, setup.settings, world) as out, stopping() as stop, world.watching(stop.set):
+    world.progress.enter(Phase.counting)
+    with Ticker(config, world) as ticker, ExitStack() as held:
+        inputs = find_inputs(config, world)
+        setup = choose_setup(config, world)
+        words = setup.provenance["weights_in_words"]
+        out = held.enter_context(OutputDir.open(config, setup.settings, world, words))
+        held.enter_context(keeping_records(out, setup, world))
+        stop = held.enter_context(stopping())
+        held.enter_context(world.watching(stop.set))
+        ticker.note_output_dir(out)
         agree_on_output_dir(out, world)
         if world.is_main:
             remove_leftovers(config.output_dir, inputs.files)
         plan = agree_on_plan(config, inputs.files, out.entries, world, out.deaths)
-        world.all_or_none(out.record_inputs, plan.files)
+        ticker.note_plan(plan)
+        about = about_launch(plan, config, setup, inputs, clock.started)
+        world.all_or_none(out.record_inputs, plan.files, about)
         if world.is_main:
-            write_running_report(plan, out, setup, config)
+            write_running_report(plan, about, out)
         mine = account(world, setup, WorkerStatus.FAILED)
         try:
             with engine_for(plan, config, setup, world, make_engine) as engine:
@@ -98,16 +110,22 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
             if not stop.at_once:
                 with stop.patiently():
                     ranks = world.all_gather(mine, RankSummary, *OUTCOME_TYPES)
+                world.progress.enter(Phase.joining)
                 joined = join_cut_files(plan, ranks, config, out, world)
         except (KeyboardInterrupt, LostRankError) as interrupt:
             stop.set(str(interrupt), at_once=True)
         with stop.patiently():
-            note_deaths(out, world)
+            world.progress.enter(Phase.reporting)
+            out.events.write("summary", **vars(replace(mine, outcomes=[])))
             if stop.at_once:
+                note_deaths(out, world)
                 ranks, joined = gather_what_is_left(mine, world), dict(plan.joined)
             if not world.is_main:
                 return int(stop.at_once)  # a rank that was interrupted alone must not look as if it were done
-            return conclude(plan, ranks, joined, config, setup, inputs, out, reason_of(stop, world), clock)
+            reason = reason_of(stop, world)
+            report = conclude(plan, ranks, joined, about, inputs, out, reason, clock, world.progress.seconds)
+            ticker.end(report.status)
+            return tell(report, out, config)
 
 
 class Clock:
@@ -115,6 +133,25 @@ class Clock:
 
     def __init__(self) -> None:
         self.began = self.loaded = time.monotonic()
+        self.started = time.time()
+        """Unix time."""
+
+
+@contextmanager
+def keeping_records(out: OutputDir, setup: Setup, world: World) -> Iterator[None]:
+    """While the block runs, keep this rank's log file and its record of phases."""
+    world.progress.now.device = describe(setup.device)
+    name = f"{out.launch:020d}.{world.rank:05d}.log"
+    details = {"rank": world.rank, "host": world.host, "device": world.progress.now.device}
+    out.events.write("start", **start_details(), **details)
+    world.progress.on_phase = lambda phase: out.events.write("phase", phase=phase.name)
+    world.progress.on_phase(Phase[world.progress.now.phase])
+    with logging_to(inside(out.path) / "logs" / name, world.rank):
+        log.debug("launch %d, %s", out.launch, ", ".join(f"{key} {value}" for key, value in details.items()))
+        try:
+            yield
+        finally:
+            world.progress.on_phase = lambda phase: None
 
 
 def engine_for(
@@ -144,17 +181,26 @@ def embed_bin(
     log.info("bin: %d units of %d files, %d proteins", len(units), num_files, num_proteins)
     result, taken_over = RankResult(), TakenOver()
     world.set_status(WorkerStatus.PROCESSING)
+    world.progress.enter(Phase.embedding)
     with stop.patiently():
         if engine is not None:
             stop.when_at_once(engine.abandon)
-            record = journal_writer(plan, out)
-            destination = Destination(out.path, out.scratch, out.in_hand, setup.provenance, record)
-            taken = take_units(plan, config, world, stop, taken_over)
+            destination = Destination(
+                out.path,
+                out.scratch,
+                out.in_hand,
+                setup.provenance,
+                record_results(plan, out, world.progress.now),
+                record_failures(plan, out),
+                world.progress,
+            )
+            taken = take_units(plan, config, out, world, stop, taken_over)
             result = embed_units(taken, plan.files, config, engine, world.rank, stop, destination)
         if stop.reason is not None:
             how = f"rank {world.rank} was {stop.reason}" if stop.is_by_signal else stop.reason
             world.request_stop(how, stop.at_once)
         status = WorkerStatus.COMPLETED if stop.reason is None else WorkerStatus.FAILED
+        world.progress.enter(Phase.waiting)
         mine = account(world, setup, status, result, engine, taken_over.num_units)
         if not stop.at_once:
             world.set_status(status)
@@ -170,30 +216,54 @@ class TakenOver:
 
 
 def take_units(
-    plan: Plan, config: Config, world: World, stop: Stop, taken_over: TakenOver
+    plan: Plan, config: Config, out: OutputDir, world: World, stop: Stop, taken_over: TakenOver
 ) -> Iterator[TakenUnit | None]:
     """Claim units for this rank, one when it is asked for: its own bin, then what others have not begun.
+
+    None, between the two, asks the caller to finish all that it has in hand. It reads ahead of its device,
+    and would else take over what others are just about to begin.
 
     Units that may kill their process come last, behind None, which asks the caller to finish all that it
     has in hand: the next one is given out when every rank has done so.
     """
     order = ClaimOrder(plan.bins, plan.costs)
-    for claim in order.claims(world.rank, world.claim, world.count_claims, config.steal):
-        unit = plan.units[claim.unit]
-        if claim.bin != world.rank:
+
+    def take(unit: Unit) -> TakenUnit:
+        begin(unit, plan, out, world)
+        return TakenUnit(unit)
+
+    for claim in order.own_claims(world.rank, world.claim):
+        yield take(plan.units[claim.unit])
+    if config.steal and world.world_size > 1:
+        yield None
+        for claim in order.claims_of_others(world.rank, world.claim, world.count_claims):
+            unit = plan.units[claim.unit]
             taken_over.num_units += 1
-            log.info("takes %s over from rank %d", plan.files[unit.file].path, claim.bin)
-        world.set_in_hand(str(plan.files[unit.file].path))
-        yield TakenUnit(unit)
+            log.debug("takes %s over from rank %d", plan.files[unit.file].path, claim.bin)
+            yield take(unit)
     if plan.suspects:
         yield None
         world.wait_for_all_at("suspects", unless=lambda: stop.reason is not None)
     while stop.reason is None and (place := world.claim(world.world_size)) < len(plan.suspects):
         unit = plan.units[plan.suspects[place]]
-        path = str(plan.files[unit.file].path)
-        log.warning("%s was in hand when a process died: it runs alone", path)
-        world.set_in_hand(path)
+        log.warning("%s was in hand when a process died: it runs alone", plan.files[unit.file].path)
+        begin(unit, plan, out, world)
         yield TakenUnit(unit, is_alone=True)
+
+
+def begin(unit: Unit, plan: Plan, out: OutputDir, world: World) -> None:
+    """Say that a unit is about to be read: to the other ranks, in the record of events, and in the log."""
+    file = plan.files[unit.file]
+    world.set_in_hand(str(file.path))
+    out.events.write("begin", file=str(file.output), unit=unit.ordinal)
+    log.debug("begins %s", describe_unit(unit, plan))
+
+
+def describe_unit(unit: Unit | UnitResult | UnitFailure, plan: Plan) -> str:
+    """Name a unit for people: its file, and which part of it if it was cut."""
+    num_units = len(plan.units_of(unit.file))
+    part = f", unit {unit.ordinal + 1} of {num_units}" if num_units > 1 else ""
+    return f"{plan.files[unit.file].path}{part}"
 
 
 def account(
@@ -225,11 +295,31 @@ def account(
         startup=startup,
         outcomes=result.outcomes,
         taken_over=taken_over,
+        ended_at=time.time(),
+        peak_memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        padding=result.num_padding,
+        compute_seconds=result.compute_seconds,
+        write_seconds=result.write_seconds,
+        phases=dict(world.progress.seconds),
     )
 
 
-def journal_writer(plan: Plan, out: OutputDir) -> Callable[[Sequence[UnitResult]], None]:
-    """A function that puts finished units into this rank's journal."""
+def record_failures(plan: Plan, out: OutputDir) -> Callable[[UnitFailure], None]:
+    """Make a function that notes units that failed."""
+
+    def record(failed: UnitFailure) -> None:
+        output, failure = str(plan.files[failed.file].output), failed.failure
+        details = {"seconds": failed.seconds, "failure": vars(failure)}
+        out.events.write("fail", file=output, unit=failed.ordinal, **details)
+        log.debug("fails %s: %s: %s", describe_unit(failed, plan), failure.error_type, failure.error_message)
+
+    return record
+
+
+def record_results(
+    plan: Plan, out: OutputDir, progress: RankProgress
+) -> Callable[[Sequence[UnitResult]], None]:
+    """Make a function that puts finished units into this rank's journal, and then says so."""
 
     def entry(result: UnitResult) -> Entry:
         return entry_of(
@@ -245,6 +335,11 @@ def journal_writer(plan: Plan, out: OutputDir) -> Callable[[Sequence[UnitResult]
 
     def record(results: Sequence[UnitResult]) -> None:
         out.journal.append([entry(result) for result in results])
+        for result in results:
+            progress.files += 1 / len(plan.units_of(result.file))
+            output, number = str(plan.files[result.file].output), result.tally.sequences
+            out.events.write("end", file=output, unit=result.ordinal, sequences=number)
+            log.debug("ends %s, %d proteins in %.1f s", describe_unit(result, plan), number, result.seconds)
 
     return record
 
@@ -262,8 +357,10 @@ def gather_what_is_left(mine: RankSummary, world: World) -> list[RankSummary]:
 def note_deaths(out: OutputDir, world: World) -> None:
     """Write down which processes this rank saw end before their work was done, for the next launch.
 
-    SIGTERM and SIGINT come from people, schedulers and torchrun: no protein is to blame for them.
+    SIGTERM and SIGINT come from people, schedulers and torchrun: no protein is to blame for them. But
+    torchrun's own may come before this rank has noticed the death that it answers.
     """
+    world.wait_for_news_of_deaths()
     for rank, how in world.lost_ranks.items():
         notes = notes_of(out.path, out.launch, rank)
         if notes.exists() and not how.endswith(("by SIGTERM", "by SIGINT")):
@@ -305,7 +402,9 @@ def join_cut_files(
         shards = [results[file][ordinal] for ordinal in sorted(results[file])]
         output = as_value(join_file, plan, file, shards, config, out)
         if isinstance(output, Exception):
-            joined[str(file)] = Failure.of(plan.files[file].path, output, world.rank)
+            failure = Failure.of(plan.files[file].path, output, world.rank)
+            out.events.write("fail", file=str(plan.files[file].output), failure=vars(failure))
+            joined[str(file)] = failure
         else:
             joined[str(file)] = output
     everyone = world.all_gather(joined, JoinedFile, Failure, WrittenFile)
@@ -325,7 +424,7 @@ def join_file(
     paths = [out.path / shard.files[0].path for shard in shards]
     with join_shards(paths, out.scratch) as table:
         stem, is_compressed = out.path / plan.files[file].output, config.compression is not Compression.none
-        staged = write_output(config.format, table, stem, out.scratch, is_compressed)
+        staged = write_output(config.format, table, stem, out.scratch, is_compressed=is_compressed)
         (written,) = commit_together([staged], out.path)
         duplicate_ids = len(table.rows) - len(set(table.ids))
     if isinstance(written, Exception):
@@ -358,14 +457,14 @@ def conclude(
     plan: Plan,
     ranks: Sequence[RankSummary],
     joined: Mapping[int, JoinedFile | Failure],
-    config: Config,
-    setup: Setup,
+    about: Mapping[str, Any],
     inputs: Inputs,
     out: OutputDir,
     reason: str | None,
     clock: Clock,
-) -> int:
-    """Write the report, print the summary, and return the exit code."""
+    phases: Mapping[str, float],
+) -> Report:
+    """Make the report of what the ranks say, and write report.json and failed_files.txt."""
     now = time.monotonic()
     others: list[UnitResult] = []
     if reason is not None:
@@ -377,16 +476,24 @@ def conclude(
     done = [*others, *(outcome for rank in ranks for outcome in rank.outcomes)]
     finished = [plan.unit(unit.file, unit.ordinal) for unit in done if isinstance(unit, UnitResult)]
     acquit(out.path, (name_of(plan.files[unit.file], unit) for unit in finished))
-    report = make_report(plan, ranks, joined, reason, now - clock.began, now - clock.loaded, others)
+    ending = Ending(reason, now - clock.began, now - clock.loaded, dict(phases))
+    out.events.write("conclude", **vars(ending))
+    report = make_report(plan, ranks, joined, ending, others)
+    describe_launch(report, about, out.launch)
     fail_what_vanished(report, out.path)
     remove_copies(inputs.files)
-    report.passed_over = inputs.report()
-    describe_run(report, config, setup, out)
     try:
         # Where output_dir was removed under way, its report is written all the same.
         write_report(report, out.path, out.scratch if out.scratch.is_dir() else None)
     except OSError as error:
         report.status = "aborted"
         report.reason = f"the report cannot be written to {out.path} ({error.strerror})"
-    print(summary(report, out.path), flush=True)
+    return report
+
+
+def tell(report: Report, out: OutputDir, config: Config) -> int:
+    """Print the summary, draw the page if it is wanted, and return the exit code."""
+    print(summary(report, out.path, config.verbosity), flush=True)
+    if config.report is ReportKind.html:
+        draw_page(report, out.path)
     return report.exit_code

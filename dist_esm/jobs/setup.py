@@ -6,12 +6,12 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from dist_esm.config import Compression, Config, check_layers, plain_values
+from dist_esm.config import Config, check_layers, plain_values
 from dist_esm.distributed import RefusedError, World
 from dist_esm.model import NUMERICS
 from dist_esm.model.checkpoints.locate import RANDOM, fetch
@@ -20,8 +20,9 @@ from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, 
 from dist_esm.model.weights import WeightsId, architecture, check_weights, complete
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.output_dir import make_output_dir
-from dist_esm.planning.inputs import Inputs, refuse_nested, search_inputs
+from dist_esm.planning.inputs import Inputs, fail_long_paths, refuse_nested, search_inputs
 from dist_esm.planning.pipes import spool_pipes
+from dist_esm.progress import Phase
 from dist_esm.version import code_version
 
 log = logging.getLogger("dist_esm")
@@ -29,11 +30,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 KEYS_OF_CONTENT = (
     "format",
+    "compression",
     "include",
     "window_overlap",
     "residues",
     "special_tokens",
     "chains",
+    "id",
     "header_encoding",
     "max_proteins_per_output",
 )
@@ -52,6 +55,7 @@ def find_inputs(config: Config, world: World) -> Inputs:
     """
     spooled = spool_pipes(config, world)
     inputs = world.all_or_none(search_inputs, config.input_list(), spooled, config.output_dir)
+    inputs = replace(inputs, files=fail_long_paths(inputs.files, config.output_dir))
     if FORMATS[config.format.name].is_folder:
         world.all_or_none(refuse_nested, inputs.files)
     if world.is_main and (summary := inputs.summary()):
@@ -164,8 +168,6 @@ def settings_of(
     """Return all that decides the content of an output; a resume refuses to mix two of these."""
     values = plain_values(config)
     settings = {**numbers, **{key: values[key] for key in KEYS_OF_CONTENT}}
-    if config.compression is not Compression.none:  # directories of before there was this key go on without
-        settings["compression"] = config.compression.name
     if device.type == "cuda":  # the rows of a pack choose the matrix kernels, and these the bits
         settings["toks_per_batch"] = config.toks_per_batch or default_toks_per_batch(
             "cuda", config.model.embed_dim
@@ -181,12 +183,14 @@ def settings_of(
 def load_engine(config: Config, setup: Setup, world: World) -> Engine:
     """Load the model onto this rank's device and ready its kernels."""
     began = time.monotonic()
+    world.progress.enter(Phase.loading)
     engine = build_engine(
         config, setup.device, setup.dtype, setup.kernels, max(1, num_cores() // world.local_world_size)
     )
     loaded = time.monotonic()
     if world.is_main:
         log.info("weights: %s", setup.provenance["weights_in_words"])
+    world.progress.enter(Phase.compiling)
     engine.warm_up()
     engine.startup = {"load_seconds": loaded - began, "kernels_seconds": time.monotonic() - loaded}
     log.info(

@@ -27,11 +27,13 @@ from dist_esm.distributed import World
 from dist_esm.fasta.blocks import Digests, Tee, whole_file
 from dist_esm.fasta.parser import read_proteins
 from dist_esm.fasta.segments import apply_length_policy, num_embedded
+from dist_esm.names import printable
 from dist_esm.outputs import journal, launches
 from dist_esm.outputs.finished import FinishedFile, finished_files
 from dist_esm.outputs.format_version import read_json
 from dist_esm.outputs.load import EmbeddingSet, load
 from dist_esm.outputs.output_dir import inside
+from dist_esm.outputs.trust import refuse_strange_files
 from dist_esm.planning.assign import assign_to_bins
 from dist_esm.planning.inputs import search_inputs
 from dist_esm.planning.pipes import remove_copies, spool_pipes
@@ -141,10 +143,11 @@ def conclude(
     with atomically(output_dir / "verify.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for finding in findings:
-        print(f"{finding.path}: {finding.problem}")
+        print(printable(f"{finding.path}: {finding.problem}"))
     if others:
         shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-        print(f"not checked: {len(others)} files of other runs, which input does not name: {shown}")
+        words = f"not checked: {len(others)} files of other runs, which input does not name: {shown}"
+        print(printable(words))
     print(
         f"{status}: {num_files} files, {num_proteins} proteins checked, {len(findings)} findings", flush=True
     )
@@ -160,6 +163,7 @@ def read_work(config: Config) -> Work:
         If no run was ever begun there, or what it left cannot be understood.
     """
     output_dir = config.output_dir
+    refuse_strange_files(output_dir)
     path = inside(output_dir) / "config.json"
     if not path.is_file():
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,13 +114,16 @@ class OutputBuilder:
         table = self._table(settings, file)
         stem = settings.output_dir / file.output
         if unit.first_part is not None:
-            part = f"{stem.name}.part{unit.first_part + self.part + 1:05d}"
-            stem = stem.with_name(part)
-        if unit.first_part is not None or unit.is_whole:
-            return write_output(settings.format, table, stem, settings.scratch, settings.is_compressed)
-        return write_shard(
-            table, settings.output_dir / SHARDS / f"{file.output}.{unit.ordinal:06d}.pt", settings.scratch
-        )
+            part = f".part{unit.first_part + self.part + 1:05d}"
+            return write_output(settings.format, table, stem, settings.scratch, part, settings.is_compressed)
+        if unit.is_whole:
+            return write_output(
+                settings.format, table, stem, settings.scratch, is_compressed=settings.is_compressed
+            )
+        # A hash in place of the output's name, to which a number would add more than a file system takes.
+        name = hashlib.sha256(os.fsencode(file.output)).hexdigest()[:32]
+        path = settings.output_dir / SHARDS / f"{name}.{unit.ordinal:06d}.pt"
+        return write_shard(table, path, settings.scratch)
 
     def _table(self, settings: OutputSettings, file: FastaFile) -> OutputTable:
         tensors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 FORMAT_VERSION = 3
 REMEDY = "use the version of dist_esm that wrote it, or name another output_dir"
@@ -33,8 +33,8 @@ def version_of(content: Any, path: Path) -> int:
     """
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds what dist_esm did not write: {REMEDY}")
-    version = content.get("format", 1)
-    if not isinstance(version, int):
+    version: Any = content.get("format", 1)
+    if not is_count(version):
         raise ValueError(f"{path} has the format version {version!r}, which is none: {REMEDY}")
     if version > FORMAT_VERSION:
         raise ValueError(
@@ -62,6 +62,11 @@ def check_fields(cls: type[Any], content: Any, path: Path) -> None:
     if missing or unknown:
         problem = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which is not known"
         raise ValueError(f"{path} cannot be understood, {cls.__name__} {problem}: {REMEDY}")
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Tell if a value that JSON gave is a whole number that is not negative."""
+    return type(value) is int and value >= 0
 
 
 def read_json(path: Path) -> Any:

@@ -27,7 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_esm.atomic import atomically
+from dist_esm.atomic import atomically, discard
+from dist_esm.outputs.format_version import is_count
 from dist_esm.types import FastaFile, Unit
 
 FOLDER = Path(".dist_esm") / "in_hand"
@@ -173,15 +174,23 @@ def suspects_of(notes: Path) -> tuple[set[str], bool, str]:
             note = json.loads(line)
         except ValueError:  # torn, or the end
             continue
+        if not isinstance(note, dict):
+            continue
         if "submit" in note:
-            packs.append((note["submit"], note["proteins"]))
+            packs.append((_texts(note["submit"]), _texts(note.get("proteins"))))
         elif "settle" in note:
             del packs[:1]
         else:
-            reading, is_alone = note["read"], note["alone"] or (is_alone and bool(packs))
+            reading = next(iter(_texts([note.get("read")])), None)
+            is_alone = bool(note.get("alone")) or (is_alone and bool(packs))
     units = {unit for in_pack, _ in packs for unit in in_pack} | ({reading} if reading else set())
     proteins = [protein for _, of_pack in packs for protein in of_pack]
     return units, is_alone and len(units) == 1, proteins[0] if proteins else ""
+
+
+def _texts(value: Any) -> list[str]:
+    """Return the texts of a list that JSON gave; nothing else is a name."""
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
 
 
 def collect(output_dir: Path, was_restarted: bool) -> dict[str, Deaths]:
@@ -204,7 +213,7 @@ def collect(output_dir: Path, was_restarted: bool) -> dict[str, Deaths]:
         launch = path.name.partition(".")[0]
         units, is_alone, protein = suspects_of(path)
         ended = path.with_suffix(".ended")
-        how = ended.read_text(encoding="utf-8") if ended.exists() else ""
+        how = ended.read_text(encoding="utf-8", errors="replace") if ended.exists() else ""
         is_seen = bool(how) or (was_restarted and launch == last_launch and of_last[launch] == 1)
         for unit in units:
             record = records.setdefault(unit, Deaths())
@@ -217,7 +226,7 @@ def collect(output_dir: Path, was_restarted: bool) -> dict[str, Deaths]:
     if notes:
         write_records(output_dir, records)
     for path in (output_dir / FOLDER).glob("*"):
-        path.unlink()
+        discard(path)
     return records
 
 
@@ -234,11 +243,18 @@ def read_records(output_dir: Path) -> dict[str, Deaths]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {unit: Deaths(**record) for unit, record in content["units"].items()}
+        records = {unit: Deaths(**record) for unit, record in content["units"].items()}
+        if all(map(_is_possible, records.values())):
+            return records
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{path} cannot be understood: remove it, which tries everything in it again"
-        ) from None
+        pass
+    raise ValueError(f"{path} cannot be understood: remove it, which tries everything in it again")
+
+
+def _is_possible(record: Deaths) -> bool:
+    """Tell if a record has counts for counts and texts for texts."""
+    counts = (record.seen, record.seen_alone, record.unseen, record.unseen_alone)
+    return all(map(is_count, counts)) and all(isinstance(text, str) for text in (record.how, record.protein))
 
 
 def write_records(output_dir: Path, records: Mapping[str, Deaths]) -> None:
@@ -260,4 +276,4 @@ def forget(output_dir: Path) -> None:
     """Remove notes and record, as when a run starts over."""
     (output_dir / RECORD).unlink(missing_ok=True)
     for path in (output_dir / FOLDER).glob("*"):
-        path.unlink()
+        discard(path)

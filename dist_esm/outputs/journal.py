@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from dist_esm.atomic import read_back
-from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, check_fields, version_of
-from dist_esm.types import FastaFile, Tally, Unit, WrittenFile
+from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, check_fields, is_count, version_of
+from dist_esm.outputs.lines import encode as encode_line
+from dist_esm.outputs.lines import whole_lines
+from dist_esm.outputs.trust import is_shard, leads_out
+from dist_esm.types import TALLIED, FastaFile, RecordOutcome, Tally, Unit, WrittenFile
 
 ROOM_SECONDS = 2.0
 
@@ -56,7 +59,7 @@ class Entry:
     @property
     def is_shard(self) -> bool:
         """True if no output was written yet, but a shard of one."""
-        return all(file.path.startswith(".dist_esm/") for file in self.written)
+        return all(is_shard(file.path) for file in self.written)
 
 
 def entry_of(
@@ -154,9 +157,8 @@ class Journal:
 
 
 def encode(entry: Entry) -> bytes:
-    """Return one line: JSON, a tab, and its CRC-32."""
-    text = json.dumps({"format": FORMAT_VERSION, **asdict(entry)}, separators=(",", ":")).encode()
-    return text + b"\t%08x\n" % zlib.crc32(text)
+    """Return one line."""
+    return encode_line({"format": FORMAT_VERSION, **asdict(entry)})
 
 
 def read(output_dir: Path, launch: int | None = None) -> list[Entry]:
@@ -172,10 +174,8 @@ def read(output_dir: Path, launch: int | None = None) -> list[Entry]:
 
 
 def _entries(path: Path) -> Iterator[Entry]:
-    for line in path.read_bytes().split(b"\n"):
-        text, _, checksum = line.rpartition(b"\t")
-        if text and checksum == b"%08x" % zlib.crc32(text):
-            yield _decode(text, path)
+    for text in whole_lines(path):
+        yield _decode(text, path)
 
 
 def _decode(text: bytes, path: Path) -> Entry:
@@ -202,7 +202,40 @@ def _decode(text: bytes, path: Path) -> Entry:
     except (TypeError, ValueError):
         raise ValueError(f"{path} has a line with slices {content['slices']!r}: {REMEDY}") from None
     content["written"] = [WrittenFile(**written) for written in content["written"]]
-    return Entry(**{**content, "tally": Tally(**content["tally"])})
+    entry = Entry(**{**content, "tally": Tally(**content["tally"])})
+    problem = next(_problems(entry), None)
+    if problem is not None:
+        raise ValueError(f"{path} has a line that no run writes ({problem}): {REMEDY}")
+    return entry
+
+
+def _problems(entry: Entry) -> Iterator[str]:
+    """Say what in an entry cannot be: whoever wrote it, its paths will be removed and its counts reported."""
+    texts = (entry.output, entry.source, *entry.digests, *(file.sha256 for file in entry.written))
+    if not all(isinstance(text, str) for text in (*texts, *(file.path for file in entry.written))):
+        yield "a name or a digest is no text"
+        return
+    for path in (entry.output, *(file.path for file in entry.written)):
+        if leads_out(path):
+            yield f"{path!r} leads out of output_dir"
+        if path.startswith(".dist_esm") and not is_shard(path):
+            yield f"{path!r} is no output"
+    tally = entry.tally
+    tables = (tally.outcomes, tally.skipped, tally.changed, tally.replaced)
+    if not all(isinstance(table, dict) for table in tables):
+        yield "a table of counts is none"
+        return
+    counts = [*(number for table in tables for number in table.values()), entry.rank]
+    counts += [getattr(tally, name) for name in TALLIED] + [file.num_bytes for file in entry.written]
+    counts += [number for span in entry.slices for number in span if number is not None]
+    if not all(map(is_count, counts)):
+        yield "a count is negative or no whole number"
+    if not set(tally.outcomes) <= set(RecordOutcome.__members__):
+        yield f"outcomes {sorted(tally.outcomes)}"
+    if type(entry.seconds) not in (int, float) or not 0 <= entry.seconds < math.inf:
+        yield f"{entry.seconds!r} seconds"
+    if len(entry.digests) != len(entry.slices):
+        yield "it has not one digest for each slice"
 
 
 def _missing_in_version_1(content: dict[str, Any]) -> dict[str, Any]:

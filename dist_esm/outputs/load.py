@@ -6,6 +6,7 @@ import operator
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.attempt import as_value
+from dist_esm.names import readable_name
 from dist_esm.outputs import journal, launches
 from dist_esm.outputs.finished import finished_files
 from dist_esm.outputs.formats.base import About, Opened
@@ -109,7 +111,8 @@ def open_output(path: Path) -> Opened:
     output_format = format_at(path)
     if output_format is None:
         raise ValueError(f"{path} is not there or not whole: run again with resume=true, which does it again")
-    opened = as_value(output_format.codec.open, path)
+    with readable_name(path) if path.is_file() else nullcontext(path) as name:
+        opened = as_value(output_format.codec.open, name)
     if isinstance(opened, ModuleNotFoundError):
         raise ValueError(f"reading {path} needs {opened.name}: pip install 'dist_esm[formats]'")
     if isinstance(opened, Exception):

@@ -6,32 +6,40 @@ Below it, ``.dist_esm`` holds what is not an output:
 - ``settings.json``: what one directory must not mix, for a resume to compare
 - ``config.json``: the whole configuration of the last launch
 - ``journal/``: a file for each launch and rank, of what is finished
-- ``launches/``: a file for each launch, of the inputs that it was given
+- ``launches/``: a file for each launch, of the inputs that it was given, its plan and settings
+- ``events/``: a file for each launch and rank, of what it began and ended, and when
+- ``logs/``: a log for each launch and rank
+- ``progress.json``: how far the last launch is
 - ``shards/``: what units of cut files contribute, until it is joined
 - ``scratch/``: a folder for each launch and rank, of files that are not committed yet
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from dist_esm.atomic import atomically, discard, is_leftover, remove
+from dist_esm.atomic import atomically, discard, is_leftover, refuse_to_replace, remove
 from dist_esm.config import Config, plain_values
-from dist_esm.outputs import in_hand, journal, launches
-from dist_esm.outputs.format_version import FORMAT_VERSION, read_json, version_of
+from dist_esm.launcher import num_restarts
+from dist_esm.names import output_path
+from dist_esm.outputs import events, in_hand, journal, launches
+from dist_esm.outputs.events import Events
+from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, read_json, version_of
+from dist_esm.outputs.formats.registry import FORMATS, format_at
 from dist_esm.outputs.in_hand import Deaths, InHand
 from dist_esm.outputs.journal import Entry, Journal
+from dist_esm.outputs.trust import SHARDS, is_file_of, refuse_linked_folders, refuse_strange_files
 from dist_esm.types import FastaFile, WrittenFile
 from dist_esm.wire import decode, encode
 
@@ -42,10 +50,10 @@ log = logging.getLogger("dist_esm")
 
 LOCK_SECONDS = 5.0
 """A run that is being killed has so long to end."""
-REPORTS = ("report.json", "failed_files.txt", "verify.json")
+REPORTS = ("report.json", "report.html", "failed_files.txt", "verify.json")
 """Files at the top of the directory that speak of what was done."""
-SHARDS = ("shards", "pieces")
-"""Folder of shards; version 1 had the second."""
+UNNAMED = {"numerics": 1, "id": "word", "compression": "none"}
+"""What settings were before they had a name."""
 
 
 class OutputDir:
@@ -69,6 +77,8 @@ class OutputDir:
         Units whose processes died in earlier launches.
     in_hand : InHand
         This rank's notes of what may kill its process.
+    events : Events
+        This rank's record of what it begins and ends.
     """
 
     def __init__(self, path: Path, launch: int, rank: int, entries: Sequence[Entry]) -> None:
@@ -81,10 +91,13 @@ class OutputDir:
         self.shards = inside(path) / SHARDS[0]
         self.deaths: dict[str, Deaths] = {}
         self.in_hand = InHand(path, launch, rank)
+        self.events = Events(path, launch, rank)
 
     @classmethod
     @contextmanager
-    def open(cls, config: Config, settings: dict[str, Any], world: World) -> Iterator[OutputDir]:
+    def open(
+        cls, config: Config, settings: dict[str, Any], world: World, weights_in_words: str = ""
+    ) -> Iterator[OutputDir]:
         """Take the directory for a launch. All ranks call it: all get it, or all are refused.
 
         Parameters
@@ -95,6 +108,8 @@ class OutputDir:
             All that one directory must not mix.
         world
             The ranks; the first holds the lock, and cleans.
+        weights_in_words
+            What the weights are, for the message that refuses to mix two.
 
         Raises
         ------
@@ -103,7 +118,7 @@ class OutputDir:
             under other settings, or what is in it cannot be understood.
         """
         with ExitStack() as held:
-            prepared = world.all_or_none(_prepare, config, settings, world.is_main, held)
+            prepared = world.all_or_none(_prepare, config, settings, weights_in_words, world.is_main, held)
             told = {"launch": prepared.launch, "deaths": prepared.deaths} if prepared else None
             (first, *_) = world.exchange(encode(told).decode())
             told = decode(first.encode(), Deaths)
@@ -126,20 +141,25 @@ class OutputDir:
 
     def _leave(self) -> None:
         self.journal.close()
+        self.events.close()
         with suppress(OSError):  # what an error left in there stays for the next launch to remove
             self.scratch.rmdir()
             self.scratch.parent.rmdir()
 
-    def record_inputs(self, files: Sequence[FastaFile]) -> None:
-        """Write down, on rank 0, which inputs this launch was given, in input order.
+    def record_inputs(self, files: Sequence[FastaFile], about: Mapping[str, Any] | None = None) -> None:
+        """Write down, on rank 0, which inputs this launch was given, in input order, and what else a report
+        says of it.
 
         Raises
         ------
         OSError
             On rank 0, if it cannot be written.
+        ValueError
+            On rank 0, if an output would be written outside the directory, through a link.
         """
         if self.rank == 0:
-            launches.record_inputs(self.path, self.launch, files, self.scratch)
+            refuse_linked_folders(self.path, [file.output for file in files])
+            launches.record_launch(self.path, self.launch, files, self.scratch, about or {})
 
     def entries_of_this_launch(self) -> list[Entry]:
         """Read what all ranks of this launch have finished so far."""
@@ -157,8 +177,9 @@ def make_output_dir(output_dir: Path) -> None:
     Raises
     ------
     ValueError
-        If it cannot be written to.
+        If it cannot be written to, or is not as runs leave it (see `refuse_strange_files`).
     """
+    refuse_strange_files(output_dir)
     probe = inside(output_dir) / f"writable.{uuid.uuid4().hex}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +199,9 @@ class Prepared(NamedTuple):
     deaths: dict[str, Deaths]
 
 
-def _prepare(config: Config, settings: dict[str, Any], is_main: bool, held: ExitStack) -> Prepared | None:
+def _prepare(
+    config: Config, settings: dict[str, Any], weights_in_words: str, is_main: bool, held: ExitStack
+) -> Prepared | None:
     """Do rank 0's part of `OutputDir.open`; None on other ranks."""
     if not is_main:
         return None
@@ -188,16 +211,17 @@ def _prepare(config: Config, settings: dict[str, Any], is_main: bool, held: Exit
     launch = launches.next_launch(output_dir)
     entries = journal.read(output_dir)
     if config.resume:
-        check_settings(output_dir, settings, entries)
+        check_settings(output_dir, settings, entries, weights_in_words)
     else:
         start_over(output_dir, entries)
         in_hand.forget(output_dir)
         entries = []
-    was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    was_restarted = num_restarts() > 0
     deaths = in_hand.collect(output_dir, was_restarted)
     clean(output_dir, entries)
     journal.folder(output_dir).mkdir(exist_ok=True)
-    _write_json(inside(output_dir) / "settings.json", {"format": FORMAT_VERSION, "settings": settings})
+    content = {"format": FORMAT_VERSION, "settings": settings, "weights_in_words": weights_in_words}
+    _write_json(inside(output_dir) / "settings.json", content)
     _write_json(inside(output_dir) / "config.json", plain_values(config))
     return Prepared(launch, entries, deaths)
 
@@ -250,11 +274,28 @@ def read_settings(output_dir: Path) -> dict[str, Any] | None:
     )  # version 1, whose `format` is the outputs'
     if not is_bare:
         version_of(content, path)
-    settings: dict[str, Any] = content if is_bare else content["settings"]
+    settings: Any = content if is_bare else content["settings"]
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings: {REMEDY}")
     return settings
 
 
-def check_settings(output_dir: Path, settings: dict[str, Any], entries: Sequence[Entry]) -> None:
+def read_weights(output_dir: Path) -> str:
+    """Read what the weights were that the work in a directory was done with, in words; "" if it is not known.
+
+    Raises
+    ------
+    ValueError
+        If the settings cannot be understood.
+    """
+    path = inside(output_dir) / "settings.json"
+    content = read_json(path) if path.exists() else None
+    return str(content.get("weights_in_words", "")) if isinstance(content, dict) else ""
+
+
+def check_settings(
+    output_dir: Path, settings: dict[str, Any], entries: Sequence[Entry], weights_in_words: str = ""
+) -> None:
     """Refuse to mix settings in one output directory.
 
     Parameters
@@ -265,6 +306,8 @@ def check_settings(output_dir: Path, settings: dict[str, Any], entries: Sequence
         Of the launch that begins.
     entries
         What the journal says is done; without any, there is nothing to mix with.
+    weights_in_words
+        What the weights of this launch are: a fingerprint tells nobody which file to name.
 
     Raises
     ------
@@ -274,13 +317,14 @@ def check_settings(output_dir: Path, settings: dict[str, Any], entries: Sequence
     recorded = read_settings(output_dir)
     if recorded is None or not entries:
         return
-    # Before numerics had a version of their own they were the first.
-    before = {"numerics": 1, **recorded}
-    now = {"numerics": 1, **json.loads(json.dumps(settings))}
+    before = {**UNNAMED, **recorded}
+    now = {**UNNAMED, **json.loads(json.dumps(settings))}
+    words = {"weights": (read_weights(output_dir), weights_in_words)}
     changed = [
-        f"{key}={before.get(key)!r} before, {now.get(key)!r} now"
+        f"{key}={_shown(before.get(key), was)} before, {_shown(now.get(key), is_now)} now"
         for key in {**before, **now}
         if before.get(key) != now.get(key)
+        for was, is_now in [words.get(key, ("", ""))]
     ]
     if changed:
         remedy = "name another output_dir, or start over with resume=false"
@@ -290,13 +334,30 @@ def check_settings(output_dir: Path, settings: dict[str, Any], entries: Sequence
         )
 
 
+def _shown(value: Any, words: str) -> str:
+    return f"{value!r} ({words})" if words else repr(value)
+
+
 def start_over(output_dir: Path, entries: Sequence[Entry]) -> None:
     """Forget all that was done: remove what speaks of it, the outputs that the journal lists, and the
-    journal, in this order."""
-    listed = dict.fromkeys(
-        written.path for entry in entries if not entry.is_shard for written in entry.written
-    )
-    outputs = [path for path in listed if (output_dir / path).exists()]
+    journal, in this order.
+
+    Raises
+    ------
+    ValueError
+        If an output is outside the directory, or is none; then nothing is removed.
+    """
+    listed = {
+        written.path: entry.output
+        for entry in entries
+        if not entry.is_shard
+        for written in entry.written
+        if os.path.lexists(output_dir / written.path)
+    }
+    refuse_linked_folders(output_dir, [*listed, *(entry.output for entry in entries)])
+    for path, output in listed.items():
+        refuse_to_remove(output_dir, path, output)
+    outputs = list(listed)
     if outputs:
         shown = ", ".join(outputs[:3]) + (", ..." if len(outputs) > 3 else "")
         log.warning(
@@ -311,11 +372,43 @@ def start_over(output_dir: Path, entries: Sequence[Entry]) -> None:
         remove(output_dir / path)
     for entry in entries:
         stem = output_dir / entry.output
-        for pattern in (".records.tsv", ".part*.records.tsv"):
-            for records_tsv in stem.parent.glob(glob.escape(stem.name) + pattern):
-                records_tsv.unlink()
-    for record in [*launches.launch_files(output_dir), *journal.folder(output_dir).glob("*.jsonl")]:
+        parts = (re.search(r"\.part\d{5}(?=\.|$)", written.path) for written in entry.written)
+        for part in {"", *(match[0] for match in parts if match)}:
+            output_path(stem, f"{part}.records.tsv").unlink(missing_ok=True)
+    for record in [
+        *launches.launch_files(output_dir),
+        *journal.folder(output_dir).glob("*.jsonl"),
+        *events.folder(output_dir).glob("*.jsonl"),
+        *(inside(output_dir) / "logs").glob("*.log"),
+    ]:
         record.unlink()
+
+
+def refuse_to_remove(output_dir: Path, path: str, output: str) -> None:
+    """Refuse to remove what is no output, or a folder that holds more than embeddings.
+
+    Parameters
+    ----------
+    output_dir
+        The directory.
+    path, output
+        The path of a file or folder, and of the output, without suffix, that the journal calls it a part of.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    full = output_dir / path
+    if not is_file_of(output, path):
+        raise ValueError(f"the journal calls {full} an output, and it is none: {REMEDY}")
+    if full.is_dir() and not full.is_symlink():
+        # Of a folder that no format knows, no format's marks are all there.
+        known = format_at(full) or next(folder for folder in FORMATS.values() if folder.is_folder)
+        try:
+            refuse_to_replace(full, known.codec.marks)
+        except FileExistsError as error:
+            raise ValueError(str(error)) from None
 
 
 def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
@@ -332,7 +425,10 @@ def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
         What the journal says.
     """
     shutil.rmtree(inside(output_dir) / "scratch", ignore_errors=True)
-    for folder, names in ((output_dir, REPORTS), (inside(output_dir), ("settings.json", "config.json"))):
+    for folder, names in (
+        (output_dir, REPORTS),
+        (inside(output_dir), ("settings.json", "config.json", "progress.json")),
+    ):
         for path in folder.glob(".*.tmp"):
             if is_leftover(path, names):
                 discard(path)

@@ -3,6 +3,7 @@ all."""
 
 from __future__ import annotations
 
+from dist_esm.names import printable
 from dist_esm.types import RecordOutcome, RecordRead, Tally
 
 
@@ -52,14 +53,14 @@ def tsv_line(record: RecordRead, place: int) -> str | None:
     windows = record.num_segments if record.outcome is RecordOutcome.windowed else 0
     columns = (
         place,
-        protein.id,
+        printable(protein.id),
         record.outcome.name,
         protein.num_residues,
         record.num_embedded,
         windows,
         *protein.changes,
         replaced,
-        remark,
+        printable(remark),
     )
     return "\t".join(map(str, columns))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_esm.atomic import Staged, discard, temporary_path
+from dist_esm.names import readable_name
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
 from dist_esm.outputs.pickling import save
 from dist_esm.outputs.row_buffer import Memory, RowBuffer
@@ -50,7 +51,8 @@ def write_shard(table: OutputTable, path: Path, scratch: Path) -> Staged:
 
 def read_shard(path: Path) -> OutputTable:
     """Read what `write_shard` wrote. Numbers are mapped, and read from disk when they are used."""
-    content = torch.load(path, weights_only=True, mmap=True)
+    with readable_name(path) as name:
+        content = torch.load(name, weights_only=True, mmap=True)
     # Until its second format version the package had another name for these lines.
     content["tsv_lines"] = content.pop("notes", content.get("tsv_lines"))
     rows = list(map(Row._make, json.loads(content["rows"])))

@@ -25,6 +25,7 @@ from dist_esm.outputs.builder import OutputBuilder, OutputSettings
 from dist_esm.outputs.records_tsv import count_record, tsv_line
 from dist_esm.outputs.row_buffer import Memory, are_finite
 from dist_esm.pipeline.writer_pool import WriteTask
+from dist_esm.progress import RankProgress
 from dist_esm.types import (
     Failure,
     FastaFile,
@@ -55,6 +56,10 @@ class UnitInProgress:
     num_records: int = 0
     text_digest: str = ""
     is_closed: bool = False
+    flops: int = 0
+    """What the plan says that it costs."""
+    credited: float = 0.0
+    """Of this, what is counted as done."""
 
 
 @dataclass
@@ -90,6 +95,8 @@ class Assembly:
         Recorded with results and failures.
     memory
         Shared by the rows of all outputs in the making.
+    progress
+        Is told of proteins that are done.
     clock
         Seconds, for how long units take.
     """
@@ -100,6 +107,7 @@ class Assembly:
         settings: OutputSettings,
         rank: int,
         memory: Memory,
+        progress: RankProgress | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.files = files
@@ -114,6 +122,7 @@ class Assembly:
         """Units that failed, with their keys."""
         self.to_remove: list[WrittenFile] = []
         """Files of units that failed after these were written."""
+        self._progress = progress or RankProgress()
         self._clock = clock
         self._units: dict[int, UnitInProgress] = {}
         self._places: dict[int, Place] = {}
@@ -124,7 +133,8 @@ class Assembly:
 
     def begin(self, key: int, unit: Unit) -> None:
         """A unit is being read; later calls name it by its key."""
-        self._units[key] = UnitInProgress(unit, self._clock())
+        flops = unit.count.flops(self.settings.width)
+        self._units[key] = UnitInProgress(unit, self._clock(), flops=flops)
 
     def add_records(self, records: Sequence[RecordRead]) -> None:
         """Records were read: give each its place, and its embedding if an identical sequence has one
@@ -177,6 +187,7 @@ class Assembly:
         state = self._forget(key)
         if state is not None:
             unit = state.unit
+            self._credit(state, state.flops - state.credited)
             failure = Failure.of(self.files[unit.file].path, error, self.rank, protein)
             seconds = self._clock() - state.started
             self.failures.append((key, UnitFailure(unit.file, unit.ordinal, failure, seconds)))
@@ -214,6 +225,7 @@ class Assembly:
         if line is not None:
             builder.tsv_lines.append(line)
         if record.outcome is RecordOutcome.skipped:
+            self._credit_protein(state)
             return
         self._places[record.protein_index] = self._place(record, builder)
         protein = record.protein
@@ -245,7 +257,8 @@ class Assembly:
             return state.builders[-1]
         part, index = 0, state.num_records
         if state.unit.first_part is not None:
-            part, index = divmod(state.num_records, self.settings.max_proteins_per_output)
+            part_size = state.unit.part_size or self.settings.max_proteins_per_output
+            part, index = divmod(state.num_records, part_size)
         if index == 0 and state.builders:
             state.builders[-1].is_closed = True
             self._submit_if_complete(record.unit, state, state.builders[-1])
@@ -288,6 +301,7 @@ class Assembly:
         if isinstance(error, Exception):
             self.fail(place.key, error)
             return
+        self._credit_protein(state)
         self._submit_if_complete(place.key, state, place.builder)
 
     def _submit_if_complete(self, key: int, state: UnitInProgress, builder: OutputBuilder) -> None:
@@ -296,8 +310,19 @@ class Assembly:
             write = partial(builder.write, self.settings, self.files[state.unit.file], state.unit)
             self.to_write.append(WriteTask(key, builder, write))
 
+    def _credit_protein(self, state: UnitInProgress) -> None:
+        """Count a protein as done, with its share of its unit's cost."""
+        self._progress.proteins += 1
+        share = state.flops / max(1, state.unit.count.sequences)
+        self._credit(state, min(share, state.flops - state.credited))
+
+    def _credit(self, state: UnitInProgress, flops: float) -> None:
+        state.credited += flops
+        self._progress.cost += flops
+
     def _complete(self, key: int, state: UnitInProgress) -> None:
         del self._units[key]
+        self._credit(state, state.flops - state.credited)
         unit, seconds = state.unit, self._clock() - state.started
         files = tuple(state.written[part] for part in sorted(state.written))
         self.results.append(

@@ -35,6 +35,7 @@ from dist_esm.pipeline.reader import Reader
 from dist_esm.pipeline.retry import finish
 from dist_esm.pipeline.threads import describe_ending
 from dist_esm.pipeline.writer_pool import MAX_WRITERS, MIN_WRITERS, WriterPool
+from dist_esm.progress import Progress, RankProgress
 from dist_esm.stop import Stop
 from dist_esm.types import Failure, FastaFile, Pack, RankResult, TakenUnit, UnitFailure, UnitResult
 
@@ -54,6 +55,10 @@ class Destination:
     """What the numbers depend on; goes into every output."""
     record: Callable[[Sequence[UnitResult]], None] = lambda results: None
     """Called with results as soon as their outputs are in place; an exception fails their units."""
+    record_failure: Callable[[UnitFailure], None] = lambda failure: None
+    """Called with each unit that failed."""
+    progress: Progress = field(default_factory=Progress)
+    """Is told how far this rank is."""
 
 
 def embed_units(
@@ -127,27 +132,41 @@ def _run_threads(
             return
         for unit in results:
             failure = Failure.of(files[unit.file].path, error, rank)
-            result.outcomes.append(UnitFailure(unit.file, unit.ordinal, failure, unit.seconds))
+            note_failure(UnitFailure(unit.file, unit.ordinal, failure, unit.seconds))
 
     def on_failure(key: int, failed: UnitFailure) -> None:
         failures.end(1)
-        result.outcomes.append(failed)
+        note_failure(failed)
         failures.add(key, failed.failure)
+
+    def note_failure(failed: UnitFailure) -> None:
+        result.outcomes.append(failed)
+        destination.progress.now.failed += 1
+        destination.record_failure(failed)
 
     num_writers = max(MIN_WRITERS, min(MAX_WRITERS, engine.num_threads // 2))
     with no_garbage_collection_of_modules(), ExitStack() as threads:  # torn down in reverse, whatever happens
         copiers = threads.enter_context(ThreadPoolExecutor(max(1, num_writers // 2), "copier"))
-        assembly = Assembly(files, output_settings(config, destination), rank, Memory(copiers=copiers))
+        memory, progress = Memory(copiers=copiers), destination.progress.now
+        assembly = Assembly(files, output_settings(config, destination), rank, memory, progress)
         writers = threads.enter_context(WriterPool(destination.output_dir, num_writers, rank, stop))
         collector = Collector(assembly, writers, rank, stop, on_results, on_failure)
         threads.enter_context(collector)
         reader = Reader(units, files, config, engine.toks_per_batch, collector, failures, in_hand, rank, stop)
         threads.enter_context(reader)
-        run_packs(reader, collector, engine, in_hand, stop, result)
+        run_packs(reader, collector, engine, in_hand, stop, result, progress)
+        last_pack = time.monotonic()
+    result.write_seconds = time.monotonic() - last_pack
 
 
 def run_packs(
-    reader: Reader, collector: Collector, engine: Engine, in_hand: InHand, stop: Stop, result: RankResult
+    reader: Reader,
+    collector: Collector,
+    engine: Engine,
+    in_hand: InHand,
+    stop: Stop,
+    result: RankResult,
+    progress: RankProgress,
 ) -> None:
     """Run the reader's packs on the device and pass their embeddings on, `AHEAD` packs ahead of the
     answers."""
@@ -158,13 +177,19 @@ def run_packs(
         pack, submitted = ahead.popleft()
         if stop.at_once:
             return
-        embeddings = finish(engine, pack, submitted, result)
+        with computing(result):
+            embeddings = finish(engine, pack, submitted, result)
         in_hand.settle(segment.protein for segment in pack.segments)
         if stop.at_once:
             return
         result.num_tokens += pack.num_tokens
+        if engine.is_gpu:
+            result.num_padding += max(0, engine.num_rows(pack) - pack.num_tokens)
         with waiting(result, "waited_for_output"):
             collector.add_embeddings(pack.segments, embeddings)
+        progress.tokens = result.num_tokens
+        progress.waited_for_input = result.waits["waited_for_input"]
+        progress.waited_for_output = result.waits["waited_for_output"]
 
     while True:
         while ahead and (len(ahead) >= AHEAD or not reader.has_pack):
@@ -176,7 +201,8 @@ def run_packs(
         if not stop.at_once:
             result.first_pack_at = result.first_pack_at or time.time()
             in_hand.submit([segment.protein for segment in pack.segments])
-            ahead.append((pack, as_value(engine.submit, pack)))
+            with computing(result):
+                ahead.append((pack, as_value(engine.submit, pack)))
             while ahead and in_hand.is_alone:  # one pack at a time, so that the one that kills can be told
                 settle()
     while ahead:
@@ -208,6 +234,16 @@ def waiting(result: RankResult, for_what: str) -> Iterator[None]:
         yield
     finally:
         result.waits[for_what] += time.monotonic() - began
+
+
+@contextmanager
+def computing(result: RankResult) -> Iterator[None]:
+    """Count the time that the block takes as the device's."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        result.compute_seconds += time.monotonic() - began
 
 
 @contextmanager

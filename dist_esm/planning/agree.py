@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
 
 from dist_esm.attempt import as_value
@@ -17,6 +17,7 @@ from dist_esm.config import Config
 from dist_esm.distributed import RefusedError, World
 from dist_esm.fasta.blocks import Digests, raw_blocks, text_digest, whole_file
 from dist_esm.fasta.parser import look_at_first_records
+from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.in_hand import Deaths
 from dist_esm.outputs.journal import Entry, is_intact
 from dist_esm.outputs.output_dir import OutputDir
@@ -168,6 +169,7 @@ def count_units(
     dict of int to str
         By file, what a person should know of it before it is embedded.
     """
+    max_text = FORMATS[config.format.name].max_text
     slices = cut_files(files, config.unit_share)
     sizes = [(slice_.stop or files[file].num_bytes) - slice_.start for file, slice_, _ in slices]
     keys = [(str(files[file].path), index) for index, (file, _, _) in enumerate(slices)]
@@ -184,6 +186,7 @@ def count_units(
                 config.truncation_seq_length,
                 config.max_proteins_per_output,
                 file in cut_into_slices,
+                max_text,
             )
         own += [
             (index, part.start, part.stop, part.seek, list(astuple(count)), unreadable)
@@ -197,7 +200,7 @@ def count_units(
         file, slice_, _ = slices[index]
         part = Slice(slice_.path, start, stop, (seek[0], seek[1]), slice_.compression)
         merged.append((file, part, Count(*counts), unreadable))
-    return make_units(merged, config.max_proteins_per_output), dict(sorted(remarks.items()))
+    return make_units(merged, config.max_proteins_per_output, max_text), dict(sorted(remarks.items()))
 
 
 def find_done(
@@ -226,9 +229,24 @@ def find_done(
     own = range(world.rank, len(candidates), world.world_size)
     intact = [index for index in own if is_done(*candidates[index], config)]
     everything = sorted(index for share in world.all_gather(intact) for index in share)
+    return newest(candidates[index] for index in everything)
+
+
+def newest(
+    entries: Iterable[tuple[Entry, Sequence[Unit]]],
+) -> tuple[list[UnitResult], dict[int, JoinedFile]]:
+    """Return what entries stand for, each with the units that it covers, the oldest first: the newest counts.
+
+    Returns
+    -------
+    list of UnitResult
+        One for each unit.
+    dict of int to JoinedFile
+        By file, the outputs that were joined of several units.
+    """
     done: dict[tuple[int, int], UnitResult] = {}
     joined: dict[int, JoinedFile] = {}
-    for entry, covered in (candidates[index] for index in everything):
+    for entry, covered in entries:
         done |= {(result.file, result.ordinal): result for result in as_results(entry, covered)}
         if entry.is_joined or len(covered) > 1:
             joined[covered[0].file] = joined_file(entry)

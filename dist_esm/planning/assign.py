@@ -123,12 +123,9 @@ def assign_to_bins(
 
 
 def unit_cost(unit: Unit, assign_by: AssignBy, embed_dim: int) -> int:
-    """Return the cost of a unit in the greedy assignment.
-
-    `flops`, for one layer of width D: 24 D^2 for each residue and 4 D L^2 for the attention of L residues.
-    """
+    """Return the cost of a unit in the greedy assignment."""
     if assign_by is AssignBy.sequences:
         return unit.count.sequences
     if assign_by is AssignBy.residues:
         return unit.count.residues
-    return 24 * embed_dim**2 * unit.count.residues + 4 * embed_dim * unit.count.squares
+    return unit.count.flops(embed_dim)

@@ -108,10 +108,19 @@ class ClaimOrder:
         steal
             Whether to go on with the units of others.
         """
+        yield from self.own_claims(rank, claim)
+        if steal:
+            yield from self.claims_of_others(rank, claim, count_claims)
+
+    def own_claims(self, rank: int, claim: Callable[[int], int]) -> Iterator[Claim]:
+        """Claim the units of a rank's own bin, as `claims` does first."""
         while (unit := self.unit(rank, claim(rank))) is not None:
             yield Claim(unit, rank)
-        if not steal:
-            return
+
+    def claims_of_others(
+        self, rank: int, claim: Callable[[int], int], count_claims: Callable[[], Sequence[int]]
+    ) -> Iterator[Claim]:
+        """Claim what other ranks have not begun, as `claims` does when the rank's own bin is empty."""
         exhausted = {rank}
         while True:
             counts = [

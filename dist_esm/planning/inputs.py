@@ -13,12 +13,13 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dist_esm.fasta.formats import SUFFIXES as PACKED
 from dist_esm.fasta.formats import readable_suffixes
+from dist_esm.names import NAME_BYTES
 from dist_esm.types import FastaFile
 
 SUFFIXES = (".fasta", ".fa", ".faa", ".fas")
@@ -31,7 +32,7 @@ HIDDEN = (".", "~")
 """Beginnings of hidden and temporary names."""
 MOST_LISTED = 1000
 """Files passed over that the report names."""
-_OUTPUTS = (".dist_esm", "report.json", "failed_files.txt", "verify.json", "selfcheck.json")
+_OUTPUTS = (".dist_esm", "report.json", "report.html", "failed_files.txt", "verify.json", "selfcheck.json")
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/\d+")
 _MAGIC = re.compile(r"[*?\[\]]")
 
@@ -293,7 +294,7 @@ class _Found:
 
 
 def _fasta_file(path: Path, relative: Path) -> FastaFile:
-    source = str(relative).encode("utf-8", "backslashreplace").decode()  # a name may be any bytes
+    source = _text(relative)
     output = relative.with_name(_stem(path.name) + "_ESM")
     try:
         status = path.stat()
@@ -306,7 +307,12 @@ def _spooled_file(item: str, copy: Path) -> FastaFile:
     """Return the input that a pipe is, which was copied to a file."""
     status = copy.stat()
     output = Path(_stem(copy.name) + "_ESM")
-    return FastaFile(Path(item), output, status.st_size, status.st_mtime_ns, item, copy=copy)
+    return FastaFile(Path(item), output, status.st_size, status.st_mtime_ns, _text(item), copy=copy)
+
+
+def _text(path: Path | str) -> str:
+    """Return a path as outputs name it, which take text in UTF-8 alone; a name may be any bytes."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _broken_link(path: Path) -> str:
@@ -359,6 +365,25 @@ def refuse_nested(files: Sequence[FastaFile]) -> None:
                 f"{file.path} would be written inside the output folder of {outer}: "
                 "rename one, or embed them into two output_dirs"
             )
+
+
+def fail_long_paths(files: Sequence[FastaFile], output_dir: Path) -> list[FastaFile]:
+    """Return the files with a reason to fail for each whose outputs would have too long a path.
+
+    Names are cut to what file systems take (`dist_esm.names.fitted`), paths cannot be.
+    """
+    longest = os.pathconf("/", "PC_PATH_MAX") - 1  # without the byte that ends it
+    checked = []
+    for file in files:
+        needed = len(os.fsencode(output_dir / file.output.parent)) + 1 + NAME_BYTES
+        if needed > longest and file.problem is None:
+            problem = (
+                f"the path of its output may have {needed} bytes, and this system takes {longest}: "
+                "name an output_dir with a shorter path, or change into it and write output_dir=."
+            )
+            file = replace(file, problem=problem)
+        checked.append(file)
+    return checked
 
 
 def _search_suffixes() -> tuple[str, ...]:

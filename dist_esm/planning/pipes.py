@@ -21,6 +21,8 @@ from typing import BinaryIO
 
 from dist_esm.config import Config
 from dist_esm.distributed import World
+from dist_esm.launcher import num_restarts
+from dist_esm.outputs.trust import refuse_strange_files
 from dist_esm.types import FastaFile
 
 log = logging.getLogger("dist_esm")
@@ -83,7 +85,8 @@ def _spool(config: Config, is_main: bool) -> dict[str, Path]:
             continue
         if item in spooled or name in {path.name for path in spooled.values()}:
             raise ValueError(f"input={item} is a pipe and is named twice: it can be read once")
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        refuse_strange_files(config.output_dir)
+        if num_restarts() > 0:
             raise ValueError(
                 f"input={item} was read before torchrun restarted the ranks: write it to a file first"
             )

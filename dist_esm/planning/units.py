@@ -10,11 +10,12 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 from dist_esm.config import AssignBy
 from dist_esm.fasta.blocks import FastaError, whole_file
+from dist_esm.fasta.header_texts import HeaderTexts
 from dist_esm.fasta.slices import count_records, cut_slice
 from dist_esm.outputs.in_hand import Deaths, name_of
 from dist_esm.planning.assign import assign_to_bins, unit_cost
@@ -120,11 +121,15 @@ def unit_size(total_bytes: int, unit_share: float) -> int:
 
 
 def count_slice(
-    slice_: Slice, max_residues: int | None, max_sequences: int, is_cut: bool
+    slice_: Slice,
+    max_residues: int | None,
+    max_sequences: int,
+    is_cut: bool,
+    max_text: int | None = None,
 ) -> tuple[list[tuple[Slice, Count]], str | None]:
     """Count a slice; if it is of a cut file and holds more than `max_sequences`, cut it again.
 
-    No part of an output has more records than that.
+    No part of an output has more records than that, nor ids and headers of more than `max_text` bytes.
 
     Returns
     -------
@@ -134,38 +139,47 @@ def count_slice(
         Why the slice cannot be read, if so.
     """
     try:
-        count = count_records(slice_, max_residues)
+        texts = HeaderTexts() if max_text is not None else None
+        count = count_records(slice_, max_residues, texts)
+        if texts is not None and max_text is not None:
+            count = replace(count, text=texts.num_bytes, part_size=texts.part_size(max_sequences, max_text))
         if not is_cut or count.sequences <= max_sequences:
             return [(slice_, count)], None
         smaller = cut_slice(slice_, 0, math.ceil(count.sequences / max_sequences) + 1)
         if len(smaller) == 1:
             return [(slice_, count)], None
-        counted = [count_slice(part, max_residues, max_sequences, is_cut) for part in smaller]
+        counted = [count_slice(part, max_residues, max_sequences, is_cut, max_text) for part in smaller]
         unreadable = next((problem for _, problem in counted if problem), None)
         return [pair for pairs, _ in counted for pair in pairs], unreadable
     except (OSError, FastaError) as error:
         return [(slice_, Count())], reason(error)
 
 
-def make_units(counted: Sequence[CountedSlice], max_sequences: int) -> list[Unit]:
+def make_units(
+    counted: Sequence[CountedSlice], max_sequences: int, max_text: int | None = None
+) -> list[Unit]:
     """Number the slices of each file and tell each what comes before it.
 
-    A file of more than `max_sequences` records is written as numbered parts of so many: each of its units
-    knows the number of its first part.
+    A file of more than `max_sequences` records, or with ids and headers of more than `max_text` bytes, is
+    written as numbered parts: each of its units knows the number of its first part, and their size.
     """
     by_file: dict[int, list[CountedSlice]] = {}
     for item in counted:
         by_file.setdefault(item[0], []).append(item)
     units: list[Unit] = []
     for slices in by_file.values():
-        is_parted = sum(count.sequences for _, _, count, _ in slices) > max_sequences
+        total = sum((count for _, _, count, _ in slices), Count())
+        is_parted = total.sequences > max_sequences or (max_text is not None and total.text > max_text)
         before, part = Count(), 0
         for ordinal, (file, slice_, count, unreadable) in enumerate(slices):
             first_part = part if is_parted else None
             is_whole = len(slices) == 1
-            units.append(Unit(file, ordinal, slice_, count, before, is_whole, first_part, unreadable))
+            part_size = min(max_sequences, count.part_size or max_sequences)
+            units.append(
+                Unit(file, ordinal, slice_, count, before, is_whole, first_part, part_size, unreadable)
+            )
             before += count
-            part += max(1, math.ceil(count.sequences / max_sequences))
+            part += max(1, math.ceil(count.sequences / part_size))
     return units
 
 

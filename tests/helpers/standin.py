@@ -22,7 +22,7 @@ from dist_esm.config import Config, DeviceKind, Include, ModelConfig
 from dist_esm.distributed import World
 from dist_esm.fasta.blocks import text_digest, whole_file
 from dist_esm.jobs.embed import run
-from dist_esm.jobs.report import FileReport
+from dist_esm.jobs.report.content import FileReport
 from dist_esm.jobs.setup import Setup
 from dist_esm.outputs.finished import FinishedFile
 from dist_esm.outputs.journal import Entry

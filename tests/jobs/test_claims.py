@@ -51,7 +51,7 @@ def run_slowed(num_ranks: int, rank: int, seconds: float, *overrides: str) -> No
 @pytest.mark.distributed
 @pytest.mark.parametrize("slow_rank", [0, 1])
 def test_a_fast_rank_takes_over_what_a_slow_one_has_not_begun(slow_rank, inputs, alone, tmp_path):
-    run_slowed(2, slow_rank, 0.5, *settings(inputs, tmp_path))
+    run_slowed(2, slow_rank, 1.0, *settings(inputs, tmp_path))
     report = read_report(tmp_path)
     assert report["status"] == "complete"
     assert digests(tmp_path) == alone

@@ -143,6 +143,31 @@ def test_signals_that_come_together_are_one_and_a_later_one_ends_the_process(wai
     assert (result.returncode, result.stdout) == (code, f"['interrupted by SIGTERM']\n{rest}"), result.stderr
 
 
+TWICE = """
+import os, signal, time
+from dist_esm.stop import DOUBLE_SECONDS, on_signals
+
+with on_signals(lambda reason: print(reason, flush=True)):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1.5 * DOUBLE_SECONDS)
+    print("still here", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never here")
+"""
+
+
+@pytest.mark.parametrize("rank", [None, "0"], ids=["alone", "a rank"])
+def test_ctrl_c_twice_ends_a_process_at_once_unless_a_launcher_passes_it_on(rank):
+    extra = {} if rank is None else {"RANK": rank}
+    line = [sys.executable, "-c", TWICE]
+    done = subprocess.run(
+        line, capture_output=True, text=True, timeout=60, env=environment(**extra), check=False
+    )
+    code, rest = (130, "") if rank is None else (0, "never here\n")
+    assert (done.returncode, done.stdout) == (code, f"interrupted by SIGINT\nstill here\n{rest}")
+
+
 @pytest.mark.distributed
 def test_a_rank_that_waits_for_the_others_still_reports_when_the_run_is_interrupted(tmp_path, checkpoint_8m):
     """Rank 0 has one file of many copies and is done at once; rank 1 has all the others."""
@@ -264,14 +289,14 @@ def test_a_run_that_is_interrupted_while_it_plans_leaves_the_report_of_what_is_d
     settings, out = half_done
     before = (out / "report.json").read_bytes()
     result = run_meanwhile("dist_esm.jobs.embed:agree_on_plan", "kill -INT $PPID", *settings)
-    assert (result.returncode, result.stdout) == (1, "")
+    assert (result.returncode, result.stdout) == (130, "")
     assert (
         result.stderr == "dist_esm: interrupted by SIGINT: what is done is kept, "
         "run the same command again to go on from there\n"
     )
     assert (out / "report.json").read_bytes() == before
     over = run_meanwhile("dist_esm.jobs.embed:agree_on_plan", "kill -INT $PPID", *settings, "resume=false")
-    assert over.returncode == 1
+    assert over.returncode == 130
     assert not (out / "report.json").exists(), "a report must not speak of outputs that were removed"
 
 
@@ -338,7 +363,7 @@ def test_a_long_forward_on_a_cpu_is_not_waited_for(tmp_path, checkpoint_8m):
     finally:
         process.kill()
     assert time.monotonic() - began < SECONDS
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert "aborted: 0 of 1 files" in said
     assert "Traceback" not in errors
     assert read_report(tmp_path / "out")["ranks"][0]["split_packs"] == 0

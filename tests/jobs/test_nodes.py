@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler
@@ -14,7 +15,7 @@ import pytest
 
 import dist_esm
 from helpers.checkpoints import A8M, random_state, write_checkpoint
-from helpers.command import HELPERS, MODEL, read_report, run_ranks
+from helpers.command import HELPERS, MODEL, environment, read_report, run_ranks
 from helpers.compare import assert_same
 from helpers.hosts import CONF, Host, Hosts, are_name_spaces_allowed, two_hosts
 from helpers.slurm import free_ports
@@ -191,6 +192,25 @@ def test_a_host_with_other_weights_stops_the_run_before_any_work(hosts, inputs, 
     assert found
     assert found[1] != found[2]
     assert not list((tmp_path / "out").rglob("*.pt"))
+
+
+def test_ranks_of_two_hosts_find_their_places_without_a_local_rank(hosts, inputs, tmp_path):
+    """A launcher of one's own may say nothing but which rank this is."""
+    meeting = {"MASTER_ADDR": hosts.hosts[0].address, "MASTER_PORT": str(hosts.port), "WORLD_SIZE": "3"}
+    line = [sys.executable, "-m", "dist_esm", *settings(inputs, tmp_path / "out")]
+    for rank, number in enumerate([0, 1, 1]):
+        process = subprocess.Popen(
+            hosts.hosts[number].line(line),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(RANK=str(rank), **meeting),
+            start_new_session=True,
+        )
+        hosts.running.append(process)
+    said = finish(*hosts.running)
+    assert [process.returncode for process in hosts.running] == [0, 0, 0], said
+    assert read_report(tmp_path / "out")["status"] == "complete"
 
 
 def test_a_rendezvous_without_the_second_host_ends_within_the_time_that_was_set(hosts, inputs, tmp_path):

@@ -330,6 +330,20 @@ def test_tokens_that_are_not_fair_esms_are_found(parts):
     assert line == "rank 0: tokens are not fair-esm's for 1 proteins: a"
 
 
+def test_masks_are_checked_whatever_is_included(tmp_path, checkpoint_8m):
+    """In layer 0 fair-esm has zeros for a mask: so have we."""
+    (tmp_path / "a.fa").write_text(">a\nKA<mask>ISQ\n>b\nMKTAYIAKQR\n>c\n<mask><mask>\n>d\nM<mask>\n")
+    settings = (f"model.weights={checkpoint_8m}", "toks_per_batch=60", "special_tokens=mask", "device=cpu")
+    result, found = selfcheck(
+        tmp_path / "a.fa", tmp_path, *settings, "repr_layers=[0,6]", "include=[bos,per_tok]"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(found["sample"]) == 4
+    assert {(one["kind"], one["layer"]) for one in found["ranks"][0]["comparisons"]} == {
+        (kind, layer) for kind in ("mean", "bos", "per_tok") for layer in (0, 6)
+    }
+
+
 def test_distances_by_hand():
     limits = Limits(0.9, 0.5)
     theirs = [np.array([3.0, 4.0], dtype=np.float32), np.array([[1, 0], [0, 2]], dtype=np.float32)]
@@ -345,9 +359,11 @@ def test_distances_by_hand():
         spoilt = [np.array([3.0, bad], dtype=np.float32), ours[1]]
         found = compare(Include.mean, 1, ["a", "b"], spoilt, theirs, Limits(-0.5, None))
         assert (found.is_within, found.worst_protein, found.worst_cosine) == (False, "a", -1)
-    assert not compare(
-        Include.mean, 1, ["a"], [np.zeros(2, dtype=np.float32)], theirs[:1], Limits(0.5, None)
-    ).is_within
+    zeros = [np.zeros(2, dtype=np.float32)]
+    for one, other in ((zeros, theirs[:1]), (theirs[:1], zeros)):
+        assert not compare(Include.mean, 1, ["a"], one, other, Limits(0.5, None)).is_within
+    found = compare(Include.mean, 0, ["a"], zeros, zeros, Limits(1.0, 0.0))
+    assert (found.is_within, found.worst_cosine, found.largest_relative_error) == (True, 1.0, 0.0)
     with pytest.raises(ValueError, match=r"mean of layer 1 of b has shape \(2,\), fair-esm's has \(2, 2\)"):
         compare(Include.mean, 1, ["a", "b"], [ours[0], ours[0]], theirs, limits)
 

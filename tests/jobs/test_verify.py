@@ -91,7 +91,6 @@ def test_two_runs_into_one_directory_are_read_back_both_and_each_is_verified_alo
     both = verify(f"[{tmp_path / 'one'},{tmp_path / 'two'}]", out)
     assert (both.returncode, both.stdout) == (0, "ok: 2 files, 2 proteins checked, 0 findings\n")
     (out / "report.json").unlink()
-    (out / "failed_files.txt").unlink()
     alone = verify(tmp_path / "one" / "one.fasta", out)
     assert alone.returncode == 0, "as after the death of rank 0, which writes the report"
     assert load(out).ids == ["one", "two"]

@@ -10,6 +10,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from dist_esm.config import ModelConfig, model_config
@@ -99,6 +100,14 @@ def test_safetensors_are_read_where_they_lie(tmp_path, reference, shift):
     path = write_safetensors(tmp_path / "tuned.safetensors", STATE, shift)
     assert same(loaded(path), reference)
     assert all(torch.equal(tensor, STATE[name]) for name, tensor in read_safetensors(path).items())
+
+
+def test_a_file_is_known_by_its_bytes_whatever_its_suffix(tmp_path, reference):
+    """torch itself goes by the suffix .safetensors."""
+    torch.save(STATE, tmp_path / "a.safetensors")
+    write_safetensors(tmp_path / "b.pt", STATE)
+    for name in ("a.safetensors", "b.pt"):
+        assert same(loaded(tmp_path / name), reference)
 
 
 def test_a_header_of_any_length_is_no_web_page(tmp_path, reference):
@@ -258,6 +267,33 @@ def test_flipped_bytes_in_a_tensor_are_found(tmp_path, place):
     ):
         check_weights(auto(tmp_path / "flip.pt"))
     assert check_and_fingerprint(path) == good
+
+
+def test_an_archive_that_is_damaged_near_its_end_is_refused(checkpoint_8m, tmp_path):
+    good = checkpoint_8m.read_bytes()
+    path = tmp_path / "w.pt"
+    for back in (1, 5, 8, 10, 14, 18, 22, 30, 35, 40, 60, 66, 70, 76, 82, 90, 120, 150, 1000, 4000):
+        content = bytearray(good)
+        for place in range(len(content) - back, min(len(content), len(content) - back + 8)):
+            content[place] ^= 0xFF
+        path.write_bytes(content)
+        try:
+            read_checkpoint(path)
+            fingerprint = check_and_fingerprint(path)
+        except ValueError as error:
+            assert "fetch it again" in str(error)  # noqa: PT017 - either is right
+        else:
+            assert fingerprint == check_and_fingerprint(checkpoint_8m)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_of_any_name_is_read(tmp_path, suffix):
+    write = torch.save if suffix == ".pt" else safetensors.torch.save_file
+    write({name: tensor.clone() for name, tensor in STATE.items()}, tmp_path / f"w{suffix}")
+    path = (tmp_path / f"w{suffix}").rename(tmp_path / f"w\udce9\n|\x1b{suffix}")
+    found = read_checkpoint(path)
+    assert torch.equal(found.tensors["layers.0.fc2.weight"], STATE["layers.0.fc2.weight"])
+    assert torch.equal(found.tensors["emb_layer_norm_after.bias"], STATE["emb_layer_norm_after.bias"])
 
 
 def test_other_bytes_have_another_fingerprint_whatever_the_form(tmp_path):

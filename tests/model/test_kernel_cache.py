@@ -141,6 +141,58 @@ def test_the_form_of_a_call_is_its_numbers_and_the_names_of_its_tensors():
         aot.form_of((torch.zeros(2),), tensors)
 
 
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_folder_that_others_can_write_to_is_not_used(cache, caplog, mode):
+    aot.load_or_compile("triple", "f1", Compiler())
+    assert cache.stat().st_mode & 0o777 == 0o700
+    cache.chmod(mode)
+    again = Compiler()
+    with caplog.at_level(logging.WARNING, "dist_esm"):
+        assert answer(aot.load_or_compile("triple", "f1", again)) == 21.0
+    assert again.calls == 1
+    assert f"{cache} can be written by others" in caplog.text
+    cache.chmod(0o700)
+    assert answer(aot.load_or_compile("triple", "f1", again)) == 21.0
+    assert again.calls == 1
+
+
+@pytest.mark.parametrize("suffix", [".so", ".json"])
+@pytest.mark.parametrize("how", ["mode", "owner"])
+def test_a_file_that_others_may_have_put_there_is_compiled_anew(cache, caplog, monkeypatch, suffix, how):
+    old = os.umask(0)
+    try:
+        aot.load_or_compile("triple", "f1", Compiler())
+    finally:
+        os.umask(old)
+    path = cache / f"triple-f1{suffix}"
+    assert path.stat().st_mode & 0o777 == 0o600
+    if how == "mode":
+        path.chmod(0o666)
+        words = "can be written by others"
+    elif os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+        words = "belongs to another user"
+    else:
+        pytest.skip("only root can give a file away")
+    again = Compiler()
+    with caplog.at_level(logging.WARNING, "dist_esm"):
+        assert answer(aot.load_or_compile("triple", "f1", again)) == 21.0
+    assert again.calls == 1
+    assert f"{path} {words}" in caplog.text
+    assert answer(aot.load_or_compile("triple", "f1", again)) == 21.0
+    assert again.calls == 1
+
+
+def test_a_folder_of_another_user_is_not_used(cache, caplog, monkeypatch):
+    aot.load_or_compile("triple", "f1", Compiler())
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    again = Compiler()
+    with caplog.at_level(logging.WARNING, "dist_esm"):
+        assert answer(aot.load_or_compile("triple", "f1", again)) == 21.0
+    assert again.calls == 1
+    assert f"{cache} belongs to another user" in caplog.text
+
+
 def test_a_kernel_needs_no_home(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/somewhere")

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from dist_esm.config import Attention, LinearKind
+from dist_esm.config import Attention, DeviceKind, LinearKind
 from dist_esm.model import weights
 from dist_esm.model.engine import Engine
 from dist_esm.model.esm2 import ESM2
 from dist_esm.model.kernels.attention import sdpa
-from dist_esm.model.kernels.choose import Kernels, choose_kernels
+from dist_esm.model.kernels.choose import Kernels, choose_device, choose_kernels, runs_on
 from dist_esm.model.kernels.linear import TorchLinear, angles
 from dist_esm.types import Pack
 from helpers.checkpoints import A3B_SHAPED, A8M, A35M, A650M_SHAPED, fair_esm_model, random_state
@@ -78,6 +78,58 @@ class Neighbours(TorchLinear):
 
         q_TNH, k_TNH, v_TNH = linear(h_TD).view(len(h_TD), 3, num_heads, -1).unbind(1)
         return turn(q_TNH), turn(k_TNH), v_TNH
+
+
+@pytest.mark.parametrize(
+    ("architecture", "capability", "runs"),
+    [
+        ("sm_80", (8, 6), True),
+        ("sm_86", (8, 0), False),
+        ("sm_80", (9, 0), False),
+        ("compute_80", (9, 0), True),
+        ("compute_120", (9, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_120", (12, 0), True),
+        ("sm_50", (12, 0), False),
+    ],
+)
+def test_which_code_runs_on_which_gpu(architecture, capability, runs):
+    assert runs_on(architecture, *capability) is runs
+
+
+@pytest.mark.parametrize(
+    ("facts", "line"),
+    [
+        (
+            {"device_count": 4, "is_available": True, "built_for": ["sm_50", "sm_75"]},
+            r"has no kernels for Some GPU \(compute capability 9\.0; it is built for sm_50 sm_75\): install",
+        ),
+        (
+            {"device_count": 4, "is_available": False},
+            r"h has 4 GPU\(s\) that torch .* cannot use: update the",
+        ),
+        (
+            {"device_count": 1, "is_available": True, "built_for": ["sm_90"]},
+            r"2 ranks were started on h, which has 1 visible GPU\(s\)",
+        ),
+        ({"device_count": 0, "is_available": False}, r"device=cuda: .*use device=cpu"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_one_line(facts, line, monkeypatch):
+    """What torch would say of the machine is arranged; there is no such machine to test on."""
+    said = {
+        "device_count": facts["device_count"],
+        "is_available": facts["is_available"],
+        "get_arch_list": facts.get("built_for"),
+        "get_device_capability": (9, 0),
+        "get_device_name": "Some GPU",
+        "set_device": None,
+    }
+    for name, value in said.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with pytest.raises(ValueError, match=line) as caught:
+        choose_device(DeviceKind.cuda, 1, 2, "h")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("hard", [False, True])

@@ -112,7 +112,8 @@ def compare(
     ours, theirs : sequence of arrays, shape (D,) or (L, D)
         An array of each model for each protein; vectors are compared row by row, in float64.
     limits
-        The distance that is too far. A vector that is zero or not finite is too far from any.
+        The distance that is too far. A vector that is not finite is too far from any, and one that is zero
+        from any that is not.
 
     Raises
     ------
@@ -132,6 +133,9 @@ def compare(
                 apart_L / y_L,
                 np.abs(x_LD - y_LD).max(1),
             )
+        # fair-esm's layer 0 has nothing but zeros for a mask, which have no direction.
+        is_zero_in_both_L = (x_L == 0) & (y_L == 0)
+        cosine_L[is_zero_in_both_L], error_L[is_zero_in_both_L] = 1.0, 0.0
         cosines.append(np.where(np.isnan(cosine_L), -1.0, np.minimum(cosine_L, 1.0)))
         errors.append(float(np.where(np.isnan(error_L), np.inf, error_L).max()))
         differences.append(float(np.where(np.isnan(difference_L), np.inf, difference_L).max()))

@@ -25,7 +25,7 @@ import torch
 from dist_esm.atomic import atomically
 from dist_esm.config import Config, plain_values
 from dist_esm.distributed import RefusedError, World
-from dist_esm.jobs.report import versions
+from dist_esm.jobs.report.write import versions
 from dist_esm.jobs.selfcheck.compare import (
     Comparison,
     Limits,
@@ -54,6 +54,7 @@ from dist_esm.jobs.setup import Setup, choose_setup, describe, find_inputs, load
 from dist_esm.model.checkpoints.locate import RANDOM, locate
 from dist_esm.model.engine import Engine, is_out_of_memory
 from dist_esm.model.pool import combine
+from dist_esm.names import printable
 from dist_esm.pipeline.packer import Packer
 from dist_esm.planning.agree import agree_on_plan
 from dist_esm.planning.pipes import remove_copies
@@ -99,7 +100,7 @@ def selfcheck(config: Config, world: World) -> int:
     if config.model.weights == RANDOM:
         print("WEIGHTS ARE RANDOM: this says nothing of real ones")
     for line in unread[:MAX_UNREAD]:
-        print(f"not read to its end: {line}")
+        print(printable(f"not read to its end: {line}"))
     if len(unread) > MAX_UNREAD:
         print(f"and {len(unread) - MAX_UNREAD} more, all in selfcheck.json")
     for line in over:
@@ -270,7 +271,7 @@ def digest_of_bits(segments: Sequence[SegmentEmbedding]) -> str:
 
 def describe_protein(protein: SampledProtein) -> str:
     """Name a protein for people."""
-    return f"{protein.id} ({protein.source}, {protein.embedded} residues)"
+    return printable(f"{protein.id} ({protein.source}, {protein.embedded} residues)")
 
 
 def write_selfcheck(

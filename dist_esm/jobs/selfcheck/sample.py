@@ -19,6 +19,7 @@ from dist_esm.attempt import as_value
 from dist_esm.config import Config
 from dist_esm.fasta.parser import read_proteins
 from dist_esm.fasta.segments import Span, apply_length_policy, make_segments, num_embedded
+from dist_esm.names import one_line
 from dist_esm.types import FastaFile, Segment, Unit
 
 BUCKETS_PER_DOUBLING = 16
@@ -95,7 +96,7 @@ def read_candidates(
     for unit in units:
         problem = as_value(_read, unit, files[unit.file], config, sampler)
         if problem is not None:
-            unread.append(f"{files[unit.file].path}: {' '.join(str(problem).split())}")
+            unread.append(f"{files[unit.file].path}: {one_line(problem)}")
     return sampler, unread
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from dist_esm.names import readable_name
 
 T = TypeVar("T")
 
@@ -108,7 +111,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     stop = start + max((last for *_, last in entries.values()), default=0)
     if stop > num_bytes:
         raise ValueError(f"{path} is truncated: {num_bytes} bytes of {stop}; {AGAIN}")
-    storage = torch.UntypedStorage.from_file(str(path), False, num_bytes)
+    with readable_name(path) as name:
+        storage = torch.UntypedStorage.from_file(str(name), False, num_bytes)
     assert isinstance(storage, torch.UntypedStorage)
     tensors = {}
     for name, (dtype_name, shape, first, last) in entries.items():
@@ -142,14 +146,17 @@ def read_torch(path: Path) -> Any:
     """
     with path.open("rb") as file:
         starts_as_zip = file.read(2) == b"PK"
-    is_zip = zipfile.is_zipfile(path)
+    is_zip = is_archive(path)
     if starts_as_zip and not is_zip:
         raise ValueError(
             f"{path} is truncated: {path.stat().st_size} bytes without the end of the archive; {AGAIN}"
         )
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with torch.serialization.safe_globals([argparse.Namespace]), readable_name(path) as name:
+            if path.suffix == ".safetensors":  # torch would go by the name
+                with path.open("rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=is_zip)
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
         foreign = re.search(r"(?:GLOBAL|global:?) `?([\w.]+\.[\w.]+)", str(error))
         if foreign is not None:
@@ -165,6 +172,40 @@ def read_torch(path: Path) -> Any:
         ) from None
 
 
+def is_archive(path: Path) -> bool:
+    """Tell if a file is a zip archive, as `torch.save` writes.
+
+    Raises
+    ------
+    ValueError
+        If it is one with a damaged table of contents.
+    """
+    try:
+        return zipfile.is_zipfile(path)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise ValueError(f"{path} is damaged at its end: {error}; {AGAIN}") from None
+
+
+def read_table(path: Path) -> list[zipfile.ZipInfo]:
+    """Read the table of contents of an archive.
+
+    Returns
+    -------
+    list of ZipInfo
+        By names, without the folder that torch names after the file.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sorted(archive.infolist(), key=lambda entry: entry.filename.partition("/")[2])
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
+        raise ValueError(f"{path} is damaged at its end: {error}; {AGAIN}") from None
+
+
 def check_and_fingerprint(path: Path) -> str:
     """Return a fingerprint of the bytes of a file, after a check against the checksums that it holds.
 
@@ -176,9 +217,8 @@ def check_and_fingerprint(path: Path) -> str:
     ValueError
         If some bytes do not have the checksum that the archive states.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            entries = sorted(archive.infolist(), key=lambda entry: entry.filename.partition("/")[2])
+    if is_archive(path):
+        entries = read_table(path)
         if any(entry.CRC for entry in entries) and all(
             entry.compress_type == zipfile.ZIP_STORED for entry in entries
         ):
@@ -207,7 +247,7 @@ def check_archive(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
         descriptor = file.fileno()
 
         def is_right(entry: zipfile.ZipInfo) -> bool:
-            local = os.pread(descriptor, 30, entry.header_offset)
+            local = os.pread(descriptor, 30, max(0, entry.header_offset))
             lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
             start = entry.header_offset + 30 + lengths
             checksum = 0

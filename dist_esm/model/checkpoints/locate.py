@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -16,7 +17,7 @@ from dist_esm.attempt import as_value
 from dist_esm.config import ModelConfig
 from dist_esm.model.checkpoints import hub
 from dist_esm.model.checkpoints.checkpoint import WHOLE
-from dist_esm.model.kernels.kernel_cache import cache_dir
+from dist_esm.model.kernels.kernel_cache import cache_dir, refuse_if_not_ours
 
 log = logging.getLogger("dist_esm")
 
@@ -141,7 +142,7 @@ def is_official(path: Path, name: str, fingerprint: str) -> bool:
     if path.stat().st_size != num_bytes:
         return False
     kept = cache_dir() / "checkpoints" / f"{fingerprint}.json"
-    content = as_value(json.loads, kept.read_text(encoding="utf-8")) if kept.is_file() else None
+    content = as_value(recall, kept)
     if not isinstance(content, dict):
         log.info("taking the sha256 of %s, once for this machine", path)
         with path.open("rb") as file:
@@ -150,7 +151,22 @@ def is_official(path: Path, name: str, fingerprint: str) -> bool:
     return content.get("sha256") == sha256
 
 
+def recall(path: Path) -> Any:
+    """Read a small JSON file that `keep` wrote.
+
+    Raises
+    ------
+    OSError
+        If it is not there, or others can write to it.
+    ValueError
+        If it is no JSON.
+    """
+    refuse_if_not_ours(path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def keep(path: Path, content: dict[str, str]) -> None:
-    """Write a small JSON file."""
+    """Write a small JSON file, for this user alone."""
     with atomically(path) as beside:
         beside.write_text(json.dumps(content), encoding="utf-8")
+        beside.chmod(0o600)

@@ -6,6 +6,7 @@ The implementations themselves are in `attention` and `linear`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -148,18 +149,21 @@ def choose_device(wanted: DeviceKind, local_rank: int, local_world_size: int, ho
     Raises
     ------
     ValueError
-        If CUDA is wanted and absent, or if this host has fewer visible GPUs than ranks.
+        If CUDA is wanted and absent, if the GPU cannot be used by this torch, or if this host has fewer
+        visible GPUs than ranks.
     """
     if wanted is DeviceKind.cpu:
         return torch.device("cpu")
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    num_gpus = torch.cuda.device_count()
     if num_gpus == 0:
         if wanted is DeviceKind.cuda:
-            raise ValueError(
-                f"device=cuda: no CUDA GPU is visible on {host}: "
-                "use device=cpu, or check CUDA_VISIBLE_DEVICES and the driver"
-            )
+            raise ValueError(no_gpu(host))
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"{host} has {num_gpus} GPU(s) that torch {torch.__version__} cannot use: update the driver or "
+            f"install a torch for an older CUDA, {why_no_cuda()}; or use device=cpu"
+        )
     if local_world_size > num_gpus:
         raise ValueError(
             f"{local_world_size} ranks were started on {host}, which has {num_gpus} visible GPU(s): "
@@ -167,7 +171,58 @@ def choose_device(wanted: DeviceKind, local_rank: int, local_world_size: int, ho
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    refuse_unless_built_for(device)
     return device
+
+
+def no_gpu(host: str) -> str:
+    """Say in one line why there is no GPU to use."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return (
+            f"device=cuda: torch {torch.__version__} is built without CUDA: "
+            "install a torch that has it, or use device=cpu"
+        )
+    return (
+        f"device=cuda: no CUDA GPU is visible on {host}: "
+        "use device=cpu, or check CUDA_VISIBLE_DEVICES and the driver"
+    )
+
+
+def why_no_cuda() -> str:
+    """Return what CUDA says of a GPU that cannot be used."""
+    try:
+        torch.zeros(1, device="cuda")
+    except (RuntimeError, AssertionError) as error:  # the second in a torch without CUDA
+        return f"which says: {' '.join(str(error).split('.')[0].split())}"
+    return "which does not say why"
+
+
+def refuse_unless_built_for(device: torch.device) -> None:
+    """Refuse a GPU for which this torch has no kernels.
+
+    Raises
+    ------
+    ValueError
+        If it has none.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    built_for = [name for name in torch.cuda.get_arch_list() if name.startswith(("sm_", "compute_"))]
+    if built_for and not any(runs_on(name, major, minor) for name in built_for):
+        raise ValueError(
+            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} (compute "
+            f"capability {major}.{minor}; it is built for {' '.join(built_for)}): install a torch that has "
+            "them, or use device=cpu"
+        )
+
+
+def runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Return whether code for an architecture, such as `sm_80` or `compute_90`, runs on a GPU.
+
+    Machine code (`sm`) runs on later minor versions, what is compiled on the spot (`compute`) on all later.
+    """
+    kind, number = re.match(r"(\w+)_(\d+)", architecture).groups()  # type: ignore[union-attr]
+    built = divmod(int(number), 10)
+    return built <= (major, minor) and (kind == "compute" or built[0] == major)
 
 
 def choose_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:

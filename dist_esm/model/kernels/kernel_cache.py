@@ -2,6 +2,9 @@
 
 The first launch compiles a kernel. Every later one loads it in milliseconds and never imports the compiler.
 
+A library is code that is run, so it is loaded only from a cache that is this user's own: folder and files
+belong to this user, and nobody else can write to them.
+
 A kernel is kept as a shared library, with the form of its call in a file beside it. The machine's C compiler
 (which Triton needs too) links the library from the object that CuTe exports. apache-tvm-ffi, which is small,
 loads and calls it.
@@ -13,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,6 +36,8 @@ SYMBOL = "product"
 """Name of the function in each library."""
 LOCK_SECONDS = 600
 """Longest wait for another process that compiles the same kernel; after it the work is done twice."""
+
+NOT_KEPT = "the compiled kernel %s cannot be kept, every launch compiles it anew: %s"
 
 Form: TypeAlias = "int | str | tuple[Form, ...] | None"
 """Arguments of a call: numbers as they are, tensors by their names."""
@@ -76,9 +82,15 @@ def load_or_compile(name: str, fingerprint: str, compiler: Callable[[], Compiled
         Compiles the kernel; called only if it must be compiled.
     """
     path = cache_dir() / f"{name}-{fingerprint}.so"
+    strange = as_value(make_own_folder, path.parent)
+    if isinstance(strange, Exception):
+        log.warning(NOT_KEPT, path, strange)
+        return compiler().kernel
     kernel = as_value(open_library, path)
     if isinstance(kernel, Kernel):
         return kernel
+    if isinstance(kernel, NotOursError):
+        log.warning("%s; it is compiled again", kernel)
     with ExitStack() as held:
         # Without a lock (a read-only home, a file system that has none) processes do the same work side by
         # side. Each puts whole files in place by a rename, so the cache stays correct.
@@ -90,9 +102,47 @@ def load_or_compile(name: str, fingerprint: str, compiler: Callable[[], Compiled
         compiled = compiler()
         kept = as_value(keep, compiled, path)
     if isinstance(kept, Exception):
-        log.warning("the compiled kernel %s cannot be kept, every launch compiles it anew: %s", path, kept)
+        log.warning(NOT_KEPT, path, kept)
         return compiled.kernel
     return kept
+
+
+class NotOursError(OSError):
+    """A file or folder that others may have put there, or may change."""
+
+
+def make_own_folder(folder: Path) -> None:
+    """Make the folder of the cache, for this user alone, unless it is there.
+
+    Raises
+    ------
+    NotOursError
+        If it is another user's, or others can write to it.
+    OSError
+        If it cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    refuse_if_not_ours(folder)
+
+
+def refuse_if_not_ours(path: Path) -> None:
+    """Make sure that a file or folder belongs to this user, and that nobody else can write to it.
+
+    Raises
+    ------
+    NotOursError
+        If it does not, with what to do.
+    OSError
+        If it is not there.
+    """
+    status = path.stat()
+    remedy = "set XDG_CACHE_HOME to a folder of your own"
+    if status.st_uid != os.geteuid():
+        raise NotOursError(f"{path} belongs to another user, so nothing is loaded from it: {remedy}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise NotOursError(
+            f"{path} can be written by others, so nothing is loaded from it: remove it, or {remedy}"
+        )
 
 
 def hold_lock(held: ExitStack, path: Path) -> None:
@@ -105,7 +155,6 @@ def hold_lock(held: ExitStack, path: Path) -> None:
     NotImplementedError
         If the file system has no locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     held.enter_context(FileLock(path, timeout=LOCK_SECONDS))
 
 
@@ -115,11 +164,11 @@ def open_library(path: Path) -> Kernel:
     Raises
     ------
     Exception
-        If it is not there, is damaged, or does not fit the libraries that are installed.
+        If it is not there, is not ours, is damaged, or does not fit the libraries that are installed.
     """
+    for file in (path, path.with_suffix(".json")):
+        refuse_if_not_ours(file)
     form = to_form(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
-    if not path.is_file():
-        raise FileNotFoundError(path)
     import tvm_ffi
 
     return Kernel(tvm_ffi.load_module(path)[SYMBOL], form)
@@ -135,6 +184,8 @@ def keep(compiled: Compiled, path: Path) -> Kernel:
             link(exported, library, compiled.libraries)
         finally:
             exported.unlink(missing_ok=True)
+        for file in (form, library):
+            file.chmod(0o600)  # whatever the umask: what others could write is not loaded
     return open_library(path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import unicodedata
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.atomic import SummedFolder
+from dist_esm.names import cut
 from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats.base import About, Codec, Names, escape
 from dist_esm.outputs.pickling import torch_save
@@ -55,8 +55,8 @@ def file_name(label: str) -> str:
     name = escape(label, _UNSAFE) or "%"
     if len(name.encode()) <= MAX_NAME:
         return name
-    mark = f"~h{hashlib.sha256(label.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
-    return re.sub("%.?$", "", name.encode()[: MAX_NAME - len(mark)].decode(errors="ignore")) + mark
+    beginning, mark = cut(name, label, MAX_NAME)
+    return re.sub("%.?$", "", beginning) + mark
 
 
 def same_file(name: str) -> str:

@@ -86,9 +86,17 @@ def root_value(table: OutputTable, place: int) -> NDArray[Any]:
 
 
 def copy_bytes(source: IO[bytes], file: IO[bytes], count: int) -> None:
-    """Copy so many bytes from one open file to another."""
+    """Copy so many bytes from one open file to another.
+
+    Raises
+    ------
+    EOFError
+        If there are fewer.
+    """
     while count:
         block = source.read(min(count, BLOCK_BYTES))
+        if not block:
+            raise EOFError("the skeleton of an HDF5 file ends early")
         file.write(block)
         count -= len(block)
 

@@ -73,7 +73,7 @@ def write_safetensors(table: OutputTable, path: Path) -> str:
     if len(text) > MAX_HEADER:
         raise ValueError(
             f"ids and headers of {len(table.rows)} proteins are too much for one safetensors file: "
-            "lower max_proteins_per_output"
+            "lower max_proteins_per_output, or use format=parquet, in another output_dir"
         )
     with SummedFile(path) as file:
         file.write(len(text).to_bytes(8, "little"))

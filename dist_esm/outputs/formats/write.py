@@ -7,13 +7,19 @@ from pathlib import Path
 
 from dist_esm.atomic import Staged, discard_staged, refuse_to_replace, temporary_path
 from dist_esm.config import Format
+from dist_esm.names import output_path
 from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.types import NOTE_COLUMNS
 
 
 def write_output(
-    output_format: Format, table: OutputTable, stem: Path, scratch: Path, is_compressed: bool = False
+    output_format: Format,
+    table: OutputTable,
+    stem: Path,
+    scratch: Path,
+    part: str = "",
+    is_compressed: bool = False,
 ) -> Staged:
     """Write one output under temporary names, with a ``<stem>.records.tsv`` if it has lines for one.
 
@@ -27,6 +33,8 @@ def write_output(
         The output's path without suffix.
     scratch
         A folder of this process alone, on the same file system.
+    part
+        What the names of a numbered part have behind the stem.
     is_compressed
         Compress its numbers; for a format that can.
 
@@ -41,8 +49,8 @@ def write_output(
         If it cannot be written, or a folder that is not ours has its name already.
     """
     chosen = FORMATS[output_format.name]
-    path = stem.with_name(stem.name + chosen.suffix)
-    records_tsv = stem.with_name(stem.name + ".records.tsv")
+    path = output_path(stem, part + chosen.suffix)
+    records_tsv = output_path(stem, f"{part}.records.tsv")
     staged = Staged(path, None, [], marks=chosen.codec.marks)
     if chosen.is_folder:
         refuse_to_replace(path, staged.marks)

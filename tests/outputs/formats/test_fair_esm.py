@@ -30,7 +30,7 @@ from helpers.outputs import (
 )
 from helpers.standin import embed_directory
 
-REPORTS = ("report.json", "failed_files.txt")
+REPORTS = ("report.html", "report.json")
 
 
 def test_fair_esm_leaves_a_file_for_each_protein_as_esm_extract_does(tmp_path):
@@ -202,4 +202,9 @@ def test_a_folder_is_replaced_whole_and_only_if_it_is_ours(tmp_path):
     run = embed_directory(tmp_path / "in", tmp_path / "out", format=Format.fair_esm)
     assert "is no folder of embeddings alone" in run.failure("a.fasta")
     assert (folder / "thesis" / "chapter.txt").exists()
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_ESM", ".dist_esm", *REPORTS}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "a_ESM",
+        ".dist_esm",
+        *REPORTS,
+        "failed_files.txt",
+    }
