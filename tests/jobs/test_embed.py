@@ -88,7 +88,7 @@ def test_a_good_run_leaves_only_what_it_promises(alone, tmp_path, checkpoint_8m)
         *(f".dist_esm/{name}" for name in ("config.json", "lock", "progress.json", "settings.json")),
     ]
     left = sorted(str(path.relative_to(output_dir)) for path in output_dir.rglob("*") if path.is_file())
-    assert left == sorted(map(str, [*OUTPUTS, *ours, "report.json"]))
+    assert left == sorted(map(str, [*OUTPUTS, *ours, "report.html", "report.json"]))
     assert result.stdout.startswith("complete: 4 of 4 files embedded")
     other = run_ranks(
         None,
