@@ -26,6 +26,8 @@ from dist_esm.attempt import as_value
 from dist_esm.types import WrittenFile
 
 SMALL_BYTES = 1 << 20
+SUMMED_BESIDE_BYTES = 1 << 18
+"""Bytes whose checksum is worth another thread while they are written."""
 _numbers = count()
 _BESIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
@@ -75,7 +77,7 @@ class _Summing(io.FileIO):
     def write(self, data: Any) -> int:
         """Write all of the bytes, and add them to the checksum."""
         view = memoryview(data).cast("B")
-        if len(view) <= SMALL_BYTES:
+        if len(view) < SUMMED_BESIDE_BYTES:
             self.checksum.update(view)
             return self._write_all(view)
         self._thread = self._thread or ThreadPoolExecutor(1, "checksum")
