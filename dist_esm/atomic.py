@@ -20,12 +20,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TextIO
 
 from dist_esm.attempt import as_value
 from dist_esm.types import WrittenFile
 
 SMALL_BYTES = 1 << 20
+SUMMED_BESIDE_BYTES = 1 << 18
+"""Bytes whose checksum is worth another thread while they are written."""
 _numbers = count()
 _BESIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
@@ -75,7 +77,7 @@ class _Summing(io.FileIO):
     def write(self, data: Any) -> int:
         """Write all of the bytes, and add them to the checksum."""
         view = memoryview(data).cast("B")
-        if len(view) <= SMALL_BYTES:
+        if len(view) < SUMMED_BESIDE_BYTES:
             self.checksum.update(view)
             return self._write_all(view)
         self._thread = self._thread or ThreadPoolExecutor(1, "checksum")
@@ -100,6 +102,41 @@ class _Summing(io.FileIO):
     def seekable(self) -> bool:
         """Return False: bytes that were summed cannot be taken back."""
         return False
+
+
+class SummedFolder:
+    """New folder of files that are written one after another, its checksum taken on the way.
+
+    As a context manager it makes the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._written: list[WrittenFile] = []
+
+    def __enter__(self) -> Self:
+        self._path.mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Do nothing: every file was closed by its own block."""
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[SummedFile]:
+        """Give a new file of this name, for as long as the block runs."""
+        with SummedFile(self._path / name) as file:
+            yield file
+        self._written.append(WrittenFile(name, (self._path / name).stat().st_size, file.sha256()))
+
+    @contextmanager
+    def text(self, name: str) -> Iterator[TextIO]:
+        """Give a new text file of this name, UTF-8 with line ends as they are written."""
+        with self.file(name) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+            yield text
+
+    def sha256(self) -> str:
+        """Return the checksum of the whole folder, as `read_back` takes it."""
+        return checksum_of_files(self._written)
 
 
 def temporary_path(scratch: Path) -> Path:
@@ -305,10 +342,7 @@ def read_back(output_dir: Path, path: Path) -> WrittenFile | None:
             read_back(full, file.relative_to(full)) for file in sorted(full.rglob("*")) if file.is_file()
         ]
         parts = [file for file in files if file is not None]
-        text = json.dumps([asdict(file) for file in parts])
-        return WrittenFile(
-            str(path), sum(file.num_bytes for file in parts), hashlib.sha256(text.encode()).hexdigest()
-        )
+        return WrittenFile(str(path), sum(file.num_bytes for file in parts), checksum_of_files(parts))
     try:
         with open(full, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -321,6 +355,18 @@ def read_back(output_dir: Path, path: Path) -> WrittenFile | None:
         return None
 
 
+def checksum_of_files(files: Sequence[WrittenFile]) -> str:
+    """Return the sha256 of a list of files with their checksums, in the order of their paths."""
+    text = json.dumps([asdict(file) for file in sorted(files, key=lambda file: Path(file.path))])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files below a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def _written_file(output_dir: Path, output: Staged) -> WrittenFile:
     """Return what became of an output that is in place.
 
@@ -331,7 +377,7 @@ def _written_file(output_dir: Path, output: Staged) -> WrittenFile:
     """
     path = output.path.relative_to(output_dir)
     if output.sha256 is not None and output.path.exists():
-        return WrittenFile(str(path), output.path.stat().st_size, output.sha256)
+        return WrittenFile(str(path), size_of(output.path), output.sha256)
     written = read_back(output_dir, path)
     if written is None:
         raise FileNotFoundError(f"{output.path} vanished as soon as it was written: was output_dir removed?")

@@ -64,6 +64,7 @@ HELP_GROUPS = {
         "output_dir",
         "format",
         "save_dtype",
+        "compression",
         "include",
         "repr_layers",
     ),

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from omegaconf import MISSING, OmegaConf
 
-from dist_esm.outputs.formats.registry import FORMAT_NAMES, package_of
+from dist_esm.outputs.formats.registry import FORMAT_NAMES, FORMATS, package_of
 
 E = TypeVar("E", bound=Enum)
 
@@ -72,6 +72,13 @@ class Format(Enum):
     """File format of the outputs: a member for each line in the registry of formats."""
 
     vars().update({name: name for name in FORMAT_NAMES})
+
+
+class Compression(Enum):
+    """What the numbers in outputs are compressed with."""
+
+    none = "none"
+    zstd = "zstd"
 
 
 class SaveDtype(Enum):
@@ -269,6 +276,8 @@ class Config:
     """File format of the outputs."""
     save_dtype: SaveDtype = SaveDtype.float32
     """Precision of the numbers in outputs."""
+    compression: Compression = Compression.none
+    """What numbers are compressed with; zstd: for format=parquet alone, 7% smaller and slower."""
     assign_by: AssignBy = AssignBy.sequences
     """What is balanced over the ranks."""
     unit_share: float = 0.01
@@ -456,6 +465,14 @@ def check(config: Config) -> None:
         value = getattr(config, key)
         if value is not None and value < least:
             raise ValueError(f"{key}={value} is too small: use {least} or more")
+    if config.compression is not Compression.none and not FORMATS[config.format.name].can_compress:
+        able = ", ".join(
+            output_format.name for output_format in FORMATS.values() if output_format.can_compress
+        )
+        raise ValueError(
+            f"compression={config.compression.name} is not for format={config.format.name}: "
+            f"use compression=none, or format={able}"
+        )
     if not config.heartbeat_timeout >= LEAST_HEARTBEAT:
         remedy = f"use {LEAST_HEARTBEAT:g} seconds or more"
         raise ValueError(f"heartbeat_timeout={config.heartbeat_timeout} is too small: {remedy}")

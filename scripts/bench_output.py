@@ -28,6 +28,7 @@ import numpy as np
 from benchmarks.fasta import random_proteins, write_fasta
 from benchmarks.harness import Table, begin, end, in_child, make_parser, parse_options, timed
 from benchmarks.stand_in import StandInEngine, run_without_model
+from dist_esm.atomic import size_of
 from dist_esm.config import Config, DeviceKind, Format, Include, ModelConfig, SaveDtype
 from dist_esm.types import Segment, SegmentEmbedding
 
@@ -100,7 +101,7 @@ def measure_run(
     return {
         "seconds": seconds,
         "joining": max(0.0, seconds - rank["seconds"]),
-        "bytes": sum(output.stat().st_size for output in outputs),
+        "bytes": sum(map(size_of, outputs)),
         "waited": rank["waited_for_output"],
         "cpu": cost.cpu_seconds,
         "peak_mib": cost.peak_mib,

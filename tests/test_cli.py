@@ -138,5 +138,5 @@ def test_the_help_names_every_key_with_its_default_choices_and_meaning(capsys):
         assert compose_config(["input=x", f"{key}={shown[key]}"]) == compose_config(["input=x"]), key
     assert shown["model"] == compose_config(["input=x"]).model.name
     words = " ".join(text.split())
-    assert "File format of the outputs. One of pt, fair_esm, h5, parquet, safetensors." in words
+    assert "File format of the outputs. One of pt, fair_esm, h5, parquet, safetensors, npy." in words
     assert "One of esm2_t6_8M_UR50D, esm2_t12_35M_UR50D," in words

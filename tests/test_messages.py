@@ -280,7 +280,7 @@ REFUSED = [
     (["=x"], "'' is no key: see --help for the keys", [], "job", Job.embed),
     (
         ["format=hdf5"],
-        "format=hdf5 is no choice: did you mean h5? use one of pt, fair_esm, h5, parquet, safetensors",
+        "format=hdf5 is no choice: did you mean h5? use one of pt, fair_esm, h5, parquet, safetensors, npy",
         ["format=h5"],
         "format",
         Format.h5,

@@ -12,7 +12,7 @@ from typing import Any
 
 from dist_esm.atomic import commit_together
 from dist_esm.attempt import as_value
-from dist_esm.config import Config, ReportKind
+from dist_esm.config import Compression, Config, ReportKind
 from dist_esm.distributed import LostRankError, World
 from dist_esm.jobs.progress.ticker import Ticker
 from dist_esm.jobs.report.content import Ending, Report
@@ -423,7 +423,8 @@ def join_file(
     """
     paths = [out.path / shard.files[0].path for shard in shards]
     with join_shards(paths, out.scratch) as table:
-        staged = write_output(config.format, table, out.path / plan.files[file].output, out.scratch)
+        stem, is_compressed = out.path / plan.files[file].output, config.compression is not Compression.none
+        staged = write_output(config.format, table, stem, out.scratch, is_compressed=is_compressed)
         (written,) = commit_together([staged], out.path)
         duplicate_ids = len(table.rows) - len(set(table.ids))
     if isinstance(written, Exception):

@@ -30,6 +30,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 KEYS_OF_CONTENT = (
     "format",
+    "compression",
     "include",
     "window_overlap",
     "residues",

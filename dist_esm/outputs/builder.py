@@ -46,6 +46,8 @@ class OutputSettings:
     """Records of one numbered part."""
     provenance: dict[str, Any]
     """Goes into every output."""
+    is_compressed: bool = False
+    """Compress the numbers."""
 
     @property
     def residue_bytes(self) -> int:
@@ -113,9 +115,11 @@ class OutputBuilder:
         stem = settings.output_dir / file.output
         if unit.first_part is not None:
             part = f".part{unit.first_part + self.part + 1:05d}"
-            return write_output(settings.format, table, stem, settings.scratch, part)
+            return write_output(settings.format, table, stem, settings.scratch, part, settings.is_compressed)
         if unit.is_whole:
-            return write_output(settings.format, table, stem, settings.scratch)
+            return write_output(
+                settings.format, table, stem, settings.scratch, is_compressed=settings.is_compressed
+            )
         # A hash in place of the output's name, to which a number would add more than a file system takes.
         name = hashlib.sha256(os.fsencode(file.output)).hexdigest()[:32]
         path = settings.output_dir / SHARDS / f"{name}.{unit.ordinal:06d}.pt"

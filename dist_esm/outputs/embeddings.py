@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.types import Row
+
+BLOCK_ROWS = 1 << 12
 
 
 class ChunkedTensor:
@@ -51,6 +56,19 @@ class ChunkedTensor:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def little_endian(rows: Tensor) -> NDArray[Any]:
+    """Return rows as they are written: C-contiguous and little-endian; without a copy if they are so."""
+    values = np.ascontiguousarray(rows.numpy())
+    return values.astype(values.dtype.newbyteorder("<"), copy=False)
+
+
+def little_endian_blocks(rows: Tensor | ChunkedTensor) -> Iterator[NDArray[Any]]:
+    """Give the rows of a matrix as they are written, at most `BLOCK_ROWS` at a time that are next to each
+    other in memory."""
+    for chunk in rows.chunks if isinstance(rows, ChunkedTensor) else [rows]:
+        yield from map(little_endian, torch.split(chunk, BLOCK_ROWS))
+
+
 @dataclass(frozen=True)
 class OutputTable:
     """The content of one output: N proteins in file order, in fp32 or fp16."""
@@ -83,3 +101,12 @@ class OutputTable:
     def lengths(self) -> list[int]:
         """Embedded residues of each protein."""
         return [row.embedded for row in self.rows]
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Row of each protein's first residue in `per_tok`, and the number of all rows."""
+        return [0, *accumulate(self.lengths)]
+
+    def span(self, place: int) -> tuple[int, int]:
+        """Return the rows of a protein's residues in `per_tok`, as (first, one past the last)."""
+        return self.offsets[place], self.offsets[place + 1]

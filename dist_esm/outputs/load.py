@@ -32,7 +32,7 @@ def load(path: str | os.PathLike[str], run: Literal["all", "last"] = "all") -> E
     ----------
     path
         An `output_dir`, whether its last run has ended or not: every input file that its journal has as
-        finished. Or one output of any format: a file, or a folder of ``format=fair_esm``.
+        finished. Or one output of any format: a file, or a folder of ``format=fair_esm`` or ``format=npy``.
     run
         Of an `output_dir`: `all` for the files of all runs into it, in the order of their paths relative to
         the common root of their inputs; `last` for the inputs of the last run alone, in input order,

@@ -36,7 +36,7 @@ from dist_esm.names import output_path
 from dist_esm.outputs import events, in_hand, journal, launches
 from dist_esm.outputs.events import Events
 from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, read_json, version_of
-from dist_esm.outputs.formats.registry import FORMATS
+from dist_esm.outputs.formats.registry import FORMATS, format_at
 from dist_esm.outputs.in_hand import Deaths, InHand
 from dist_esm.outputs.journal import Entry, Journal
 from dist_esm.outputs.trust import SHARDS, is_file_of, refuse_linked_folders, refuse_strange_files
@@ -52,7 +52,7 @@ LOCK_SECONDS = 5.0
 """A run that is being killed has so long to end."""
 REPORTS = ("report.json", "report.html", "failed_files.txt", "verify.json")
 """Files at the top of the directory that speak of what was done."""
-UNNAMED = {"numerics": 1, "id": "word"}
+UNNAMED = {"numerics": 1, "id": "word", "compression": "none"}
 """What settings were before they had a name."""
 
 
@@ -403,9 +403,10 @@ def refuse_to_remove(output_dir: Path, path: str, output: str) -> None:
     if not is_file_of(output, path):
         raise ValueError(f"the journal calls {full} an output, and it is none: {REMEDY}")
     if full.is_dir() and not full.is_symlink():
-        marks = [mark for known in FORMATS.values() if known.is_folder for mark in known.codec.marks]
+        # Of a folder that no format knows, no format's marks are all there.
+        known = format_at(full) or next(folder for folder in FORMATS.values() if folder.is_folder)
         try:
-            refuse_to_replace(full, marks)
+            refuse_to_replace(full, known.codec.marks)
         except FileExistsError as error:
             raise ValueError(str(error)) from None
 

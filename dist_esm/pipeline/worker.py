@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from dist_esm.attempt import as_value, ending_of
-from dist_esm.config import Config
+from dist_esm.config import Compression, Config
 from dist_esm.model.engine import AHEAD, Engine, Submitted
 from dist_esm.outputs.builder import OutputSettings
 from dist_esm.outputs.in_hand import InHand
@@ -222,6 +222,7 @@ def output_settings(config: Config, destination: Destination) -> OutputSettings:
         dtype=np.dtype(config.save_dtype.name),
         max_proteins_per_output=config.max_proteins_per_output,
         provenance=destination.provenance,
+        is_compressed=config.compression is not Compression.none,
     )
 
 

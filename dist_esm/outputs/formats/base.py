@@ -95,6 +95,8 @@ class Codec(NamedTuple):
     """Opens an output for reading; raises whatever its library raises if it is damaged."""
     marks: tuple[str, ...] = ()
     """For a format whose output is a folder: names of the files that every such folder has."""
+    write_compressed: Callable[[OutputTable, Path], str | None] | None = None
+    """As `write`, with numbers compressed by zstd, for a format that can."""
 
 
 def escape(text: str, unsafe: re.Pattern[str]) -> str:

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from dist_esm.atomic import SummedFolder
 from dist_esm.names import cut
 from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats.base import About, Codec, Names, escape
@@ -65,7 +67,12 @@ def same_file(name: str) -> str:
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
 
 
-def write_fair_esm(table: OutputTable, path: Path) -> None:
+def alone(rows: Tensor) -> Tensor:
+    """Return rows as a tensor whose storage has nothing else, without a copy: a storage is saved whole."""
+    return torch.from_numpy(rows.numpy())
+
+
+def write_fair_esm(table: OutputTable, path: Path) -> str:
     """Write what fair-esm's `esm-extract` leaves: a folder with a ``.pt`` for each protein, whose name is the
     protein's label.
 
@@ -80,27 +87,34 @@ def write_fair_esm(table: OutputTable, path: Path) -> None:
     header; ``provenance.json`` has the fields of `About`.
     """
     names = Names(file_name, same_file)
-    lines = ["\t".join(MAP_COLUMNS)]
-    path.mkdir()
     start = 0
-    for place, row in enumerate(table.rows):
-        stop = start + row.embedded
-        label = label_of(row)
-        content: dict[str, object] = {"label": label, "id": row.id}
-        if table.per_tok:
-            content["representations"] = {
-                layer: rows[start:stop].clone() for layer, rows in table.per_tok.items()
+    with SummedFolder(path) as folder:
+        lines = ["\t".join(MAP_COLUMNS)]
+        for place, row in enumerate(table.rows):
+            stop = start + row.embedded
+            label = label_of(row)
+            content: dict[str, object] = {"label": label, "id": row.id}
+            if table.per_tok:
+                content["representations"] = {
+                    layer: alone(rows[start:stop]) for layer, rows in table.per_tok.items()
+                }
+            content["mean_representations"] = {
+                layer: alone(rows[place]) for layer, rows in table.mean.items()
             }
-        content["mean_representations"] = {layer: rows[place].clone() for layer, rows in table.mean.items()}
-        if table.bos:
-            content["bos_representations"] = {layer: rows[place].clone() for layer, rows in table.bos.items()}
-        name = f"{names.take(label)}.pt"
-        with open(path / name, "xb") as file:
-            torch_save(content, file)
-        lines.append("\t".join((name, row.id, str(row.number), str(row.embedded), row.header)))
-        start = stop
-    (path / MAP).write_bytes("\n".join([*lines, ""]).encode())
-    (path / ABOUT).write_text(json.dumps(asdict(About.of(table)), indent=1) + "\n", encoding="utf-8")
+            if table.bos:
+                content["bos_representations"] = {
+                    layer: alone(rows[place]) for layer, rows in table.bos.items()
+                }
+            name = f"{names.take(label)}.pt"
+            with folder.file(name) as file:
+                torch_save(content, file)
+            lines.append("\t".join((name, row.id, str(row.number), str(row.embedded), row.header)))
+            start = stop
+        with folder.text(MAP) as text:
+            text.write("\n".join([*lines, ""]))
+        with folder.text(ABOUT) as text:
+            text.write(json.dumps(asdict(About.of(table)), indent=1) + "\n")
+    return folder.sha256()
 
 
 class OpenedFairEsm:

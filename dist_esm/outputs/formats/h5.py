@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_esm.outputs.embeddings import OutputTable
+from dist_esm.atomic import SummedFile
+from dist_esm.outputs.embeddings import OutputTable, little_endian
 from dist_esm.outputs.formats.base import About, Codec, Names, escape
 
 if TYPE_CHECKING:
     import h5py
+
+BLOCK_BYTES = 1 << 20
 
 # A `/` would make a group and a lone `.` is the root itself; `~` marks the second of a name, `%` what is
 # escaped.
@@ -30,7 +33,7 @@ def dataset_name(protein: str) -> str:
     return escape(protein, _UNSAFE) or "%"
 
 
-def write_h5(table: OutputTable, path: Path) -> None:
+def write_h5(table: OutputTable, path: Path) -> str:
     """Write one dataset for each protein, under its id, in file order.
 
     Readers of such files (ProtSpace among them) go through the root and expect a dataset and nothing else
@@ -49,22 +52,85 @@ def write_h5(table: OutputTable, path: Path) -> None:
     An id with a ``/`` has it as ``%2F`` (``%``, ``~`` and control characters alike); the second protein of an
     id is ``id~2``.
     """
+    skeleton = path.with_name(f"{path.name}.skeleton")
+    try:
+        offsets = write_skeleton(table, skeleton)
+        with open(skeleton, "rb") as source, SummedFile(path) as file:
+            start = 0
+            for offset, place in sorted((offset, place) for place, offset in enumerate(offsets)):
+                copy_bytes(source, file, offset - start)
+                values = root_value(table, place)
+                file.write(values.data)
+                start = offset + values.nbytes
+                source.seek(start)
+            copy_bytes(source, file, skeleton.stat().st_size - start)
+    finally:
+        skeleton.unlink(missing_ok=True)
+    return file.sha256()
+
+
+def root_kind(table: OutputTable) -> str:
+    """Return the kind that the datasets hold."""
+    return "per_tok" if table.per_tok else "mean" if "mean" in table.include else "bos"
+
+
+def value_of(table: OutputTable, kind: str, layer: int, place: int) -> NDArray[Any]:
+    """Return the numbers of a protein, of shape (L, D) or (D,)."""
+    rows = getattr(table, kind)[layer]
+    return little_endian(rows[slice(*table.span(place))] if kind == "per_tok" else rows[place])
+
+
+def root_value(table: OutputTable, place: int) -> NDArray[Any]:
+    """Return the numbers of a protein that its dataset holds."""
+    return value_of(table, root_kind(table), table.main_layer, place)
+
+
+def copy_bytes(source: IO[bytes], file: IO[bytes], count: int) -> None:
+    """Copy so many bytes from one open file to another.
+
+    Raises
+    ------
+    EOFError
+        If there are fewer.
+    """
+    while count:
+        block = source.read(min(count, BLOCK_BYTES))
+        if not block:
+            raise EOFError("the skeleton of an HDF5 file ends early")
+        file.write(block)
+        count -= len(block)
+
+
+def write_skeleton(table: OutputTable, path: Path) -> list[int]:
+    """Write the whole file but for the numbers of the datasets, which have their places and no content.
+
+    HDF5 writes these numbers in an order of its own, and no checksum can be taken on the way. So they are
+    filled in afterwards, while the file is copied from its first byte to its last. Where they belong there is
+    a hole, which takes no room on disk.
+
+    Returns
+    -------
+    list of int
+        Offset of each protein's numbers in the file.
+    """
     import h5py
 
     about = About.of(table)
     main = table.main_layer
-    root_kind = "per_tok" if table.per_tok else "mean" if "mean" in table.include else "bos"
     attributes = [
         (kind, layer)
         for kind, layers in about.kinds.items()
         for layer in layers
-        if (kind, layer) != (root_kind, main)
+        if (kind, layer) != (root_kind(table), main)
     ]
     names = Names(dataset_name)
     text = h5py.h5t.py_create(h5py.string_dtype(), logical=True)
-    whole, scalar = h5py.h5s.ALL, h5py.h5s.create(h5py.h5s.SCALAR)
-    untimed = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    untimed.set_obj_track_times(False)
+    scalar = h5py.h5s.create(h5py.h5s.SCALAR)
+    unfilled = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    unfilled.set_obj_track_times(False)
+    unfilled.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    unfilled.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    offsets = []
 
     # h5py's high-level calls take twice as long, and a dataset and three attributes for each protein add up.
     def attach(dataset: Any, name: str, value: NDArray[Any]) -> None:
@@ -78,31 +144,26 @@ def write_h5(table: OutputTable, path: Path) -> None:
             "headers": [row.header for row in table.rows],
             "lengths": table.lengths,
         }
-        for key, text_of in {**about.to_text(), "kind": root_kind, "records": json.dumps(records)}.items():
+        root_attributes = {**about.to_text(), "kind": root_kind(table), "records": json.dumps(records)}
+        for key, text_of in root_attributes.items():
             file.attrs[key] = text_of
         file.attrs["layer"] = main
-        start = 0
         for place, row in enumerate(table.rows):
-            stop = start + row.embedded
-
-            def value_of(
-                kind: str, layer: int, place: int = place, start: int = start, stop: int = stop
-            ) -> NDArray[Any]:
-                rows = getattr(table, kind)[layer]
-                return np.ascontiguousarray((rows[start:stop] if kind == "per_tok" else rows[place]).numpy())
-
-            value = value_of(root_kind, main)
-            space = h5py.h5s.create_simple(value.shape)
+            value = root_value(table, place)
             dataset = h5py.h5d.create(
-                file.id, names.take(row.id).encode(), h5py.h5t.py_create(value.dtype), space, untimed
+                file.id,
+                names.take(row.id).encode(),
+                h5py.h5t.py_create(value.dtype),
+                h5py.h5s.create_simple(value.shape),
+                unfilled,
             )
-            dataset.write(whole, whole, value)
             attach(dataset, "original_id", np.array(row.id, dtype=h5py.string_dtype()))
             attach(dataset, "index", np.array(row.number))
             attach(dataset, "length", np.array(row.embedded))
             for kind, layer in attributes:
-                attach(dataset, f"{kind}_layer_{layer}", value_of(kind, layer))
-            start = stop
+                attach(dataset, f"{kind}_layer_{layer}", value_of(table, kind, layer, place))
+            offsets.append(dataset.get_offset())
+    return offsets
 
 
 @contextmanager

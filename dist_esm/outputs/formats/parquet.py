@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.atomic import SummedFile
-from dist_esm.outputs.embeddings import OutputTable
+from dist_esm.outputs.embeddings import OutputTable, little_endian
 from dist_esm.outputs.formats.base import About, Codec
+from dist_esm.outputs.formats.parquet_pages import NumberColumn, ParquetFile
 from dist_esm.types import Row
 
 GROUP_BYTES = 32 << 20
-"""Numbers in a row group, about: it is what a reader of one row reads, and what the writer holds in
-memory."""
+"""Numbers in a row group, about: it is what a reader of one row reads."""
 GROUP_ROWS = 1 << 16
 COUNTS = (
     "embedded",
@@ -31,7 +32,7 @@ COUNTS = (
 )
 
 
-def write_parquet(table: OutputTable, path: Path) -> str:
+def write_parquet(table: OutputTable, path: Path, is_compressed: bool = False) -> str:
     """Write a row for each protein, in file order.
 
     Columns: ``id``, ``header``, ``source`` (path of the input relative to the common root), ``index`` (of the
@@ -41,64 +42,84 @@ def write_parquet(table: OutputTable, path: Path) -> str:
     kind and layer ``mean_layer_33`` and ``bos_layer_33``, fixed-size lists of D numbers, and
     ``per_tok_layer_33``, a list of these. The mean of the last requested layer is always there. The metadata
     of the schema has ``model_name`` and the fields of `About`, ``provenance`` as JSON.
+
+    Numbers are written as they are or, if `is_compressed`, with zstd; all else always is.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     about = About.of(table)
+    schema = schema_of(table, about)
+    compress = pa.Codec("zstd").compress if is_compressed else None
+    with SummedFile(path) as file:
+        parquet = ParquetFile(file, compress and partial(compress, asbytes=True))
+        for first, last, start, stop in row_groups(table):
+            rows = table.rows[first:last]
+            numbers: dict[str, NumberColumn] = {}
+            for kind, layers in about.kinds.items():
+                for layer in layers:
+                    span = slice(start, stop) if kind == "per_tok" else slice(first, last)
+                    values = little_endian(getattr(table, kind)[layer][span])
+                    lengths = [row.embedded for row in rows] if kind == "per_tok" else None
+                    numbers[f"{kind}_layer_{layer}"] = NumberColumn(values, lengths)
+            parquet.add_group(without_numbers(schema, rows, about.source, is_compressed), numbers)
+        parquet.finish(without_numbers(schema, [], about.source, is_compressed))
+    return file.sha256()
+
+
+def schema_of(table: OutputTable, about: About) -> Any:
+    """Return the Arrow schema of an output, with its metadata."""
+    import pyarrow as pa
+
     number_type = pa.from_numpy_dtype(table.mean[table.main_layer].numpy().dtype)
     vector = pa.list_(number_type, about.width)
-    columns = [
-        (kind, layer, f"{kind}_layer_{layer}") for kind, layers in about.kinds.items() for layer in layers
-    ]
-    schema = pa.schema(
+    return pa.schema(
         [
             *((name, pa.string()) for name in ("id", "header", "source")),
             *((name, pa.int64()) for name in ("index", "length", "embedded")),
             ("outcome", pa.string()),
             *((name, pa.int64()) for name in COUNTS[1:]),
-            *((name, pa.list_(vector) if kind == "per_tok" else vector) for kind, _, name in columns),
+            *(
+                (f"{kind}_layer_{layer}", pa.list_(vector) if kind == "per_tok" else vector)
+                for kind, layers in about.kinds.items()
+                for layer in layers
+            ),
         ],
         metadata=about.to_text(),
     )
-    words = ["id", "header", "source", "outcome"]
-    codecs = dict.fromkeys(
-        (*words, "index", "length", *COUNTS), "zstd"
-    )  # embeddings are as good as random digits: nothing to gain
-    codecs |= {name: "none" for name in pq_leaves(schema) if name not in codecs}
-    with (
-        SummedFile(path) as file,
-        pq.ParquetWriter(
-            file,
-            schema,
-            compression=codecs,
-            use_dictionary=["source", "outcome"],
-            write_statistics=["id", "index", "length", *COUNTS],
-        ) as writer,
-    ):
-        for first, last, start, stop in row_groups(table):
-            rows = table.rows[first:last]
-            values = {
-                "id": [row.id for row in rows],
-                "header": [row.header for row in rows],
-                "source": [about.source] * len(rows),
-                "index": [row.number for row in rows],
-                "length": [row.length for row in rows],
-                "outcome": [row.outcome for row in rows],
-                **{name: [getattr(row, name) for row in rows] for name in COUNTS},
-            }
-            offsets = pa.array([0, *accumulate(row.embedded for row in rows)], pa.int32())
-            arrays = [
-                pa.array(values[name], schema.field(name).type) for name in schema.names if name in values
-            ]
-            for kind, layer, _ in columns:
-                span = slice(start, stop) if kind == "per_tok" else slice(first, last)
-                numbers = pa.FixedSizeListArray.from_arrays(
-                    pa.array(getattr(table, kind)[layer][span].numpy().reshape(-1)), type=vector
-                )
-                arrays.append(pa.ListArray.from_arrays(offsets, numbers) if kind == "per_tok" else numbers)
+
+
+def without_numbers(schema: Any, rows: Sequence[Row], source: str, is_compressed: bool) -> bytes:
+    """Return a Parquet file of these proteins, in one row group, with nulls in place of their numbers."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values = {
+        "id": [row.id for row in rows],
+        "header": [row.header for row in rows],
+        "source": [source] * len(rows),
+        "index": [row.number for row in rows],
+        "length": [row.length for row in rows],
+        "outcome": [row.outcome for row in rows],
+        **{name: [getattr(row, name) for row in rows] for name in COUNTS},
+    }
+    arrays = [
+        pa.array(values[field.name], field.type) if field.name in values else pa.nulls(len(rows), field.type)
+        for field in schema
+    ]
+    # embeddings are as good as random digits: zstd makes them 7% smaller
+    codecs = {name: "zstd" if name in values or is_compressed else "none" for name in pq_leaves(schema)}
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink,
+        schema,
+        compression=codecs,
+        use_dictionary=["source", "outcome"],
+        write_statistics=["id", "index", "length", *COUNTS],
+    ) as writer:
+        if rows:
             writer.write_batch(pa.record_batch(arrays, schema=schema), row_group_size=len(rows))
-    return file.sha256()
+    written: bytes = sink.getvalue().to_pybytes()
+    return written
 
 
 def pq_leaves(schema: Any) -> Iterator[str]:
@@ -191,4 +212,4 @@ def numbers(vectors: Any, width: int) -> NDArray[Any]:
     return np.asarray(vectors.flatten().to_numpy(zero_copy_only=True)).reshape(-1, width)
 
 
-CODEC = Codec(write_parquet, OpenedParquet)
+CODEC = Codec(write_parquet, OpenedParquet, write_compressed=partial(write_parquet, is_compressed=True))

@@ -26,6 +26,8 @@ class OutputFormat:
     """Suffix of its files; "" if an output is a folder of files."""
     package: str | None = None
     """Package that writes it or reads it back, if that is not installed with dist_esm itself."""
+    can_compress: bool = False
+    """Its numbers may be compressed; its codec has `write_compressed`."""
     max_text: int | None = None
     """Bytes of ids and headers in JSON that one output holds; None: any number."""
 
@@ -47,9 +49,10 @@ FORMATS = {
         OutputFormat("pt", ".pt"),
         OutputFormat("fair_esm", ""),
         OutputFormat("h5", ".h5", "h5py"),
-        OutputFormat("parquet", ".parquet", "pyarrow"),
+        OutputFormat("parquet", ".parquet", "pyarrow", can_compress=True),
         # Its readers take headers of 100 MB at most, and there is more in one than ids and headers.
         OutputFormat("safetensors", ".safetensors", "safetensors", max_text=99_000_000),
+        OutputFormat("npy", ""),
     )
 }
 FORMAT_NAMES = tuple(FORMATS)

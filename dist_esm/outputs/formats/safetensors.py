@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.atomic import SummedFile
-from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
+from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
 from dist_esm.outputs.formats.base import About, Codec
 
 MAX_HEADER = 100_000_000
 """Bytes of a header that the library reads."""
-BLOCK_ROWS = 1 << 12
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
 
 
@@ -81,16 +79,9 @@ def write_safetensors(table: OutputTable, path: Path) -> str:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors.values():
-            for block in blocks(tensor):
-                values = np.ascontiguousarray(block.numpy())
-                file.write(values.astype(values.dtype.newbyteorder("<"), copy=False).data)
+            for block in little_endian_blocks(tensor):
+                file.write(block.data)
     return file.sha256()
-
-
-def blocks(tensor: Tensor | ChunkedTensor) -> Iterator[Tensor]:
-    """Rows that are next to each other in memory, at most `BLOCK_ROWS` at a time."""
-    for chunk in tensor.chunks if isinstance(tensor, ChunkedTensor) else [tensor]:
-        yield from torch.split(chunk, BLOCK_ROWS)
 
 
 class OpenedSafetensors:

@@ -14,7 +14,12 @@ from dist_esm.types import NOTE_COLUMNS
 
 
 def write_output(
-    output_format: Format, table: OutputTable, stem: Path, scratch: Path, part: str = ""
+    output_format: Format,
+    table: OutputTable,
+    stem: Path,
+    scratch: Path,
+    part: str = "",
+    is_compressed: bool = False,
 ) -> Staged:
     """Write one output under temporary names, with a ``<stem>.records.tsv`` if it has lines for one.
 
@@ -30,6 +35,8 @@ def write_output(
         A folder of this process alone, on the same file system.
     part
         What the names of a numbered part have behind the stem.
+    is_compressed
+        Compress its numbers; for a format that can.
 
     Returns
     -------
@@ -56,6 +63,8 @@ def write_output(
         else:
             staged.obsolete.append(records_tsv)
         staged.files.append((temporary_path(scratch), path))
-        staged.sha256 = chosen.codec.write(table, staged.files[-1][0])
+        write = chosen.codec.write_compressed if is_compressed else chosen.codec.write
+        assert write is not None, f"{chosen.name} cannot compress: the configuration was not checked"
+        staged.sha256 = write(table, staged.files[-1][0])
         undo.pop_all()
     return staged

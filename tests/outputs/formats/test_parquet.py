@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dist_esm import load
-from dist_esm.config import Format, SaveDtype
+from dist_esm.config import Compression, Format, SaveDtype, check
 from dist_esm.outputs.formats import parquet as formats_parquet
+from dist_esm.outputs.formats import parquet_pages
 from helpers.compare import assert_same
 from helpers.outputs import (
     EVERYTHING,
@@ -26,7 +27,7 @@ from helpers.outputs import (
     table_of,
     write_table,
 )
-from helpers.standin import WIDTH
+from helpers.standin import WIDTH, make_config
 
 
 def test_parquet_through_arrow_polars_pandas_and_duckdb(tmp_path):
@@ -106,6 +107,68 @@ def test_parquet_through_lancedb_which_searches_it(tmp_path, dtype):
         (found,) = table.search(wanted, vector_column_name="mean_layer_1").limit(1).to_list()
         assert (found["id"], found["header"], found["_distance"]) == (IDS[i], HEADERS[i], 0)
         assert_same(np.array(found["mean_layer_1"], dtype.name), wanted)
+
+
+LONG_AND_SHORT = ["MK" * 11, "M", "GAVLI", "MKTAYIAKQR" * 3, "MKT", "LK"]
+
+
+@pytest.mark.parametrize("compression", Compression)
+@pytest.mark.parametrize("dtype", SaveDtype)
+def test_parquet_pages_that_end_within_a_protein_are_read_by_all(tmp_path, monkeypatch, dtype, compression):
+    """Small limits: a page holds seven vectors, proteins with more are spread over several."""
+    vector_bytes = WIDTH * np.dtype(dtype.name).itemsize
+    monkeypatch.setattr(parquet_pages, "PAGE_BYTES", 3 * vector_bytes)
+    monkeypatch.setattr(parquet_pages, "MAX_PAGE_BYTES", 7 * vector_bytes)
+    text = "".join(f">p{i}\n{residues}\n" for i, residues in enumerate(LONG_AND_SHORT))
+    path = embed_text(
+        tmp_path, Format.parquet, text=text, save_dtype=dtype, compression=compression, **EVERYTHING
+    )
+    arrow = pq.read_table(path)
+    arrow.validate(full=True)
+    name = "per_tok_layer_1"
+    for got in (
+        arrow[name].to_pylist(),
+        polars.read_parquet(path)[name].to_list(),
+        duckdb.sql(f"select {name} from '{path}'").fetchnumpy()[name],
+        pandas.read_parquet(path)[name],
+        [load(path).residues(i) for i in range(len(LONG_AND_SHORT))],
+    ):
+        for rows, residues in zip(got, LONG_AND_SHORT, strict=True):
+            assert_same(np.stack(list(rows)).astype(dtype.name), expected_rows(residues).astype(dtype.name))
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    codecs = {
+        group.column(i).compression
+        for i in range(group.num_columns)
+        if "_layer_" in group.column(i).path_in_schema
+    }
+    assert codecs == {"ZSTD" if compression is Compression.zstd else "UNCOMPRESSED"}
+
+
+def test_parquet_says_of_its_columns_what_they_take(tmp_path):
+    """Sizes in the footer add up to the file; nothing is left over of what pyarrow wrote in their place."""
+    path = write_table(Format.parquet, table_of(["MKT"] * 300, width=640), tmp_path / "a")
+    meta = pq.ParquetFile(path).metadata
+    (group,) = (meta.row_group(i) for i in range(meta.num_row_groups))
+    columns = [group.column(i) for i in range(group.num_columns)]
+    assert group.total_byte_size == sum(column.total_uncompressed_size for column in columns)
+    assert sum(column.total_compressed_size for column in columns) + meta.serialized_size + 12 == (
+        path.stat().st_size
+    )
+    (numbers,) = (column for column in columns if "_layer_" in column.path_in_schema)
+    assert numbers.num_values == 300 * 640
+    assert 0 < numbers.total_compressed_size - 300 * 640 * 4 < 300 * 640 * 4 // 100
+
+
+def test_a_format_that_cannot_compress_is_refused_with_one_that_can(tmp_path):
+    for kind in Format:
+        config = make_config("in", tmp_path, format=kind, compression=Compression.zstd)
+        if kind is Format.parquet:
+            check(config)
+        else:
+            with pytest.raises(
+                ValueError, match=f"compression=zstd is not for format={kind.name}: .*format=parquet$"
+            ):
+                check(config)
 
 
 def test_parquet_row_groups_are_cut_by_bytes_and_hold_whole_proteins(tmp_path, monkeypatch):

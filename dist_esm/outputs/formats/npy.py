@@ -1,0 +1,119 @@
+"""npy: a folder with one matrix for each kind and layer, which numpy maps, and a table of the proteins."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy_format
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_esm.atomic import SummedFolder
+from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
+from dist_esm.outputs.formats.base import About, Codec
+
+PROTEINS = "proteins.tsv"
+COLUMNS = ("id", "index", "length", "offset", "header")
+ABOUT = "provenance.json"
+
+
+def file_name(kind: str, layer: int) -> str:
+    """Return the name of the matrix of a kind and layer."""
+    return f"{kind}_layer_{layer}.npy"
+
+
+def write_npy(table: OutputTable, path: Path) -> str:
+    """Write ``mean_layer_33.npy`` and ``bos_layer_33.npy``, shape (N, D), and ``per_tok_layer_33.npy``, shape
+    (sum of embedded residues, D), for each layer, and a table of the proteins.
+
+    The matrices are C-contiguous float32 or float16. The mean of the last requested layer is always there.
+    ``proteins.tsv`` has a line for each protein in file order: id, index (of the record in its input, from
+    0), length (embedded residues), offset (its first row in the matrices of residues) and header. A field
+    with a tab or a quotation mark stands in quotation marks, as `csv`, pandas and polars read it.
+    ``provenance.json`` has the fields of `About`.
+    """
+    about = About.of(table)
+    with SummedFolder(path) as folder:
+        for kind, layers in about.kinds.items():
+            for layer in layers:
+                _write_matrix(folder, file_name(kind, layer), getattr(table, kind)[layer])
+        offsets = accumulate(table.lengths, initial=0)
+        with folder.text(PROTEINS) as file:
+            lines = csv.writer(file, "excel-tab", lineterminator="\n")
+            lines.writerow(COLUMNS)
+            lines.writerows(
+                (row.id, row.number, row.embedded, offset, row.header)
+                for row, offset in zip(table.rows, offsets, strict=False)
+            )
+        with folder.text(ABOUT) as file:
+            file.write(json.dumps(asdict(about), indent=1) + "\n")
+    return folder.sha256()
+
+
+def _write_matrix(folder: SummedFolder, name: str, rows: Tensor | ChunkedTensor) -> None:
+    dtype = np.dtype(str(rows.dtype).removeprefix("torch.")).newbyteorder("<")
+    header = {"descr": npy_format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(rows.shape)}
+    with folder.file(name) as file:
+        npy_format.write_array_header_1_0(file, header)
+        for block in little_endian_blocks(rows):
+            file.write(block.data)
+
+
+@contextmanager
+def fields_of_any_size() -> Iterator[None]:
+    """Let `csv` read a field of more than 128 KiB: nothing limits a header."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+class OpenedNpy:
+    """An output opened for reading. Matrices are mapped, and read from disk when they are used."""
+
+    def __init__(self, path: Path) -> None:
+        self.about = About(**json.loads((path / ABOUT).read_text(encoding="utf-8")))
+        self._path = path
+        self._mapped: dict[str, NDArray[Any]] = {}
+        with open(path / PROTEINS, encoding="utf-8", newline="") as file, fields_of_any_size():
+            _, *self._lines = csv.reader(file, "excel-tab")
+
+    def records(self) -> tuple[list[str], list[str], list[int]]:
+        """Return ids, headers and embedded residues of all proteins."""
+        return (
+            [line[0] for line in self._lines],
+            [line[4] for line in self._lines],
+            [int(line[2]) for line in self._lines],
+        )
+
+    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
+        """Return one representation of all proteins, shape (N, D)."""
+        return self._matrix(kind, layer)
+
+    def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
+        """Return one representation of one protein, shape (D,)."""
+        return np.asarray(self._matrix(kind, layer)[position])
+
+    def residues(self, layer: int, position: int) -> NDArray[Any]:
+        """Return the residues of one protein, shape (L, D)."""
+        length, offset = map(int, self._lines[position][2:4])
+        return self._matrix("per_tok", layer)[offset : offset + length]
+
+    def _matrix(self, kind: str, layer: int) -> NDArray[Any]:
+        name = file_name(kind, layer)
+        if name not in self._mapped:
+            self._mapped[name] = np.load(self._path / name, mmap_mode="r")
+        return self._mapped[name]
+
+
+CODEC = Codec(write_npy, OpenedNpy, (PROTEINS, ABOUT))
