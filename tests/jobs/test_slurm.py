@@ -87,7 +87,8 @@ def wait_for_outputs(out: Path, least: int) -> None:
 def wait_for_state(cluster: Slurm, job: str, *states: str, seconds: float = END_SECONDS) -> None:
     def is_there() -> bool:
         state = cluster.state(job)
-        assert state in states or state not in ("FAILED", "TIMEOUT", "CANCELLED"), cluster.job(job)
+        is_over = state in ("FAILED", "TIMEOUT", "CANCELLED")
+        assert state in states or not is_over, Path(cluster.job(job)["StdOut"]).read_text()
         return state in states
 
     wait_until(is_there, seconds, f"job {job} to be {' or '.join(states)}")

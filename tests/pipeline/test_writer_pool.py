@@ -44,10 +44,10 @@ def test_a_disk_that_is_full_fails_the_file_with_the_reason_and_leaves_nothing_h
 ):
     write_output = builder.write_output
 
-    def full(kind, table, stem, scratch):
+    def full(kind, table, stem, *more, **options):
         if stem.name == "a_ESM":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_output(kind, table, stem, scratch)
+        return write_output(kind, table, stem, *more, **options)
 
     monkeypatch.setattr(builder, "write_output", full)
     run = embed_directory(write_files(tmp_path / "in", a=">1\nMKTAY\n", b=">2\nMKTAYI\n"), tmp_path / "out")
