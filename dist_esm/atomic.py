@@ -139,6 +139,29 @@ class SummedFolder:
         return checksum_of_files(self._written)
 
 
+def write_at(path: Path, offset: int, data: Any) -> None:
+    """Write bytes at an offset of a file that others may write to elsewhere; it is made if it is not there.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        write_all_at(descriptor, offset, data)
+    finally:
+        os.close(descriptor)
+
+
+def write_all_at(descriptor: int, offset: int, data: Any) -> None:
+    """Write all bytes at an offset of an open file."""
+    view = memoryview(data).cast("B")
+    written = 0
+    while written < len(view):
+        written += os.pwrite(descriptor, view[written:], offset + written)
+
+
 def temporary_path(scratch: Path) -> Path:
     """Return a new path in a folder that only this process writes.
 

@@ -117,6 +117,35 @@ class Count:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """How much of one output some records of its file take."""
+
+    proteins: int = 0
+    """Records with an embedding."""
+    residues: int = 0
+    """Embedded residues."""
+    text: int = 0
+    """Bytes that their ids and headers take in front of the numbers, in the format's own way; 0 if the
+    numbers come first."""
+
+    def __add__(self, other: Extent) -> Extent:
+        return Extent(self.proteins + other.proteins, self.residues + other.residues, self.text + other.text)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the proteins of a unit belong in the one output of its file."""
+
+    before: Extent
+    """The units of the same file that come first."""
+    own: Extent
+    total: Extent
+    """All units of the file."""
+    digest: str
+    """Of the extents of all units: what is written under another layout is in other places."""
+
+
+@dataclass(frozen=True)
 class Unit:
     """What a rank takes: a whole file, or one slice of a file that is too large for one rank."""
 
@@ -136,6 +165,8 @@ class Unit:
     """Records of one of its numbered parts; None: as the configuration has it."""
     unreadable: str | None = None
     """Why the scan could not read it; reading it will fail with the same reason."""
+    layout: Layout | None = None
+    """Where its proteins belong, if they are written to their places in the output of a file that was cut."""
 
     @property
     def is_shard(self) -> bool:
@@ -208,6 +239,12 @@ class Row(NamedTuple):
     replaced: int
     blanks_removed: int = 0
     digits_removed: int = 0
+
+    @classmethod
+    def of(cls, protein: Protein, number: int, embedded: int, outcome: RecordOutcome) -> Row:
+        """From a protein after the policies for letters and lengths, and its record's index in its file."""
+        lengths = protein.num_residues, embedded
+        return cls(protein.id, protein.header, number, *lengths, outcome.name, *protein.changes)
 
 
 NOTE_COLUMNS = (

@@ -39,6 +39,7 @@ BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b00030000000000000000
 """The empty block that ends a block-gzip file; SAM/BAM format specification, section 4.1.2."""
 
 
+CHANGED = "the file was changed while the run was under way: start the run again"
 ELSEWHERE = "(other settings need another output_dir)"
 """Goes behind a remedy that is another setting: one output_dir does not mix two."""
 

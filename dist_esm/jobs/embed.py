@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dist_esm.atomic import commit_together
+from dist_esm.atomic import commit_together, discard
 from dist_esm.attempt import as_value
 from dist_esm.config import Compression, Config, ReportKind
 from dist_esm.distributed import LostRankError, World
@@ -24,11 +24,11 @@ from dist_esm.jobs.setup import MakeEngine, Setup, choose_setup, describe, find_
 from dist_esm.logs import logging_to
 from dist_esm.model.engine import Engine
 from dist_esm.outputs.events import start_details
-from dist_esm.outputs.formats.write import write_output
 from dist_esm.outputs.in_hand import acquit, name_of, note_death, notes_of
 from dist_esm.outputs.journal import Entry, entry_of
 from dist_esm.outputs.output_dir import OutputDir, inside
-from dist_esm.outputs.shards import join_shards
+from dist_esm.outputs.placed import output_of
+from dist_esm.outputs.shards import assemble_output
 from dist_esm.pipeline.worker import Destination, embed_units
 from dist_esm.planning.agree import agree_on_output_dir, agree_on_plan, results_in_journal
 from dist_esm.planning.claims import ClaimOrder
@@ -416,23 +416,24 @@ def join_file(
 ) -> JoinedFile:
     """Make one output of a file's shards, record it, and remove the shards.
 
+    Numbers that are in their places stay there; others are written from the shards to the output.
+
     Raises
     ------
     OSError
         If it cannot be written.
     """
     paths = [out.path / shard.files[0].path for shard in shards]
-    with join_shards(paths, out.scratch) as table:
-        stem, is_compressed = out.path / plan.files[file].output, config.compression is not Compression.none
-        staged = write_output(config.format, table, stem, out.scratch, is_compressed=is_compressed)
-        (written,) = commit_together([staged], out.path)
-        duplicate_ids = len(table.rows) - len(set(table.ids))
+    is_compressed = config.compression is not Compression.none
+    stem = out.path / plan.files[file].output
+    staged, ids = assemble_output(paths, config.format, stem, out.scratch, is_compressed)
+    (written,) = commit_together([staged], out.path)
     if isinstance(written, Exception):
         raise written
     tally = Tally()
     for shard in shards:
         tally.add(shard.tally)
-    tally.duplicate_ids = duplicate_ids
+    tally.duplicate_ids = len(ids) - len(set(ids))
     units = plan.units_of(file)
     digests = [shard.text_digest for shard in shards]
     seconds = sum(shard.seconds for shard in shards)
@@ -448,9 +449,9 @@ def join_file(
         is_joined=True,
     )
     out.journal.append([entry])
-    for path in paths:
-        path.unlink(missing_ok=True)
-    return JoinedFile(written, duplicate_ids)
+    for path in {*paths, *map(output_of, paths)}:
+        discard(path)
+    return JoinedFile(written, tally.duplicate_ids)
 
 
 def conclude(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ from torch import Tensor
 
 from dist_esm.atomic import Staged
 from dist_esm.config import Format, Include
-from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
+from dist_esm.fasta.blocks import CHANGED, FastaError
+from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
+from dist_esm.outputs.formats.base import About
 from dist_esm.outputs.formats.write import write_output
-from dist_esm.outputs.row_buffer import Memory, RowBuffer, torch_dtype
+from dist_esm.outputs.placed import Target, in_place, shapes, write_placed_shard
+from dist_esm.outputs.region import OutsideError, Region
+from dist_esm.outputs.row_buffer import Memory, NamelessFile, RowBuffer, torch_dtype
 from dist_esm.outputs.shards import write_shard
-from dist_esm.types import FastaFile, ProteinEmbedding, Row, Unit
+from dist_esm.types import Extent, FastaFile, ProteinEmbedding, Row, Unit
 
 SHARDS = Path(".dist_esm") / "shards"
 """Folder of the shards in an output directory."""
@@ -55,6 +60,33 @@ class OutputSettings:
         num_layers = sum(kind is Include.per_tok for kind, _ in self.representations)
         return self.width * self.dtype.itemsize * num_layers
 
+    def table(self, file: FastaFile, rows: Sequence[Row] = (), tsv_lines: Sequence[str] = ()) -> OutputTable:
+        """Return the table of an output, its tensors without numbers."""
+        keys = [(kind.name, layer) for kind, layer in self.representations]
+        return OutputTable(
+            source=file.source,
+            provenance=self.provenance,
+            include=[kind.name for kind in self.include],
+            main_layer=self.main_layer,
+            rows=list(rows),
+            tsv_lines=list(tsv_lines),
+            **shapes(keys, rows, self.dtype, self.width),
+        )
+
+    def target(self, file: FastaFile, unit: Unit) -> Target | None:
+        """Return where the numbers of a unit belong, if they are to be written to their places."""
+        codec = in_place(self.format, self.is_compressed)
+        if unit.layout is None or codec is None:
+            return None
+        stem = self.output_dir / SHARDS / shards_name(file)
+        return Target.of(stem, codec, About.of(self.table(file)), self.dtype, unit.layout)
+
+
+def shards_name(file: FastaFile) -> str:
+    """Return what the names of a file's shards begin with: a hash in place of the output's name, to which a
+    number would add more than a file system takes."""
+    return hashlib.sha256(os.fsencode(file.output)).hexdigest()[:32]
+
 
 @dataclass
 class OutputBuilder:
@@ -62,9 +94,12 @@ class OutputBuilder:
 
     part: int
     """0, 1, ... among the outputs of its unit."""
+    target: Target | None = None
+    """Where its numbers belong, if they are written to their places in the output of a file that was cut."""
     rows: list[Row] = field(default_factory=list)
     tsv_lines: list[str] = field(default_factory=list)
     buffers: dict[tuple[Include, int], RowBuffer] = field(default_factory=dict)
+    regions: dict[tuple[Include, int], Region] = field(default_factory=dict)
     num_residues: int = 0
     num_embedded: int = 0
     """Proteins whose embedding is in its place."""
@@ -94,23 +129,53 @@ class OutputBuilder:
         memory: Memory,
         unit: Unit,
     ) -> None:
-        """Put the embedding of protein `index`, whose residues begin at `first_row`, in its place."""
+        """Put the embedding of protein `index`, whose residues begin at `first_row`, in its place.
+
+        Raises
+        ------
+        FastaError
+            If there is no such place, because the file was changed.
+        OSError
+            If there is no room for it.
+        """
         for (kind, layer), rows in embedding.items():
             buffer = self.buffers.get((kind, layer))
             if buffer is None:
-                expected = unit.count.residues if kind is Include.per_tok else unit.count.sequences
-                buffer = RowBuffer(rows.shape[-1], settings.dtype, settings.scratch, memory, expected)
-                self.buffers[kind, layer] = buffer
-            buffer.write(first_row if kind is Include.per_tok else index, rows)
+                buffer = self.buffers[kind, layer] = self._buffer(kind, layer, settings, memory, unit)
+            try:
+                buffer.write(first_row if kind is Include.per_tok else index, rows)
+            except OutsideError:
+                raise FastaError(CHANGED) from None
         self.num_embedded += 1
+
+    def _buffer(
+        self, kind: Include, layer: int, settings: OutputSettings, memory: Memory, unit: Unit
+    ) -> RowBuffer:
+        counted, make_file = unit.count.residues, partial(NamelessFile, settings.scratch)
+        num_rows = counted if kind is Include.per_tok else unit.count.sequences
+        if self.target is None:
+            return RowBuffer(settings.width, settings.dtype, make_file, memory, num_rows)
+        own = self.target.layout.own
+        num_rows = own.residues if kind is Include.per_tok else own.proteins
+        make_region = partial(self._region, kind, layer, self.target)
+        return RowBuffer(settings.width, settings.dtype, make_region, memory, num_rows)
+
+    def _region(self, kind: Include, layer: int, target: Target) -> Region:
+        if (kind, layer) not in self.regions:
+            self.regions[kind, layer] = target.region((kind.name, layer))
+        return self.regions[kind, layer]
 
     def close(self) -> None:
         """Give its rows up."""
         for buffer in self.buffers.values():
             buffer.close()
+        for region in self.regions.values():
+            region.close()
 
     def write(self, settings: OutputSettings, file: FastaFile, unit: Unit) -> Staged:
         """Write it under temporary names: a whole output, a numbered part of one, or a shard."""
+        if self.target is not None:
+            return self._write_placed(settings, file, unit, self.target)
         table = self._table(settings, file)
         stem = settings.output_dir / file.output
         if unit.first_part is not None:
@@ -120,10 +185,32 @@ class OutputBuilder:
             return write_output(
                 settings.format, table, stem, settings.scratch, is_compressed=settings.is_compressed
             )
-        # A hash in place of the output's name, to which a number would add more than a file system takes.
-        name = hashlib.sha256(os.fsencode(file.output)).hexdigest()[:32]
-        path = settings.output_dir / SHARDS / f"{name}.{unit.ordinal:06d}.pt"
+        path = settings.output_dir / SHARDS / f"{shards_name(file)}.{unit.ordinal:06d}.pt"
         return write_shard(table, path, settings.scratch)
+
+    def _write_placed(self, settings: OutputSettings, file: FastaFile, unit: Unit, target: Target) -> Staged:
+        """Write its numbers to their places, and all else to a shard.
+
+        Raises
+        ------
+        FastaError
+            If its proteins are not those that the plan has.
+        """
+        codec = in_place(settings.format, settings.is_compressed)
+        assert codec is not None
+        own = Extent(len(self.rows), self.num_residues, codec.text_size(self.rows))
+        if own != target.layout.own:
+            raise FastaError(CHANGED)
+        written = {}
+        for kind, layer in settings.representations:
+            region, buffer = self._region(kind, layer, target), self.buffers.get((kind, layer))
+            if buffer is not None and buffer.is_in_place:
+                written[kind.name, layer] = region.read_back()
+            else:
+                blocks = little_endian_blocks(buffer.tensor()) if buffer is not None else iter(())
+                written[kind.name, layer] = region.write_all(blocks)
+        table = settings.table(file, self.rows, self.tsv_lines)
+        return write_placed_shard(table, written, target, unit.ordinal, settings.scratch)
 
     def _table(self, settings: OutputSettings, file: FastaFile) -> OutputTable:
         tensors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}
@@ -131,14 +218,9 @@ class OutputBuilder:
             buffer = self.buffers.get((kind, layer))
             empty = torch.empty(0, settings.width, dtype=torch_dtype(settings.dtype))
             tensors[kind][layer] = buffer.tensor() if buffer else empty
-        return OutputTable(
-            source=file.source,
-            provenance=settings.provenance,
-            include=[kind.name for kind in settings.include],
-            main_layer=settings.main_layer,
-            rows=self.rows,
+        return replace(
+            settings.table(file, self.rows, self.tsv_lines),
             mean=tensors[Include.mean],
             bos=tensors[Include.bos],
             per_tok={layer: ChunkedTensor([tensor]) for layer, tensor in tensors[Include.per_tok].items()},
-            tsv_lines=self.tsv_lines,
         )

@@ -56,6 +56,11 @@ class ChunkedTensor:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """Return numpy's little-endian float32 or float16 for torch's."""
+    return np.dtype(str(dtype).removeprefix("torch.")).newbyteorder("<")
+
+
 def little_endian(rows: Tensor) -> NDArray[Any]:
     """Return rows as they are written: C-contiguous and little-endian; without a copy if they are so."""
     values = np.ascontiguousarray(rows.numpy())

@@ -39,6 +39,7 @@ from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, read_json, v
 from dist_esm.outputs.formats.registry import FORMATS, format_at
 from dist_esm.outputs.in_hand import Deaths, InHand
 from dist_esm.outputs.journal import Entry, Journal
+from dist_esm.outputs.placed import SUFFIX, output_of, part_from_finished
 from dist_esm.outputs.trust import SHARDS, is_file_of, refuse_linked_folders, refuse_strange_files
 from dist_esm.types import FastaFile, WrittenFile
 from dist_esm.wire import decode, encode
@@ -432,11 +433,15 @@ def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
         for path in folder.glob(".*.tmp"):
             if is_leftover(path, names):
                 discard(path)
-    kept = _shards_to_join(output_dir, entries)
+    kept = {output_dir / path for path in _shards_to_join(output_dir, entries)}
+    outputs = {output_of(shard) for shard in kept}
     for folder in (inside(output_dir) / name for name in SHARDS):
-        for path in folder.rglob("*.pt"):
-            if str(path.relative_to(output_dir)) not in kept:
-                path.unlink()
+        for path in [path for path in folder.rglob("*.pt") if path not in kept]:
+            path.unlink()
+        for path in [path for path in folder.glob(f"*{SUFFIX}*") if path not in outputs]:
+            remove(path)
+    for path in filter(Path.exists, outputs):
+        part_from_finished(path)
 
 
 def _shards_to_join(output_dir: Path, entries: Sequence[Entry]) -> set[str]:

@@ -11,15 +11,49 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dist_esm.atomic import SummedFile
+
+
+class Storage(NamedTuple):
+    """A C-contiguous matrix whose numbers are, or will be, in the archive."""
+
+    key: str
+    """Names it in the archive."""
+    dtype: np.dtype[Any]
+    shape: tuple[int, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def row(self, index: int) -> StorageView:
+        """Return one row, of shape (width,)."""
+        return StorageView(self, index * self.shape[1], self.shape[1:], (1,))
+
+    def rows(self, start: int, stop: int) -> StorageView:
+        """Return rows from start up to stop, of shape (stop - start, width)."""
+        width = self.shape[1]
+        return StorageView(self, start * width, (stop - start, width), (width, 1))
+
+
+class StorageView(NamedTuple):
+    """A tensor in the archive."""
+
+    storage: Storage
+    offset: int
+    """Numbers in front of it in its storage."""
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 class _Plain(pickle.Pickler):
@@ -62,10 +96,11 @@ class _Pickler:
             self._file.write(pickle.SETITEMS)
         elif type(content) is Tensor:
             self._file.write(self._tensor(content))
-        elif type(content) is list and content and type(content[0]) is Tensor:
-            self._file.write(
-                b"".join([pickle.EMPTY_LIST, pickle.MARK, *map(self._tensor, content), pickle.APPENDS])
-            )
+        elif type(content) is StorageView:
+            self._file.write(self._view(content))
+        elif type(content) is list and content and type(content[0]) in (Tensor, StorageView):
+            write = self._tensor if type(content[0]) is Tensor else self._view
+            self._file.write(b"".join([pickle.EMPTY_LIST, pickle.MARK, *map(write, content), pickle.APPENDS]))
         else:
             self._file.write(_plain(content))
 
@@ -75,23 +110,37 @@ class _Pickler:
         if type(tensor) is not Tensor or tensor.requires_grad or tensor.layout is not torch.strided:
             raise TypeError(f"{type(tensor)} has no place in an output: detached, strided tensors have")
         storage = tensor.untyped_storage()._cdata
+        return self._rebuilt(
+            self._once(("storage", storage), self._storage, tensor),
+            int(tensor.storage_offset()),
+            tuple(tensor.shape),
+            tensor.stride(),
+        )
+
+    def _storage(self, tensor: Tensor) -> bytes:
+        return _named_storage(*self.persistent_id(tensor.__reduce_ex__(2)[1][0]))  # type: ignore[no-untyped-call]
+
+    def _view(self, view: StorageView) -> bytes:
+        storage = self._once(("storage", view.storage.key), self._placed_storage, view.storage)
+        return self._rebuilt(storage, view.offset, view.shape, view.stride)
+
+    def _placed_storage(self, storage: Storage) -> bytes:
+        storage_type = {4: torch.FloatStorage, 2: torch.HalfStorage}[storage.dtype.itemsize]
+        num_values = storage.shape[0] * storage.shape[1]
+        return _named_storage("storage", storage_type, storage.key, "cpu", num_values)
+
+    def _rebuilt(self, storage: bytes, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
         return b"".join(
             (
                 self._once("rebuild", _global, "torch._utils", "_rebuild_tensor_v2"),
                 pickle.MARK,
-                self._once(("storage", storage), self._storage, tensor),
-                _whole_number(int(tensor.storage_offset())),
-                self._once(tuple(tensor.shape), _plain, tuple(tensor.shape)),
-                self._once(tensor.stride(), _plain, tensor.stride()),
+                storage,
+                _whole_number(offset),
+                self._once(shape, _plain, shape),
+                self._once(stride, _plain, stride),
                 pickle.NEWFALSE + pickle.NONE + pickle.TUPLE + pickle.REDUCE,
             )
         )
-
-    def _storage(self, tensor: Tensor) -> bytes:
-        tag, storage_type, key, location, size = self.persistent_id(tensor.__reduce_ex__(2)[1][0])  # type: ignore[no-untyped-call]
-        name = _global(storage_type.__module__, storage_type.__name__)
-        numbers = (_plain(key), _plain(location), _plain(size))
-        return b"".join((pickle.MARK, _plain(tag), name, *numbers, pickle.TUPLE, pickle.BINPERSID))
 
     def _once(self, key: Hashable, make: Callable[..., bytes], *args: Any) -> bytes:
         """Push a value: made and remembered the first time, recalled from then on."""
@@ -101,6 +150,20 @@ class _Pickler:
         place = struct.pack("<I", len(self._known))
         self._known[key] = pickle.LONG_BINGET + place
         return make(*args) + pickle.LONG_BINPUT + place
+
+
+def pickled(content: Mapping[str, Any]) -> bytes:
+    """Return the pickle of an archive whose tensors are `StorageView`s."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, 2).dump(dict(content))
+    return buffer.getvalue()
+
+
+def _named_storage(tag: str, storage_type: type[Any], key: str, location: str, num_values: int) -> bytes:
+    """Return the opcodes of a storage, which the archive holds under a key."""
+    name = _global(storage_type.__module__, storage_type.__name__)
+    numbers = (_plain(key), _plain(location), _plain(num_values))
+    return b"".join((pickle.MARK, _plain(tag), name, *numbers, pickle.TUPLE, pickle.BINPERSID))
 
 
 def _plain(content: Any) -> bytes:

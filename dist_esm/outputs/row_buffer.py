@@ -1,22 +1,25 @@
 """Rows of an output in the making, which arrive in any order.
 
-They wait in memory while there is some left, then in a nameless file in `output_dir`, so that memory does not
-grow with the output.
+They wait in memory while there is some left, then on disk, so that memory does not grow with the output: in
+the place that they have in the output, if that is known already, else in a nameless file in `output_dir`.
 """
 
 from __future__ import annotations
 
 import mmap
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from dist_esm.atomic import write_all_at
 
 BUFFER_BYTES = 3 << 29
 """Rows that are kept in memory, of all outputs in the making together; what is more waits on disk."""
@@ -34,18 +37,50 @@ class Memory:
     """Threads that copy large rows, if there are any."""
 
 
+class RowFile(Protocol):
+    """Where rows go that find no room in memory."""
+
+    def write(self, offset: int, data: Any) -> None:
+        """Write bytes at an offset."""
+        ...
+
+    def close(self) -> None:
+        """Give the file up."""
+        ...
+
+
+class NamelessFile:
+    """A file that is gone when it is closed."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=str(directory), buffering=0)  # noqa: SIM115 - closed by close()
+
+    def write(self, offset: int, data: Any) -> None:
+        """Write bytes at an offset."""
+        write_all_at(self._file.fileno(), offset, data)
+
+    def mapped(self, num_bytes: int) -> mmap.mmap:
+        """Return its first bytes; what is changed in memory stays there."""
+        return mmap.mmap(self._file.fileno(), num_bytes, access=mmap.ACCESS_COPY)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 class RowBuffer:
     """Rows of one width and dtype, written at any position, read back as one tensor.
 
     As long as there is memory, rows are kept where the tensor is made of them without another copy; then they
-    go to a nameless file. Rows that are given to `write` must stay as they are until `tensor`.
+    go to a file. Rows that are given to `write` must stay as they are until `tensor`.
 
     Parameters
     ----------
     width, dtype
         Of each row.
-    directory
-        Where the nameless file goes.
+    file
+        Makes the file, when there is no memory left for all rows.
     memory
         Shared with other buffers.
     expected
@@ -54,15 +89,20 @@ class RowBuffer:
     """
 
     def __init__(
-        self, width: int, dtype: np.dtype[Any], directory: Path, memory: Memory, expected: int = 0
+        self,
+        width: int,
+        dtype: np.dtype[Any],
+        file: Callable[[], RowFile],
+        memory: Memory,
+        expected: int = 0,
     ) -> None:
         self.num_rows = 0
         self._expected = expected
-        self._directory = directory
+        self._make_file = file
         self._memory = memory
         self._taken = 0
         self._rows: NDArray[Any] = np.empty((0, width), dtype)
-        self._file: IO[bytes] | None = None
+        self._file: RowFile | None = None
         self._copies: list[Future[None]] = []
 
     @property
@@ -87,17 +127,19 @@ class RowBuffer:
             else:
                 place[:] = rows
         else:
-            self._file.seek(first_row * self._row_bytes)
-            self._file.write(np.ascontiguousarray(rows, dtype=self._rows.dtype).data)
+            self._file.write(
+                first_row * self._row_bytes, np.ascontiguousarray(rows, dtype=self._rows.dtype).data
+            )
 
     def _take(self) -> None:
         """Take memory for `num_rows`, or move to a file if there is not enough of it."""
         more = self.num_bytes - self._taken
         if more > self._memory.left:
             self._finish_copies()
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=str(self._directory))  # noqa: SIM115 - closed by close()
-            self._file.write(self._rows[: self._taken // self._row_bytes].data)
+            self._file = self._make_file()
+            kept = self._rows[: self._taken // self._row_bytes]
+            if len(kept):
+                self._file.write(0, kept.data)
             self._give_back()
             return
         self._memory.left -= more
@@ -125,13 +167,18 @@ class RowBuffer:
         self._taken = 0
         self._rows = self._rows[:0].copy()
 
+    @property
+    def is_in_place(self) -> bool:
+        """Its rows went to a file in which they stay."""
+        return self._file is not None and not isinstance(self._file, NamelessFile)
+
     def tensor(self) -> Tensor:
-        """All rows, shape (n, width). Valid until `close`."""
+        """All rows, shape (n, width), unless they are in place. Valid until `close`."""
         self._finish_copies()
         if self._file is None or not self.num_rows:
             return torch.from_numpy(self._rows[: self.num_rows])
-        self._file.flush()
-        data = mmap.mmap(self._file.fileno(), self.num_bytes, access=mmap.ACCESS_COPY)
+        assert isinstance(self._file, NamelessFile)
+        data = self._file.mapped(self.num_bytes)
         return torch.frombuffer(data, dtype=torch_dtype(self._rows.dtype)).view(-1, self._rows.shape[1])
 
     def close(self) -> None:

@@ -6,16 +6,20 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dist_esm.atomic import Staged, discard, temporary_path
+from dist_esm.config import Format
 from dist_esm.names import readable_name
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
+from dist_esm.outputs.formats.write import write_output
 from dist_esm.outputs.pickling import save
-from dist_esm.outputs.row_buffer import Memory, RowBuffer
+from dist_esm.outputs.placed import finish_placed, read_placed_shard
+from dist_esm.outputs.row_buffer import Memory, NamelessFile, RowBuffer
 from dist_esm.types import Row
 
 CHUNK_ROWS = 1 << 12
@@ -50,7 +54,9 @@ def write_shard(table: OutputTable, path: Path, scratch: Path) -> Staged:
 
 
 def read_shard(path: Path) -> OutputTable:
-    """Read what `write_shard` wrote. Numbers are mapped, and read from disk when they are used."""
+    """Read the shard of a unit. Numbers are mapped, and read from disk when they are used."""
+    if (placed := read_placed_shard(path)) is not None:
+        return placed.mapped()
     with readable_name(path) as name:
         content = torch.load(name, weights_only=True, mmap=True)
     # Until its second format version the package had another name for these lines.
@@ -58,6 +64,35 @@ def read_shard(path: Path) -> OutputTable:
     rows = list(map(Row._make, json.loads(content["rows"])))
     per_tok = {layer: ChunkedTensor([tensor]) for layer, tensor in content["per_tok"].items()}
     return OutputTable(**{**content, "rows": rows, "per_tok": per_tok})
+
+
+def assemble_output(
+    paths: Sequence[Path], output_format: Format, stem: Path, scratch: Path, is_compressed: bool
+) -> tuple[Staged, list[str]]:
+    """Write the one output of a file that was cut under temporary names, and return the ids in it.
+
+    If all numbers are in their places in one output in the making, that is completed. Else they are written
+    again: the format has no places, or launches that laid the file out otherwise did a part of it.
+
+    Parameters
+    ----------
+    paths
+        Of the shards, in order.
+    output_format, stem, scratch, is_compressed
+        As of `write_output`.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    placed = [shard for path in paths if (shard := read_placed_shard(path)) is not None]
+    if len(placed) == len(paths):
+        staged = finish_placed(placed, output_format, stem, scratch)
+        if staged is not None:
+            return staged, [protein for shard in placed for protein in shard.table.ids]
+    with join_shards(paths, scratch) as table:
+        return write_output(output_format, table, stem, scratch, is_compressed=is_compressed), table.ids
 
 
 @contextmanager
@@ -74,12 +109,12 @@ def join_shards(paths: Sequence[Path], directory: Path) -> Iterator[OutputTable]
         Where buffers go that find no room in memory.
     """
     shards = [read_shard(path) for path in paths]
-    memory = Memory()
+    memory, make_file = Memory(), partial(NamelessFile, directory)
     with ExitStack() as buffers:
 
         def joined(parts: list[Tensor]) -> Tensor:
             width, dtype = parts[0].shape[1], parts[0][:0].numpy().dtype
-            buffer = RowBuffer(width, dtype, directory, memory, expected=sum(map(len, parts)))
+            buffer = RowBuffer(width, dtype, make_file, memory, expected=sum(map(len, parts)))
             buffers.enter_context(closing(buffer))
             first = 0
             for chunk in (chunk for part in parts for chunk in torch.split(part, CHUNK_ROWS)):

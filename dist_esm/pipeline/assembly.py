@@ -178,7 +178,7 @@ class Assembly:
             return
         state.text_digest = text_digest
         if not state.builders:
-            state.builders.append(OutputBuilder(0))
+            state.builders.append(self._new_builder(state, 0))
         state.is_closed = state.builders[-1].is_closed = True
         self._submit_if_complete(key, state, state.builders[-1])
 
@@ -229,10 +229,7 @@ class Assembly:
             return
         self._places[record.protein_index] = self._place(record, builder)
         protein = record.protein
-        lengths = protein.num_residues, record.num_embedded
-        builder.rows.append(
-            Row(protein.id, protein.header, number - 1, *lengths, record.outcome.name, *protein.changes)
-        )
+        builder.rows.append(Row.of(protein, number - 1, record.num_embedded, record.outcome))
         builder.num_residues += record.num_embedded
         if record.duplicate_of in (None, record.protein_index):
             return
@@ -263,9 +260,12 @@ class Assembly:
             state.builders[-1].is_closed = True
             self._submit_if_complete(record.unit, state, state.builders[-1])
         if part == len(state.builders):
-            state.builders.append(OutputBuilder(part))
+            state.builders.append(self._new_builder(state, part))
         state.num_records += 1
         return state.builders[part]
+
+    def _new_builder(self, state: UnitInProgress, part: int) -> OutputBuilder:
+        return OutputBuilder(part, self.settings.target(self.files[state.unit.file], state.unit))
 
     def _fail_protein(self, protein_index: int, error: Exception) -> None:
         """Fail the units of a protein and of all that are identical to it."""

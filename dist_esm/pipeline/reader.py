@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from dist_esm.attempt import as_value
 from dist_esm.config import Config, Include
-from dist_esm.fasta.blocks import FastaError
+from dist_esm.fasta.blocks import CHANGED, FastaError
 from dist_esm.fasta.parser import read_proteins
 from dist_esm.fasta.segments import apply_length_policy, make_segments, num_embedded
 from dist_esm.outputs.in_hand import InHand, name_of
@@ -194,7 +194,7 @@ class Reader(Service):
         stat = os.stat(file.location)
         is_same = (stat.st_size, stat.st_mtime_ns) == (file.num_bytes, file.mtime_ns)
         if num_records != unit.count.sequences or not is_same:
-            raise FastaError("the file was changed while the run was under way: start the run again")
+            raise FastaError(CHANGED)
         return text_digest.hexdigest()
 
     def _announce(self, key: int, protein: Protein) -> Iterator[Segment]:

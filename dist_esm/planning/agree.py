@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
+from pathlib import Path
 
 from dist_esm.attempt import as_value
 from dist_esm.config import Config
@@ -21,7 +22,9 @@ from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.in_hand import Deaths
 from dist_esm.outputs.journal import Entry, is_intact
 from dist_esm.outputs.output_dir import OutputDir
+from dist_esm.outputs.placed import read_placed_shard
 from dist_esm.planning.assign import assign_to_bins
+from dist_esm.planning.layout import lay_out
 from dist_esm.planning.units import CountedSlice, Plan, count_slice, cut_files, make_plan, make_units
 from dist_esm.types import Count, FastaFile, JoinedFile, Slice, Tally, Unit, UnitResult
 
@@ -64,6 +67,7 @@ def agree_on_plan(
         for file, remark in remarks.items():
             log.warning("%s %s", files[file].path, remark)
     done, joined = find_done(config, files, units, entries, world)
+    units = lay_out(config, units, done, world)
     plan = make_plan(
         files,
         units,
@@ -323,7 +327,15 @@ def is_done(entry: Entry, units: Sequence[Unit], config: Config) -> bool:
     # Of shards that were joined since, the outputs are gone: then there is no need to read the text.
     if not all((config.output_dir / output.path).exists() for output in entry.written):
         return False
-    return as_value(digests_now, entry, units) == entry.digests and is_intact(entry, config.output_dir)
+    if as_value(digests_now, entry, units) != entry.digests or not is_intact(entry, config.output_dir):
+        return False
+    return not entry.is_shard or are_numbers_intact(config.output_dir / entry.written[0].path)
+
+
+def are_numbers_intact(path: Path) -> bool:
+    """Tell if the numbers of a shard, whose own file is intact, are in their places."""
+    shard = as_value(read_placed_shard, path)
+    return not isinstance(shard, Exception) and (shard is None or shard.is_intact())
 
 
 def digests_now(entry: Entry, units: Sequence[Unit]) -> list[str]:

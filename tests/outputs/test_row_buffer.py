@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 
-from dist_esm.outputs.row_buffer import Memory, RowBuffer, are_finite
+from dist_esm.outputs.row_buffer import Memory, NamelessFile, RowBuffer, are_finite
 
 
 class Late(Executor):
@@ -30,7 +31,7 @@ def test_rows_come_back_in_their_places_from_memory_and_from_disk(
     monkeypatch.setattr("dist_esm.outputs.row_buffer.LARGE_ROWS", 0)
     rows = np.random.default_rng(0).standard_normal((300, 6), dtype=np.float32)
     memory = Memory(num_bytes, copiers)
-    buffer = RowBuffer(6, rows.dtype, tmp_path / "scratch", memory, expected)
+    buffer = RowBuffer(6, rows.dtype, partial(NamelessFile, tmp_path / "scratch"), memory, expected)
     for number in [*range(20), *np.random.default_rng(1).permutation(np.arange(20, 60))]:
         buffer.write(5 * int(number), rows[5 * number : 5 * number + 5])
         assert memory.left >= 0

@@ -46,9 +46,8 @@ def test_a_file_that_was_cut_and_joined_is_the_file_uncut(tmp_path, monkeypatch,
     assert joined.report.files[0].outputs == ["a_ESM.pt"]
 
 
-@pytest.mark.parametrize("kind", [Format.fair_esm, Format.h5, Format.parquet, Format.safetensors, Format.npy])
+@pytest.mark.parametrize("kind", list(Format))
 def test_a_file_that_was_cut_and_joined_has_the_bytes_of_the_file_uncut(tmp_path, monkeypatch, kind):
-    """`pt` alone keeps the residues of each piece apart; its content is compared in test_shards.py."""
     monkeypatch.setattr("dist_esm.planning.units.MIN_UNIT_BYTES", 64)
     monkeypatch.setattr(
         "dist_esm.outputs.formats.parquet.GROUP_BYTES", 1 << 14

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.outputs.embeddings import OutputTable
+from dist_esm.types import Extent, Row
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,27 @@ class Opened(Protocol):
         ...
 
 
+class Place(NamedTuple):
+    """Where the numbers of a kind and layer stand in an output, as rows of one C-contiguous matrix."""
+
+    file: str
+    """Name of the file within the output; "" if the output is a file itself."""
+    offset: int
+    """Bytes in front of the first row."""
+
+
+class InPlace(NamedTuple):
+    """How a format is laid out whose numbers may be written to their places before its text is."""
+
+    places: Callable[[About, Extent, np.dtype[Any]], dict[tuple[str, int], Place]]
+    """Kind and layer to the place of its numbers, in an output of this extent."""
+    finish: Callable[[OutputTable, Path, Mapping[tuple[str, int], int]], None]
+    """Writes all but the numbers of an output to exactly this path, a file or folder. Numbers in the table
+    are tensors without storage; what else is told are the CRC-32 of the numbers of each kind and layer."""
+    text_size: Callable[[Sequence[Row]], int] = lambda rows: 0
+    """What these rows add to `Extent.text`."""
+
+
 class Codec(NamedTuple):
     """How a format is written and read back: the `CODEC` of its module."""
 
@@ -97,6 +120,8 @@ class Codec(NamedTuple):
     """For a format whose output is a folder: names of the files that every such folder has."""
     write_compressed: Callable[[OutputTable, Path], str | None] | None = None
     """As `write`, with numbers compressed by zstd, for a format that can."""
+    in_place: InPlace | None = None
+    """For a format whose numbers have places that do not depend on its text."""
 
 
 def escape(text: str, unsafe: re.Pattern[str]) -> str:

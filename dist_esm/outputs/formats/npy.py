@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_esm.atomic import SummedFolder
-from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
-from dist_esm.outputs.formats.base import About, Codec
+from dist_esm.atomic import SummedFolder, write_at
+from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks, numpy_dtype
+from dist_esm.outputs.formats.base import About, Codec, InPlace, Place
+from dist_esm.types import Extent
 
 PROTEINS = "proteins.tsv"
 COLUMNS = ("id", "index", "length", "offset", "header")
@@ -46,26 +47,64 @@ def write_npy(table: OutputTable, path: Path) -> str:
         for kind, layers in about.kinds.items():
             for layer in layers:
                 _write_matrix(folder, file_name(kind, layer), getattr(table, kind)[layer])
-        offsets = accumulate(table.lengths, initial=0)
         with folder.text(PROTEINS) as file:
-            lines = csv.writer(file, "excel-tab", lineterminator="\n")
-            lines.writerow(COLUMNS)
-            lines.writerows(
-                (row.id, row.number, row.embedded, offset, row.header)
-                for row, offset in zip(table.rows, offsets, strict=False)
-            )
+            _write_proteins(table, file)
         with folder.text(ABOUT) as file:
-            file.write(json.dumps(asdict(about), indent=1) + "\n")
+            _write_about(about, file)
     return folder.sha256()
 
 
 def _write_matrix(folder: SummedFolder, name: str, rows: Tensor | ChunkedTensor) -> None:
-    dtype = np.dtype(str(rows.dtype).removeprefix("torch.")).newbyteorder("<")
-    header = {"descr": npy_format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(rows.shape)}
     with folder.file(name) as file:
-        npy_format.write_array_header_1_0(file, header)
+        file.write(_matrix_header(numpy_dtype(rows.dtype), rows.shape))
         for block in little_endian_blocks(rows):
             file.write(block.data)
+
+
+def _matrix_header(dtype: np.dtype[Any], shape: Sequence[int]) -> bytes:
+    text = io.BytesIO()
+    descr = npy_format.dtype_to_descr(dtype.newbyteorder("<"))
+    header = {"descr": descr, "fortran_order": False, "shape": tuple(shape)}
+    npy_format.write_array_header_1_0(text, header)
+    return text.getvalue()
+
+
+def _write_proteins(table: OutputTable, file: TextIO) -> None:
+    lines = csv.writer(file, "excel-tab", lineterminator="\n")
+    lines.writerow(COLUMNS)
+    lines.writerows(
+        (row.id, row.number, row.embedded, offset, row.header)
+        for row, offset in zip(table.rows, table.offsets, strict=False)
+    )
+
+
+def _write_about(about: About, file: TextIO) -> None:
+    file.write(json.dumps(asdict(about), indent=1) + "\n")
+
+
+def places(about: About, extent: Extent, dtype: np.dtype[Any]) -> dict[tuple[str, int], Place]:
+    """Return where the rows of each kind and layer begin."""
+    found: dict[tuple[str, int], Place] = {}
+    for kind, layers in about.kinds.items():
+        num_rows = extent.residues if kind == "per_tok" else extent.proteins
+        header = _matrix_header(dtype, (num_rows, about.width))
+        found |= {(kind, layer): Place(file_name(kind, layer), len(header)) for layer in layers}
+    return found
+
+
+def finish_npy(table: OutputTable, path: Path, crcs: Mapping[tuple[str, int], int]) -> None:
+    """Write the headers of matrices whose rows have their places already, and the tables beside them."""
+    about = About.of(table)
+    path.mkdir(exist_ok=True)
+    for kind, layers in about.kinds.items():
+        for layer in layers:
+            rows: Tensor | ChunkedTensor = getattr(table, kind)[layer]
+            header = _matrix_header(numpy_dtype(rows.dtype), rows.shape)
+            write_at(path / file_name(kind, layer), 0, header)
+    with open(path / PROTEINS, "w", encoding="utf-8", newline="") as file:
+        _write_proteins(table, file)
+    with open(path / ABOUT, "w", encoding="utf-8", newline="") as file:
+        _write_about(about, file)
 
 
 @contextmanager
@@ -116,4 +155,4 @@ class OpenedNpy:
         return self._mapped[name]
 
 
-CODEC = Codec(write_npy, OpenedNpy, (PROTEINS, ABOUT))
+CODEC = Codec(write_npy, OpenedNpy, (PROTEINS, ABOUT), in_place=InPlace(places, finish_npy))

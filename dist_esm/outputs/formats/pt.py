@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_esm.outputs.embeddings import OutputTable
-from dist_esm.outputs.formats.base import About, Codec
-from dist_esm.outputs.pickling import save
+from dist_esm.atomic import SummedFile, write_at
+from dist_esm.outputs.archive import rest_of_archive, storage_members
+from dist_esm.outputs.embeddings import OutputTable, little_endian_blocks, numpy_dtype
+from dist_esm.outputs.formats.base import About, Codec, InPlace, Place
+from dist_esm.outputs.pickling import Storage
+from dist_esm.types import Extent
 
 
 def write_pt(table: OutputTable, path: Path) -> str:
@@ -23,26 +28,75 @@ def write_pt(table: OutputTable, path: Path) -> str:
     (D,); further ``headers``, ``lengths`` (embedded residues), the fields of `About`, and as included
     ``mean_representations[layer]`` and ``bos_representations[layer]``, shape (N, D), and
     ``representations[layer]``, a list of tensors of shape (L, D). Tensors of a kind and layer are views of
-    one storage, or of one for each shard of a file that was cut. Loading takes 35 us of a core for each
-    tensor of a list, most of them in torch's unpickler.
+    one storage. Loading takes 35 us of a core for each tensor of a list, most of them in torch's unpickler.
     """
-    content: dict[str, object] = {
+    storages = _storages(About.of(table), Extent(len(table.rows), sum(table.lengths)), _dtype(table))
+    members, crcs = storage_members(list(storages.values())), []
+    with SummedFile(path) as file:
+        for (kind, layer), member in zip(storages, members, strict=True):
+            file.write(member.header())
+            crc = 0
+            for block in little_endian_blocks(getattr(table, kind)[layer]):
+                file.write(block.data)
+                crc = crc32(block.data, crc)
+            file.write(member.descriptor(crc))
+            crcs.append(crc)
+        file.write(rest_of_archive(members, crcs, _content(table, storages)))
+    return file.sha256()
+
+
+def _dtype(table: OutputTable) -> np.dtype[Any]:
+    return numpy_dtype(table.mean[table.main_layer].dtype)
+
+
+def _storages(about: About, extent: Extent, dtype: np.dtype[Any]) -> dict[tuple[str, int], Storage]:
+    """Return the storage of each kind and layer, in the order in which they stand."""
+    keys = [(kind, layer) for kind, layers in about.kinds.items() for layer in layers]
+    num_rows = {"mean": extent.proteins, "bos": extent.proteins, "per_tok": extent.residues}
+    return {
+        key: Storage(str(number), dtype, (num_rows[key[0]], about.width)) for number, key in enumerate(keys)
+    }
+
+
+def _content(table: OutputTable, storages: Mapping[tuple[str, int], Storage]) -> dict[str, Any]:
+    main = storages["mean", table.main_layer]
+    content: dict[str, Any] = {
         "proteins": table.ids,
-        "data": list(table.mean[table.main_layer].unbind()),
+        "data": [main.row(place) for place in range(len(table.rows))],
         "headers": [row.header for row in table.rows],
         "lengths": table.lengths,
         **vars(About.of(table)),
     }
-    if "mean" in table.include:
-        content["mean_representations"] = table.mean
-    if "bos" in table.include:
-        content["bos_representations"] = table.bos
+    for kind in ("mean", "bos"):
+        if kind in table.include:
+            content[f"{kind}_representations"] = {
+                layer: storages[kind, layer].rows(0, len(table.rows)) for layer in getattr(table, kind)
+            }
     if "per_tok" in table.include:
-        spans = [slice(*span) for span in pairwise(accumulate(table.lengths, initial=0))]
         content["representations"] = {
-            layer: [rows[span] for span in spans] for layer, rows in table.per_tok.items()
+            layer: [storages["per_tok", layer].rows(*span) for span in pairwise(table.offsets)]
+            for layer in table.per_tok
         }
-    return save(content, path)
+    return content
+
+
+def places(about: About, extent: Extent, dtype: np.dtype[Any]) -> dict[tuple[str, int], Place]:
+    """Return where the rows of each kind and layer begin."""
+    storages = _storages(about, extent, dtype)
+    members = storage_members(list(storages.values()))
+    return {key: Place("", member.start) for key, member in zip(storages, members, strict=True)}
+
+
+def finish_pt(table: OutputTable, path: Path, crcs: Mapping[tuple[str, int], int]) -> None:
+    """Write all of the archive but the numbers, which have their places already."""
+    storages = _storages(About.of(table), Extent(len(table.rows), sum(table.lengths)), _dtype(table))
+    members = storage_members(list(storages.values()))
+    for key, member in zip(storages, members, strict=True):
+        write_at(path, member.offset, member.header())
+        write_at(path, member.start + member.num_bytes, member.descriptor(crcs[key]))
+    in_order = [crcs[key] for key in storages]
+    rest = rest_of_archive(members, in_order, _content(table, storages))
+    write_at(path, members[-1].stop, rest)
 
 
 class OpenedPt:
@@ -77,4 +131,4 @@ class OpenedPt:
         return by_layer[layer] if layer in by_layer else self._content["data"]
 
 
-CODEC = Codec(write_pt, OpenedPt)
+CODEC = Codec(write_pt, OpenedPt, in_place=InPlace(places, finish_pt))

@@ -5,22 +5,22 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dist_esm.atomic import SummedFile
-from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
-from dist_esm.outputs.formats.base import About, Codec
+from dist_esm.atomic import SummedFile, write_at
+from dist_esm.outputs.embeddings import OutputTable, little_endian_blocks, numpy_dtype
+from dist_esm.outputs.formats.base import About, Codec, InPlace, Place
+from dist_esm.types import Extent, Row
 
 MAX_HEADER = 100_000_000
 """Bytes of a header that the library reads."""
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
+DTYPES = {4: "F32", 2: "F16"}
+BYTES = {"F32": 4, "F16": 2, "I64": 8}
 
 
 def write_safetensors(table: OutputTable, path: Path) -> str:
@@ -41,47 +41,109 @@ def write_safetensors(table: OutputTable, path: Path) -> str:
     ValueError
         If ids and headers are more than the library can read.
     """
-    tensors: dict[str, Tensor | ChunkedTensor] = {}
-    if table.per_tok:
-        tensors["offsets"] = torch.tensor(
-            [0, *accumulate(table.lengths)], dtype=torch.int64
-        )  # first: the widest numbers stay aligned
     about = About.of(table)
+    text = _header(table, about)
+    with SummedFile(path) as file:
+        file.write(text)
+        if table.per_tok:
+            file.write(_offsets(table).data)
+        for kind, layers in about.kinds.items():
+            for layer in layers:
+                for block in little_endian_blocks(getattr(table, kind)[layer]):
+                    file.write(block.data)
+    return file.sha256()
+
+
+def _offsets(table: OutputTable) -> NDArray[Any]:
+    return np.array(table.offsets, dtype="<i8")
+
+
+def _shapes(about: About, extent: Extent, dtype: np.dtype[Any]) -> dict[str, tuple[str, list[int]]]:
+    """Return the dtype and the shape of each tensor, in the order in which they stand."""
+    shapes: dict[str, tuple[str, list[int]]] = {}
+    if about.kinds["per_tok"]:  # first: the widest numbers stay aligned
+        shapes["offsets"] = ("I64", [extent.proteins + 1])
     for kind, layers in about.kinds.items():
-        tensors |= {f"{kind}.{layer}": getattr(table, kind)[layer] for layer in layers}
-    lists = {
-        "ids": table.ids,
-        "headers": [row.header for row in table.rows],
-        "index": [row.number for row in table.rows],
-        "lengths": table.lengths,
-    }
-    metadata = {
-        **about.to_text(),
-        **{name: json.dumps(values, ensure_ascii=False) for name, values in lists.items()},
-    }
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, ensure_ascii=False).encode()
+        num_rows = extent.residues if kind == "per_tok" else extent.proteins
+        shapes |= {f"{kind}.{layer}": (DTYPES[dtype.itemsize], [num_rows, about.width]) for layer in layers}
+    return shapes
+
+
+def _header(table: OutputTable, about: About) -> bytes:
+    """Return all bytes in front of the first tensor.
+
+    Raises
+    ------
+    ValueError
+        If ids and headers are more than the library can read.
+    """
+    extent = Extent(len(table.rows), sum(table.lengths))
+    text, _ = _text(about, extent, numpy_dtype(table.mean[table.main_layer].dtype), table.rows)
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise ValueError(
             f"ids and headers of {len(table.rows)} proteins are too much for one safetensors file: "
             "lower max_proteins_per_output, or use format=parquet, in another output_dir"
         )
-    with SummedFile(path) as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for tensor in tensors.values():
-            for block in little_endian_blocks(tensor):
-                file.write(block.data)
-    return file.sha256()
+    return len(text).to_bytes(8, "little") + text
+
+
+def _text(
+    about: About, extent: Extent, dtype: np.dtype[Any], rows: Sequence[Row]
+) -> tuple[bytes, dict[str, int]]:
+    """Return the header of these rows, and where each tensor begins behind it."""
+    lists = {name: json.dumps(values, ensure_ascii=False) for name, values in _lists(rows).items()}
+    header: dict[str, Any] = {"__metadata__": {**about.to_text(), **lists}}
+    starts: dict[str, int] = {}
+    end = 0
+    for name, (tensor_dtype, shape) in _shapes(about, extent, dtype).items():
+        starts[name], end = end, end + math.prod(shape) * BYTES[tensor_dtype]
+        header[name] = {"dtype": tensor_dtype, "shape": shape, "data_offsets": [starts[name], end]}
+    return json.dumps(header, ensure_ascii=False).encode(), starts
+
+
+def _lists(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    return {
+        "ids": [row.id for row in rows],
+        "headers": [row.header for row in rows],
+        "index": [row.number for row in rows],
+        "lengths": [row.embedded for row in rows],
+    }
+
+
+def text_size(rows: Sequence[Row]) -> int:
+    """Return the bytes that rows add to the header, with a comma and a blank behind each."""
+    if not rows:
+        return 0
+    lists = (json.dumps(values, ensure_ascii=False)[1:-1] for values in _lists(rows).values())
+    return sum(len(json.dumps(items, ensure_ascii=False).encode()) for items in lists)
+
+
+def places(about: About, extent: Extent, dtype: np.dtype[Any]) -> dict[tuple[str, int], Place]:
+    """Return where the rows of each kind and layer begin."""
+    empty, starts = _text(about, extent, dtype, [])
+    commas = 2 * len(_lists([])) if extent.proteins else 0  # behind the last item of a list there is none
+    num_bytes = len(empty) + extent.text - commas
+    begin = 8 + num_bytes + -num_bytes % 8
+    return {
+        (kind, layer): Place("", begin + starts[f"{kind}.{layer}"])
+        for kind, layers in about.kinds.items()
+        for layer in layers
+    }
+
+
+def finish_safetensors(table: OutputTable, path: Path, crcs: Mapping[tuple[str, int], int]) -> None:
+    """Write the header and the offsets around numbers that have their places already.
+
+    Raises
+    ------
+    ValueError
+        If ids and headers are more than the library can read.
+    """
+    text = _header(table, About.of(table))
+    write_at(path, 0, text)
+    if table.per_tok:
+        write_at(path, len(text), _offsets(table).data)
 
 
 class OpenedSafetensors:
@@ -116,4 +178,4 @@ class OpenedSafetensors:
         return np.asarray(self._file.get_slice(f"per_tok.{layer}")[start:stop])
 
 
-CODEC = Codec(write_safetensors, OpenedSafetensors)
+CODEC = Codec(write_safetensors, OpenedSafetensors, in_place=InPlace(places, finish_safetensors, text_size))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from dist_esm.atomic import Staged, discard_staged, refuse_to_replace, temporary_path
@@ -29,14 +31,46 @@ def write_output(
         The format to write.
     table
         What to write.
+    stem, scratch, part
+        As of `stage_output`.
+    is_compressed
+        Compress its numbers; for a format that can.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, or a folder that is not ours has its name already.
+    """
+    codec = FORMATS[output_format.name].codec
+    write = codec.write_compressed if is_compressed else codec.write
+    assert write is not None, f"{output_format.name} cannot compress: the configuration was not checked"
+    return stage_output(output_format, table.tsv_lines, stem, scratch, partial(write, table), part)
+
+
+def stage_output(
+    output_format: Format,
+    tsv_lines: Sequence[str],
+    stem: Path,
+    scratch: Path,
+    write: Callable[[Path], str | None],
+    part: str = "",
+) -> Staged:
+    """Have one output written under temporary names, with a ``<stem>.records.tsv`` if it has lines for one.
+
+    Parameters
+    ----------
+    output_format
+        Its format.
+    tsv_lines
+        Of its records.tsv.
     stem
         The output's path without suffix.
     scratch
         A folder of this process alone, on the same file system.
+    write
+        Writes it to exactly this path; returns its sha256 if that was taken on the way.
     part
         What the names of a numbered part have behind the stem.
-    is_compressed
-        Compress its numbers; for a format that can.
 
     Returns
     -------
@@ -56,15 +90,13 @@ def write_output(
         refuse_to_replace(path, staged.marks)
     with ExitStack() as undo:
         undo.callback(discard_staged, staged)
-        if table.tsv_lines:
+        if tsv_lines:
             staged.files.append((temporary_path(scratch), records_tsv))
-            text = "\n".join(["\t".join(NOTE_COLUMNS), *table.tsv_lines, ""])
+            text = "\n".join(["\t".join(NOTE_COLUMNS), *tsv_lines, ""])
             staged.files[-1][0].write_text(text, encoding="utf-8")
         else:
             staged.obsolete.append(records_tsv)
         staged.files.append((temporary_path(scratch), path))
-        write = chosen.codec.write_compressed if is_compressed else chosen.codec.write
-        assert write is not None, f"{chosen.name} cannot compress: the configuration was not checked"
-        staged.sha256 = write(table, staged.files[-1][0])
+        staged.sha256 = write(staged.files[-1][0])
         undo.pop_all()
     return staged

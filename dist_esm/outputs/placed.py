@@ -1,0 +1,357 @@
+"""Numbers of a file that was cut, written once: by each unit to their places in the one output of the file.
+
+The output in the making has a name of its own among the shards until all units are done. What a unit cannot
+write yet is in its shard: its rows, and the bytes at the ends of its regions (see `region`). Whoever finishes
+the output writes these and the format's own text around them, and gives it its name. The bytes are those of
+the file written uncut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_esm.atomic import Staged, discard, sync, temporary_path
+from dist_esm.config import Format
+from dist_esm.names import readable_name
+from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
+from dist_esm.outputs.formats.base import About, InPlace, Place
+from dist_esm.outputs.formats.registry import FORMATS
+from dist_esm.outputs.formats.write import stage_output
+from dist_esm.outputs.pickling import save
+from dist_esm.outputs.region import Region, WrittenRegion, joined_crc32
+from dist_esm.types import Extent, Layout, Row
+
+log = logging.getLogger("dist_esm")
+
+SUFFIX = ".output"
+"""Of the name of an output in the making, a file or a folder."""
+
+Key = tuple[str, int]
+"""A kind and a layer."""
+
+
+def in_place(output_format: Format, is_compressed: bool) -> InPlace | None:
+    """Return how a format is laid out in whose outputs numbers can be written to their places; None if they
+    cannot."""
+    return None if is_compressed else FORMATS[output_format.name].codec.in_place
+
+
+@dataclass(frozen=True)
+class Target:
+    """The output in the making, and the part of it that is one unit's."""
+
+    path: Path
+    """A file, or a folder for a format whose outputs are folders."""
+    places: dict[Key, Place]
+    layout: Layout
+    row_bytes: int
+
+    @classmethod
+    def of(cls, stem: Path, codec: InPlace, about: About, dtype: np.dtype[Any], layout: Layout) -> Target:
+        """Find the places of a unit.
+
+        Parameters
+        ----------
+        stem
+            Path of the output in the making, without what tells one layout from another.
+        codec, about, dtype, layout
+            What the places depend on.
+        """
+        places = codec.places(about, layout.total, dtype)
+        text = json.dumps([layout.digest, about.width, dtype.name, sorted(map(list, places.items()))])
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        path = stem.with_name(f"{stem.name}.{digest}{SUFFIX}")
+        return cls(path, places, layout, about.width * dtype.itemsize)
+
+    def shard(self, ordinal: int) -> Path:
+        """Return the path of the shard of a unit, given its place among those of its file."""
+        return self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}.{ordinal:06d}.pt")
+
+    def region(self, key: Key) -> Region:
+        """Return where the unit's numbers of a kind and layer belong."""
+        place = self.places[key]
+        start, stop = span(place, key, self.layout.before, self.layout.own, self.row_bytes)
+        return Region(file_of(self.path, place), start, stop)
+
+
+def file_of(path: Path, place: Place) -> Path:
+    """Return the file of a place in an output."""
+    return path / place.file if place.file else path
+
+
+def span(place: Place, key: Key, before: Extent, own: Extent, row_bytes: int) -> tuple[int, int]:
+    """Return the first byte, and one past the last, of the numbers of some records."""
+    kind, _ = key
+    first, num_rows = (
+        (before.residues, own.residues) if kind == "per_tok" else (before.proteins, own.proteins)
+    )
+    start = place.offset + first * row_bytes
+    return start, start + num_rows * row_bytes
+
+
+def output_of(shard: Path) -> Path:
+    """Return the path of the output in the making that a shard is a part of, if its numbers are there."""
+    return shard.with_name(f"{shard.name.rpartition('.')[0].rpartition('.')[0]}{SUFFIX}")
+
+
+def write_placed_shard(
+    table: OutputTable, regions: dict[Key, WrittenRegion], target: Target, ordinal: int, scratch: Path
+) -> Staged:
+    """Write the shard of a unit whose numbers are in their places, under a temporary name.
+
+    Parameters
+    ----------
+    table
+        The unit's proteins.
+    regions
+        Where their numbers are.
+    target
+        The output in the making.
+    ordinal
+        Of the unit in its file.
+    scratch
+        A folder of this process alone, on the same file system.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    for file in {file_of(target.path, place) for place in target.places.values()}:
+        if file.parent != target.path.parent and file.parent.exists():
+            sync(file.parent)
+    content = {
+        **{name: getattr(table, name) for name in ("source", "provenance", "include", "main_layer")},
+        "width": table.mean[table.main_layer].shape[1],
+        "dtype": str(table.mean[table.main_layer].dtype).removeprefix("torch."),
+        "rows": packed(json.dumps(table.rows)),
+        "tsv_lines": packed(json.dumps(table.tsv_lines)),
+        "regions": [
+            [*key, target.places[key].file, {**asdict(region), "head": "", "tail": ""}]
+            for key, region in regions.items()
+        ],
+        "ends": {
+            f"{kind}.{layer}": [as_tensor(region.head), as_tensor(region.tail)]
+            for (kind, layer), region in regions.items()
+        },
+    }
+    temporary = temporary_path(scratch)
+    path = target.shard(ordinal)
+    with ExitStack() as undo:
+        undo.callback(discard, temporary)
+        staged = Staged(path, save(content, temporary), [(temporary, path)])
+        undo.pop_all()
+    return staged
+
+
+def as_tensor(data: bytes) -> Tensor:
+    """Return bytes as what `torch.load` takes back."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def packed(text: str) -> Tensor:
+    """Return text, compressed: much of it is in the output, too."""
+    return as_tensor(zlib.compress(text.encode("utf-8", "surrogatepass"), 1))
+
+
+def unpacked(tensor: Tensor) -> Any:
+    """Return what the JSON in `packed` text says."""
+    return json.loads(zlib.decompress(tensor.numpy().tobytes()).decode("utf-8", "surrogatepass"))
+
+
+@dataclass(frozen=True)
+class PlacedShard:
+    """A shard whose numbers are in the output in the making."""
+
+    output: Path
+    table: OutputTable
+    """Its tensors have shapes and no numbers."""
+    dtype: np.dtype[Any]
+    width: int
+    regions: dict[Key, WrittenRegion]
+    files: dict[Key, str]
+    """Names of the files that they are in, within the output; "" if the output is a file itself."""
+
+    def file(self, key: Key) -> Path:
+        """Return the file that a region is in."""
+        return file_of(self.output, Place(self.files[key], 0))
+
+    def is_intact(self) -> bool:
+        """Tell if its numbers are in their places."""
+        return all(region.is_intact(self.file(key)) for key, region in self.regions.items())
+
+    def mapped(self) -> OutputTable:
+        """Return it with its numbers, which are mapped, and read from disk when they are used."""
+        kinds: dict[str, Any] = {"mean": {}, "bos": {}, "per_tok": {}}
+        for (kind, layer), region in self.regions.items():
+            matrices = region.rows(self.file((kind, layer)), self.dtype, self.width)
+            chunks = list(map(torch.from_numpy, matrices))
+            kinds[kind][layer] = ChunkedTensor(chunks) if kind == "per_tok" else torch.cat(chunks)
+        return replace(self.table, **kinds)
+
+    @property
+    def extent(self) -> Extent:
+        """What it takes of the output, text aside."""
+        return Extent(len(self.table.rows), sum(self.table.lengths))
+
+
+def read_placed_shard(path: Path) -> PlacedShard | None:
+    """Read what `write_placed_shard` wrote; None if the shard holds its numbers itself.
+
+    Raises
+    ------
+    OSError, RuntimeError
+        If it cannot be read.
+    """
+    with readable_name(path) as name:
+        content = torch.load(name, weights_only=True, mmap=True)
+    if "regions" not in content:
+        return None
+    rows = list(map(Row._make, unpacked(content["rows"])))
+    ends = {key: [tensor.numpy().tobytes() for tensor in tensors] for key, tensors in content["ends"].items()}
+    regions, files = {}, {}
+    for kind, layer, file, fields in content["regions"]:
+        head, tail = ends[f"{kind}.{layer}"]
+        files[kind, layer] = file
+        regions[kind, layer] = WrittenRegion(**{**fields, "head": head, "tail": tail})
+    dtype, width = np.dtype(content["dtype"]), content["width"]
+    table = OutputTable(
+        **{name: content[name] for name in ("source", "provenance", "include", "main_layer")},
+        rows=rows,
+        tsv_lines=unpacked(content["tsv_lines"]),
+        **shapes(list(regions), rows, dtype, width),
+    )
+    return PlacedShard(output_of(path), table, dtype, width, regions, files)
+
+
+def shapes(keys: Sequence[Key], rows: Sequence[Row], dtype: np.dtype[Any], width: int) -> dict[str, Any]:
+    """Return the tensors of a table of these rows, without numbers."""
+    tensors: dict[str, dict[int, Any]] = {"mean": {}, "bos": {}, "per_tok": {}}
+    num_residues = sum(row.embedded for row in rows)
+    for kind, layer in keys:
+        num_rows = num_residues if kind == "per_tok" else len(rows)
+        tensor = torch.empty(num_rows, width, dtype=getattr(torch, dtype.name), device="meta")
+        tensors[kind][layer] = ChunkedTensor([tensor]) if kind == "per_tok" else tensor
+    return tensors
+
+
+def finish_placed(
+    shards: Sequence[PlacedShard], output_format: Format, stem: Path, scratch: Path
+) -> Staged | None:
+    """Complete the output in the making, and stage it: nothing of its numbers is written again.
+
+    What is in the making stays as it is, beside its new name, until the caller removes it: a kill may come in
+    between.
+
+    Parameters
+    ----------
+    shards
+        Of all units, in order.
+    output_format
+        Its format.
+    stem
+        The output's path without suffix.
+    scratch
+        A folder of this process alone, on the same file system.
+
+    Returns
+    -------
+    Staged or None
+        None if the shards are not of one output in the making, or do not fill it: some may be of a launch
+        that laid it out otherwise.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    codec, first = FORMATS[output_format.name].codec.in_place, shards[0]
+    if codec is None or {shard.output for shard in shards} != {first.output}:
+        return None
+    rows = [row for shard in shards for row in shard.table.rows]
+    tsv_lines = [line for shard in shards for line in shard.table.tsv_lines]
+    numbers = shapes(list(first.regions), rows, first.dtype, first.width)
+    table = replace(first.table, rows=rows, tsv_lines=tsv_lines, **numbers)
+    extent = Extent(len(rows), sum(table.lengths), codec.text_size(rows))
+    places = codec.places(About.of(table), extent, first.dtype)
+    if not fill(shards, places):
+        return None
+    for shard in shards:
+        for key, region in shard.regions.items():
+            shard.file(key).parent.mkdir(exist_ok=True)
+            region.write_ends(shard.file(key))
+    crcs = {
+        key: reduce(
+            lambda crc, region: joined_crc32(crc, region.crc32, region.num_bytes),
+            (shard.regions[key] for shard in shards),
+            0,
+        )
+        for key in places
+    }
+    codec.finish(table, first.output, crcs)
+    return stage_output(output_format, tsv_lines, stem, scratch, lambda path: link_output(first.output, path))
+
+
+def fill(shards: Sequence[PlacedShard], places: dict[Key, Place]) -> bool:
+    """Tell if the regions of shards fill these places, one behind the other."""
+    before = Extent()
+    for shard in shards:
+        row_bytes = shard.width * shard.dtype.itemsize
+        wanted = {
+            key: (place.file, span(place, key, before, shard.extent, row_bytes))
+            for key, place in places.items()
+        }
+        found = {
+            key: (shard.files[key], (region.start, region.stop)) for key, region in shard.regions.items()
+        }
+        if found != wanted:
+            return False
+        before += shard.extent
+    return True
+
+
+def link_output(output: Path, path: Path) -> None:
+    """Give the files of an output other names; copy them where the file system cannot."""
+    if output.is_dir():
+        path.mkdir()
+        for file in output.iterdir():
+            link_output(file, path / file.name)
+        return
+    try:
+        os.link(output, path)
+    except OSError as error:
+        log.info("%s cannot have a second name (%s): it is copied", output, error.strerror)
+        shutil.copyfile(output, path)
+
+
+def files_in(output: Path) -> list[Path]:
+    """Return the files of an output in the making."""
+    return sorted(output.iterdir()) if output.is_dir() else [output]
+
+
+def part_from_finished(output: Path) -> None:
+    """Make sure that an output in the making shares no bytes with one that people see.
+
+    They share them when a kill comes between the new name of a finished output and its line in the journal.
+    """
+    for file in files_in(output):
+        if file.stat().st_nlink > 1:
+            copy = output.with_name(f"{output.name}.copy")
+            shutil.copyfile(file, copy)
+            sync(copy)
+            os.replace(copy, file)

@@ -1,0 +1,237 @@
+"""A region of a file that several processes write at once, each to regions of its own.
+
+Regions need not begin and end with pages, and two hosts that write to one page of a file on a network file
+system may undo each other's bytes. So a process writes the whole pages of its region alone. The bytes at both
+ends, less than a page each, it keeps: who completes the file writes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_esm.atomic import write_all_at, write_at
+
+BLOCK_BYTES = 1 << 23
+
+
+@dataclass(frozen=True)
+class WrittenRegion:
+    """A region whose whole pages are on disk."""
+
+    start: int
+    """Bytes in front of it."""
+    stop: int
+    head: bytes
+    """Its bytes in front of its first whole page."""
+    tail: bytes
+    """Its bytes behind its last whole page."""
+    sha256: str
+    """Of all of its bytes."""
+    crc32: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return self.stop - self.start
+
+    def write_ends(self, path: Path) -> None:
+        """Write the bytes at both ends. Nobody else may write to the file any more."""
+        for start, data in ((self.start, self.head), (self.stop - len(self.tail), self.tail)):
+            if data:
+                write_at(path, start, data)
+
+    def is_intact(self, path: Path) -> bool:
+        """Tell if the file has the bytes that were written."""
+        checksum = hashlib.sha256()
+        try:
+            for start in range(0, self.num_bytes, BLOCK_BYTES):
+                checksum.update(self.read(path, start, min(self.num_bytes, start + BLOCK_BYTES)))
+        except OSError:
+            return False
+        return checksum.hexdigest() == self.sha256
+
+    def read(self, path: Path, start: int, stop: int) -> bytearray:
+        """Read bytes of the region; offsets count from its beginning. There are fewer if the file is
+        shorter."""
+        inner_start, inner_stop = len(self.head), self.num_bytes - len(self.tail)
+        found = bytearray(self.head[start:stop])
+        first, last = max(start, inner_start), min(stop, inner_stop)
+        if first < last:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(self.start + first)
+                while first < last and (block := file.read(last - first)):
+                    found += block
+                    first += len(block)
+        if stop > inner_stop:
+            found += self.tail[max(0, start - inner_stop) : stop - inner_stop]
+        return found
+
+    def rows(self, path: Path, dtype: np.dtype[Any], width: int) -> list[NDArray[Any]]:
+        """Return its rows, in matrices that follow one another. Those in whole pages are mapped."""
+        row_bytes = width * dtype.itemsize
+        num_rows = self.num_bytes // row_bytes
+        first = -(-len(self.head) // row_bytes)
+        last = num_rows - -(-len(self.tail) // row_bytes)
+
+        def read(start: int, stop: int) -> NDArray[Any]:
+            data = self.read(path, start * row_bytes, stop * row_bytes)
+            return np.frombuffer(data, dtype).reshape(-1, width)
+
+        if first >= last:
+            return [read(0, num_rows)]
+        offset = self.start + first * row_bytes
+        mapped: NDArray[Any] = np.memmap(path, dtype, "c", offset, (last - first, width))
+        return [read(0, first), mapped, read(last, num_rows)]
+
+
+class OutsideError(ValueError):
+    """Bytes do not lie within a region."""
+
+
+class Region:
+    """A region that is being written.
+
+    Parameters
+    ----------
+    path
+        The file; it is made when the first bytes are written.
+    start, stop
+        First byte, and one past the last.
+    """
+
+    def __init__(self, path: Path, start: int, stop: int) -> None:
+        page = mmap.PAGESIZE
+        inner_start = min(stop, -(-start // page) * page)
+        inner_stop = max(inner_start, stop // page * page)
+        self.path = path
+        self.start = start
+        self.stop = stop
+        self._head = bytearray(inner_start - start)
+        self._tail = bytearray(stop - inner_stop)
+        self._descriptor: int | None = None
+
+    def write(self, offset: int, data: Any) -> None:
+        """Write bytes, at an offset that counts from the beginning of the region.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        OutsideError
+            If they do not lie within the region.
+        """
+        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        end = offset + len(view)
+        if end > self.stop - self.start:
+            raise OutsideError(f"{end} bytes do not fit into a region of {self.stop - self.start}")
+        inner_start, inner_stop = len(self._head), self.stop - self.start - len(self._tail)
+        if offset < inner_start:
+            self._head[offset : min(end, inner_start)] = view[: inner_start - offset]
+        first, last = max(offset, inner_start), min(end, inner_stop)
+        if first < last:
+            write_all_at(self._open(), self.start + first, view[first - offset : last - offset])
+        if end > inner_stop:
+            begin = max(offset, inner_stop)
+            self._tail[begin - inner_stop : end - inner_stop] = view[begin - offset :]
+
+    def write_all(self, blocks: Iterable[NDArray[Any]]) -> WrittenRegion:
+        """Write all of it, from its first byte to its last, and wait until it is on disk.
+
+        Checksums are taken beside writing: each takes about as long as the other.
+        """
+        sums, offset = _Sums(), 0
+        with ThreadPoolExecutor(1, "checksum") as thread:
+            for block in blocks:
+                if not block.nbytes:
+                    continue
+                view = block.data.cast("B")
+                summed = thread.submit(sums.add, view)
+                try:
+                    self.write(offset, view)
+                finally:
+                    summed.result()
+                offset += len(view)
+        return self._written(sums)
+
+    def read_back(self) -> WrittenRegion:
+        """Take the checksums of a region that was written in any order, and wait until it is on disk."""
+        sums = _Sums()
+        written = WrittenRegion(self.start, self.stop, bytes(self._head), bytes(self._tail), "", 0)
+        for start in range(0, written.num_bytes, BLOCK_BYTES):
+            sums.add(written.read(self.path, start, min(written.num_bytes, start + BLOCK_BYTES)))
+        return self._written(sums)
+
+    def _written(self, sums: _Sums) -> WrittenRegion:
+        if sums.num_bytes != self.stop - self.start:
+            raise ValueError(f"{sums.num_bytes} bytes were written to a region of {self.stop - self.start}")
+        if len(self._head) + len(self._tail) < self.stop - self.start:
+            os.fsync(self._open())
+        head, tail = bytes(self._head), bytes(self._tail)
+        return WrittenRegion(self.start, self.stop, head, tail, sums.sha256.hexdigest(), sums.crc32)
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return self._descriptor
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class _Sums:
+    """Checksums of bytes that come one after another."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+        self.crc32 = 0
+        self.num_bytes = 0
+
+    def add(self, data: Any) -> None:
+        self.sha256.update(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self.num_bytes += len(data)
+
+
+_POLYNOMIAL = 0xEDB88320
+
+
+def joined_crc32(first: int, second: int, num_bytes: int) -> int:
+    """Return the CRC-32 of two texts that follow one another, given the CRC-32 of each and the size of the
+    second.
+
+    Putting a zero bit behind a text multiplies its CRC by x, as a polynomial over GF(2) modulo that of
+    CRC-32, in which the highest bit stands for x to the power of 0.
+    """
+    power, base = 1 << 31, 1 << 30
+    num_bits = 8 * num_bytes
+    while num_bits:
+        if num_bits & 1:
+            power = _product(base, power)
+        base = _product(base, base)
+        num_bits >>= 1
+    return _product(power, first) ^ second
+
+
+def _product(one: int, other: int) -> int:
+    """Multiply two polynomials modulo that of CRC-32."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if one >> bit & 1:
+            product ^= other
+        other = other >> 1 ^ (_POLYNOMIAL if other & 1 else 0)
+    return product
