@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from dist_esm.atomic import write_all_at, write_at
 
 BLOCK_BYTES = 1 << 23
+PAGE_BYTES = mmap.PAGESIZE
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Region:
     """
 
     def __init__(self, path: Path, start: int, stop: int) -> None:
-        page = mmap.PAGESIZE
+        page = PAGE_BYTES
         inner_start = min(stop, -(-start // page) * page)
         inner_stop = max(inner_start, stop // page * page)
         self.path = path

@@ -1,0 +1,208 @@
+"""Numbers of a file that was cut go to their places in one output, launch after launch."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from dist_esm.config import Format, Include
+from dist_esm.outputs.journal import Journal
+from dist_esm.outputs.placed import part_from_finished
+from dist_esm.outputs.row_buffer import Memory
+from helpers.standin import ALL_KINDS, Embedded, embed_directory
+
+FORMATS = [Format.pt, Format.safetensors, Format.npy]
+POISON = "W" * 31
+
+
+@pytest.fixture(autouse=True)
+def small_units_and_pages(monkeypatch):
+    monkeypatch.setattr("dist_esm.planning.units.MIN_UNIT_BYTES", 256)
+    monkeypatch.setattr("dist_esm.outputs.region.PAGE_BYTES", 64)
+
+
+def fasta(poison_at: int | None = None, first: str = "ACDEFGHIKL") -> str:
+    """Forty records of several lengths; one of them may be poisoned, and one is skipped."""
+    records = [f'>p{i} number "{i}"\n{"ACDEFGHIKL" * (1 + i * 7 % 5)}\n' for i in range(40)]
+    records[0] = f">p0\n{first}\n"
+    records[30] = ">p30\n<mask>\n"
+    if poison_at is not None:
+        records[poison_at] = f">p{poison_at}\n{POISON}\n"
+    return "".join(records)
+
+
+def embed(path: Path, out: Path, share: float = 0.1, **others) -> Embedded:
+    return embed_directory(path, out, include=ALL_KINDS, dedupe=False, unit_share=share, **others)
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """All that people see, by name, reports aside."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and ".dist_esm" not in path.parts and not path.name.startswith("report")
+    }
+
+
+def in_the_making(out: Path) -> list[Path]:
+    return [
+        path
+        for output in (out / ".dist_esm" / "shards").glob("*.output")
+        for path in (output.iterdir() if output.is_dir() else [output])
+    ]
+
+
+@pytest.fixture(params=FORMATS, ids=lambda kind: kind.name)
+def half_done(request, tmp_path):
+    """A run in which one unit of a file failed, and what the run is to come to in the end."""
+    path, out = tmp_path / "a.fasta", tmp_path / "out"
+    path.write_text(fasta(poison_at=20))
+    uncut = embed(path, tmp_path / "uncut", share=1.0, format=request.param)
+    assert uncut.report.status == "complete"
+    failed = embed(path, out, poison=[POISON], format=request.param)
+    assert failed.report.files == []
+    assert len(failed.plan.units) > 3
+    assert in_the_making(out)
+    return partial(embed, path, out, format=request.param), path, out, tmp_path / "uncut"
+
+
+def test_a_resume_fills_what_is_missing_and_nothing_else(half_done):
+    embed_again, _, out, uncut = half_done
+    again = embed_again()
+    assert again.report.status == "complete"
+    assert 0 < again.engine.num_segments < 20
+    assert files_of(out) == files_of(uncut)
+    assert not list((out / ".dist_esm" / "shards").iterdir())
+
+
+def test_numbers_that_are_damaged_or_gone_are_made_again(half_done):
+    embed_again, _, out, uncut = half_done
+    damaged = max(in_the_making(out), key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) * 2 // 3 : len(content) * 2 // 3 + 64] = b"?" * 64
+    damaged.write_bytes(content)
+    again = embed_again()
+    assert again.report.status == "complete"
+    assert files_of(out) == files_of(uncut)
+    assert again.engine.num_segments > 4
+
+
+@pytest.mark.parametrize("first", ["1234567890", "ACDEFGHIK-"], ids=["skipped", "shorter"])
+def test_units_of_one_text_and_of_another_come_to_what_is_there_now(half_done, tmp_path, first):
+    """What was laid out otherwise is not written over, and is joined."""
+    embed_again, path, out, _ = half_done
+    path.write_text(fasta(poison_at=20, first=first))
+    again = embed_again()
+    assert again.report.status == "complete"
+    assert again.engine.num_segments < 25
+    embed(path, tmp_path / "new", share=1.0, format=again_format(out))
+    assert files_of(out) == files_of(tmp_path / "new")
+
+
+def again_format(out: Path) -> Format:
+    """The format of the run in a directory."""
+    text = (out / ".dist_esm" / "config.json").read_text()
+    return next(kind for kind in FORMATS if f'"format": "{kind.name}"' in text)
+
+
+def test_a_kill_between_the_name_and_its_line_in_the_journal_loses_nothing(half_done, monkeypatch):
+    embed_again, _, out, uncut = half_done
+    append = Journal.append
+
+    def refuse_joined(journal, entries):
+        if any(entry.is_joined for entry in entries):
+            raise OSError("killed")
+        append(journal, entries)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", refuse_joined)
+        assert embed_again().report.files == []
+    assert files_of(out).keys() >= files_of(uncut).keys()
+    shared = [path for path in in_the_making(out) if path.stat().st_nlink > 1]
+    assert shared
+    again = embed_again()
+    assert (again.report.status, again.engine.num_segments) == ("complete", 0)
+    assert files_of(out) == files_of(uncut)
+    assert all(path.stat().st_nlink == 1 for path in out.rglob("*") if path.is_file())
+
+
+def test_what_people_see_shares_no_bytes_with_what_is_written_to(half_done, monkeypatch):
+    embed_again, _, out, _ = half_done
+    monkeypatch.setattr(Journal, "append", refuse_all)
+    embed_again()
+    monkeypatch.undo()
+    for path in in_the_making(out):
+        os.link(path, out / f"seen.{path.name}")
+    before = files_of(out)
+    for output in (out / ".dist_esm" / "shards").glob("*.output"):
+        part_from_finished(output)
+    for path in in_the_making(out):
+        path.write_bytes(b"written over")
+    assert files_of(out) == before
+
+
+def refuse_all(journal, entries) -> None:
+    raise OSError("killed")
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("num_bytes", [0, 1000, 1 << 20])
+def test_rows_that_find_no_room_in_memory_go_to_their_places(tmp_path, monkeypatch, kind, num_bytes):
+    path = tmp_path / "a.fasta"
+    path.write_text(fasta())
+    embed(path, tmp_path / "uncut", share=1.0, format=kind)
+    monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, num_bytes))
+    run = embed(path, tmp_path / "out", format=kind)
+    assert run.report.status == "complete"
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "uncut")
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("num_bytes", [0, 1 << 20], ids=["on disk", "in memory"])
+def test_a_file_that_was_changed_under_way_writes_over_no_other_unit(tmp_path, monkeypatch, kind, num_bytes):
+    """As many bytes, records, residues and seconds as before, in other places."""
+    path = tmp_path / "a.fasta"
+    path.write_text(fasta())
+    stat = path.stat()
+    monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, num_bytes))
+
+    def change() -> None:
+        text = path.read_text().replace("\nACDEFGHIKL\n>p1 ", "\nACDEFGHIK-\n>p1 ")
+        assert len(text) == stat.st_size
+        path.write_text(text)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    run = embed(path, tmp_path / "out", format=kind, after_plan=change)
+    assert run.failure("a.fasta") == "the file was changed while the run was under way: start the run again"
+    assert embed(path, tmp_path / "out", format=kind).report.status == "complete"
+    embed(path, tmp_path / "uncut", share=1.0, format=kind)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "uncut")
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_a_file_system_without_second_names_gets_copies(tmp_path, monkeypatch, kind):
+    path = tmp_path / "a.fasta"
+    path.write_text(fasta())
+    embed(path, tmp_path / "uncut", share=1.0, format=kind)
+
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    embed(path, tmp_path / "out", format=kind)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "uncut")
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_a_cut_file_without_a_protein_comes_to_an_empty_output(tmp_path, kind):
+    path = tmp_path / "a.fasta"
+    path.write_text("".join(f">p{i}\n<mask>\n{'1234 ' * 20}\n" for i in range(30)))
+    for share in (1.0, 0.1):
+        run = embed_directory(
+            path, tmp_path / str(share), include=[Include.per_tok], format=kind, unit_share=share
+        )
+        assert run.report.status == "complete"
+    assert files_of(tmp_path / "0.1") == files_of(tmp_path / "1.0")

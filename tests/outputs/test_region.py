@@ -1,0 +1,77 @@
+"""Regions of one file that several processes write at once."""
+
+from __future__ import annotations
+
+import zlib
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_esm.outputs import region as region_module
+from dist_esm.outputs.region import OutsideError, Region, joined_crc32
+
+
+@given(st.binary(max_size=300), st.binary(max_size=300))
+def test_the_crc_of_two_texts_is_known_from_those_of_each(one, other):
+    assert joined_crc32(zlib.crc32(one), zlib.crc32(other), len(other)) == zlib.crc32(one + other)
+
+
+@pytest.mark.parametrize("page", [1, 16, 64, 4096])
+@pytest.mark.parametrize("borders", [(3, 40, 40, 77, 400), (0, 64, 128, 129, 640)])
+def test_regions_fill_a_file_whoever_writes_them_in_whatever_pieces(tmp_path, monkeypatch, page, borders):
+    """Before the ends are written, nobody has touched a page that is not all its own."""
+    monkeypatch.setattr(region_module, "PAGE_BYTES", page)
+    monkeypatch.setattr(region_module, "BLOCK_BYTES", 50)
+    path = tmp_path / "folder" / "a"
+    content = np.random.default_rng(0).integers(1, 256, borders[-1], dtype=np.uint8).tobytes()
+    written = []
+    for start, stop in pairwise(borders):
+        region = Region(path, start, stop)
+        if start % 2:  # in any order, then read back
+            pieces = [(at, min(at + 7, stop)) for at in range(start, stop, 7)]
+            for begin, end in pieces[::-1]:
+                region.write(begin - start, content[begin:end])
+            written.append(region.read_back())
+        else:
+            written.append(region.write_all([np.frombuffer(content[start:stop], np.uint8)]))
+        region.close()
+        on_disk = path.read_bytes().ljust(borders[-1], b"\0") if path.exists() else bytes(borders[-1])
+        for first in range(0, borders[-1], page):
+            is_own = any(each.start <= first and first + page <= each.stop for each in written)
+            assert (on_disk[first : first + page] == content[first : first + page]) == is_own
+        assert written[-1].is_intact(path)
+        assert written[-1].crc32 == zlib.crc32(content[start:stop])
+    path.parent.mkdir(exist_ok=True)
+    for each in written:
+        each.write_ends(path)
+    assert path.read_bytes()[borders[0] :] == content[borders[0] :]
+
+
+@pytest.mark.parametrize("page", [1, 16, 4096])
+@pytest.mark.parametrize(("start", "num_rows"), [(0, 20), (8, 20), (100, 1), (100, 0), (24, 3)])
+def test_rows_are_read_back_as_they_were(tmp_path, monkeypatch, page, start, num_rows):
+    monkeypatch.setattr(region_module, "PAGE_BYTES", page)
+    rows = np.arange(6.0 * num_rows, dtype=np.float32).reshape(num_rows, 6)
+    region = Region(tmp_path / "a", start, start + rows.nbytes)
+    written = region.write_all([rows])
+    region.close()
+    assert np.array_equal(np.concatenate(written.rows(tmp_path / "a", rows.dtype, 6)), rows)
+
+
+def test_a_byte_that_changed_is_noticed_and_one_outside_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(region_module, "PAGE_BYTES", 16)
+    region = Region(tmp_path / "a", 5, 105)
+    written = region.write_all([np.ones(100, np.uint8)])
+    with pytest.raises(OutsideError):
+        region.write(90, b"12345678901")
+    region.close()
+    assert written.is_intact(tmp_path / "a")
+    with open(tmp_path / "a", "r+b") as file:
+        file.seek(50)
+        file.write(b"\0")
+    assert not written.is_intact(tmp_path / "a")
+    (tmp_path / "a").unlink()
+    assert not written.is_intact(tmp_path / "a")
