@@ -18,7 +18,6 @@ from dist_esm.atomic import Staged
 from dist_esm.config import Format, Include
 from dist_esm.fasta.blocks import CHANGED, FastaError
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
-from dist_esm.outputs.formats.base import About
 from dist_esm.outputs.formats.write import write_output
 from dist_esm.outputs.placed import Target, in_place, shapes, write_placed_shard
 from dist_esm.outputs.region import OutsideError, Region
@@ -79,7 +78,7 @@ class OutputSettings:
         if unit.layout is None or codec is None:
             return None
         stem = self.output_dir / SHARDS / shards_name(file)
-        return Target.of(stem, codec, About.of(self.table(file)), self.dtype, unit.layout)
+        return Target.of(stem, codec, self.table(file), self.dtype, unit.layout)
 
 
 def shards_name(file: FastaFile) -> str:
@@ -157,6 +156,8 @@ class OutputBuilder:
             return RowBuffer(settings.width, settings.dtype, make_file, memory, num_rows)
         own = self.target.layout.own
         num_rows = own.residues if kind is Include.per_tok else own.proteins
+        if (kind.name, layer) not in self.target.places:
+            return RowBuffer(settings.width, settings.dtype, make_file, memory, num_rows)
         make_region = partial(self._region, kind, layer, self.target)
         return RowBuffer(settings.width, settings.dtype, make_region, memory, num_rows)
 
@@ -201,23 +202,30 @@ class OutputBuilder:
         own = Extent(len(self.rows), self.num_residues, codec.text_size(self.rows))
         if own != target.layout.own:
             raise FastaError(CHANGED)
-        written = {}
+        written, others = {}, {}
         for kind, layer in settings.representations:
-            region, buffer = self._region(kind, layer, target), self.buffers.get((kind, layer))
+            key, buffer = (kind.name, layer), self.buffers.get((kind, layer))
+            if key not in target.places:
+                others[key] = self._tensor(kind, layer, settings)
+                continue
+            region = self._region(kind, layer, target)
             if buffer is not None and buffer.is_in_place:
-                written[kind.name, layer] = region.read_back()
+                written[key] = region.read_back()
             else:
-                blocks = little_endian_blocks(buffer.tensor()) if buffer is not None else iter(())
-                written[kind.name, layer] = region.write_all(blocks)
+                written[key] = region.write_all(little_endian_blocks(self._tensor(kind, layer, settings)))
         table = settings.table(file, self.rows, self.tsv_lines)
-        return write_placed_shard(table, written, target, unit.ordinal, settings.scratch)
+        return write_placed_shard(table, written, others, target, unit.ordinal, settings.scratch)
+
+    def _tensor(self, kind: Include, layer: int, settings: OutputSettings) -> Tensor:
+        """Return all numbers of a kind and layer, shape (n, D)."""
+        buffer = self.buffers.get((kind, layer))
+        empty = torch.empty(0, settings.width, dtype=torch_dtype(settings.dtype))
+        return buffer.tensor() if buffer is not None else empty
 
     def _table(self, settings: OutputSettings, file: FastaFile) -> OutputTable:
         tensors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}
         for kind, layer in settings.representations:
-            buffer = self.buffers.get((kind, layer))
-            empty = torch.empty(0, settings.width, dtype=torch_dtype(settings.dtype))
-            tensors[kind][layer] = buffer.tensor() if buffer else empty
+            tensors[kind][layer] = self._tensor(kind, layer, settings)
         return replace(
             settings.table(file, self.rows, self.tsv_lines),
             mean=tensors[Include.mean],

@@ -62,21 +62,23 @@ class Target:
     row_bytes: int
 
     @classmethod
-    def of(cls, stem: Path, codec: InPlace, about: About, dtype: np.dtype[Any], layout: Layout) -> Target:
+    def of(
+        cls, stem: Path, codec: InPlace, table: OutputTable, dtype: np.dtype[Any], layout: Layout
+    ) -> Target:
         """Find the places of a unit.
 
         Parameters
         ----------
         stem
             Path of the output in the making, without what tells one layout from another.
-        codec, about, dtype, layout
-            What the places depend on.
+        codec, table, dtype, layout
+            What the places depend on; the table needs no rows.
         """
-        places = codec.places(about, layout.total, dtype)
-        text = json.dumps([layout.digest, about.width, dtype.name, sorted(map(list, places.items()))])
+        places, width = codec.places(table, layout.total, dtype), About.of(table).width
+        text = json.dumps([layout.digest, width, dtype.name, sorted(map(list, places.items()))])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         path = stem.with_name(f"{stem.name}.{digest}{SUFFIX}")
-        return cls(path, places, layout, about.width * dtype.itemsize)
+        return cls(path, places, layout, width * dtype.itemsize)
 
     def shard(self, ordinal: int) -> Path:
         """Return the path of the shard of a unit, given its place among those of its file."""
@@ -110,7 +112,12 @@ def output_of(shard: Path) -> Path:
 
 
 def write_placed_shard(
-    table: OutputTable, regions: dict[Key, WrittenRegion], target: Target, ordinal: int, scratch: Path
+    table: OutputTable,
+    regions: dict[Key, WrittenRegion],
+    others: dict[Key, Tensor],
+    target: Target,
+    ordinal: int,
+    scratch: Path,
 ) -> Staged:
     """Write the shard of a unit whose numbers are in their places, under a temporary name.
 
@@ -120,6 +127,8 @@ def write_placed_shard(
         The unit's proteins.
     regions
         Where their numbers are.
+    others
+        Numbers that have no places; the shard keeps them.
     target
         The output in the making.
     ordinal
@@ -137,6 +146,7 @@ def write_placed_shard(
             sync(file.parent)
     content = {
         **{name: getattr(table, name) for name in ("source", "provenance", "include", "main_layer")},
+        "keys": [(kind, layer) for kind, layers in About.of(table).kinds.items() for layer in layers],
         "width": table.mean[table.main_layer].shape[1],
         "dtype": str(table.mean[table.main_layer].dtype).removeprefix("torch."),
         "rows": packed(json.dumps(table.rows)),
@@ -145,6 +155,7 @@ def write_placed_shard(
             [*key, target.places[key].file, {**asdict(region), "head": "", "tail": ""}]
             for key, region in regions.items()
         ],
+        "others": {f"{kind}.{layer}": rows for (kind, layer), rows in others.items()},
         "ends": {
             f"{kind}.{layer}": [as_tensor(region.head), as_tensor(region.tail)]
             for (kind, layer), region in regions.items()
@@ -176,11 +187,11 @@ def unpacked(tensor: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class PlacedShard:
-    """A shard whose numbers are in the output in the making."""
+    """A shard whose numbers are in the output in the making, all or some of them."""
 
     output: Path
     table: OutputTable
-    """Its tensors have shapes and no numbers."""
+    """Its tensors have shapes and no numbers, but for those that the shard keeps."""
     dtype: np.dtype[Any]
     width: int
     regions: dict[Key, WrittenRegion]
@@ -197,7 +208,7 @@ class PlacedShard:
 
     def mapped(self) -> OutputTable:
         """Return it with its numbers, which are mapped, and read from disk when they are used."""
-        kinds: dict[str, Any] = {"mean": {}, "bos": {}, "per_tok": {}}
+        kinds: dict[str, Any] = {kind: dict(getattr(self.table, kind)) for kind in ("mean", "bos", "per_tok")}
         for (kind, layer), region in self.regions.items():
             matrices = region.rows(self.file((kind, layer)), self.dtype, self.width)
             chunks = list(map(torch.from_numpy, matrices))
@@ -230,11 +241,16 @@ def read_placed_shard(path: Path) -> PlacedShard | None:
         files[kind, layer] = file
         regions[kind, layer] = WrittenRegion(**{**fields, "head": head, "tail": tail})
     dtype, width = np.dtype(content["dtype"]), content["width"]
+    numbers = shapes([(kind, layer) for kind, layer in content["keys"]], rows, dtype, width)
+    for kind, layer in content["keys"]:
+        tensor = content["others"].get(f"{kind}.{layer}")
+        if tensor is not None:
+            numbers[kind][layer] = ChunkedTensor([tensor]) if kind == "per_tok" else tensor
     table = OutputTable(
         **{name: content[name] for name in ("source", "provenance", "include", "main_layer")},
         rows=rows,
         tsv_lines=unpacked(content["tsv_lines"]),
-        **shapes(list(regions), rows, dtype, width),
+        **numbers,
     )
     return PlacedShard(output_of(path), table, dtype, width, regions, files)
 
@@ -285,10 +301,10 @@ def finish_placed(
         return None
     rows = [row for shard in shards for row in shard.table.rows]
     tsv_lines = [line for shard in shards for line in shard.table.tsv_lines]
-    numbers = shapes(list(first.regions), rows, first.dtype, first.width)
-    table = replace(first.table, rows=rows, tsv_lines=tsv_lines, **numbers)
+    table = replace(first.table, rows=rows, tsv_lines=tsv_lines)
     extent = Extent(len(rows), sum(table.lengths), codec.text_size(rows))
-    places = codec.places(About.of(table), extent, first.dtype)
+    places = codec.places(table, extent, first.dtype)
+    table = replace(table, **numbers_of(shards, places, rows))
     if not fill(shards, places):
         return None
     for shard in shards:
@@ -305,6 +321,22 @@ def finish_placed(
     }
     codec.finish(table, first.output, crcs)
     return stage_output(output_format, tsv_lines, stem, scratch, lambda path: link_output(first.output, path))
+
+
+def numbers_of(
+    shards: Sequence[PlacedShard], places: dict[Key, Place], rows: Sequence[Row]
+) -> dict[str, Any]:
+    """Return the tensors of the whole output: without numbers if they have places, else those of the
+    shards."""
+    kinds = {kind: list(getattr(shards[0].table, kind)) for kind in ("mean", "bos", "per_tok")}
+    keys = [(kind, layer) for kind, layers in kinds.items() for layer in layers]
+    numbers = shapes(keys, rows, shards[0].dtype, shards[0].width)
+    for kind, layer in keys:
+        if (kind, layer) not in places:
+            parts = [getattr(shard.table, kind)[layer] for shard in shards]
+            chunks = [chunk for part in parts for chunk in (part.chunks if kind == "per_tok" else [part])]
+            numbers[kind][layer] = ChunkedTensor(chunks) if kind == "per_tok" else torch.cat(chunks)
+    return numbers
 
 
 def fill(shards: Sequence[PlacedShard], places: dict[Key, Place]) -> bool:

@@ -14,7 +14,7 @@ from dist_esm.outputs.placed import part_from_finished
 from dist_esm.outputs.row_buffer import Memory
 from helpers.standin import ALL_KINDS, Embedded, embed_directory
 
-FORMATS = [Format.pt, Format.safetensors, Format.npy]
+FORMATS = [Format.pt, Format.safetensors, Format.npy, Format.h5]
 POISON = "W" * 31
 
 

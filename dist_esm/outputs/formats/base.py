@@ -99,11 +99,12 @@ class Place(NamedTuple):
 class InPlace(NamedTuple):
     """How a format is laid out whose numbers may be written to their places before its text is."""
 
-    places: Callable[[About, Extent, np.dtype[Any]], dict[tuple[str, int], Place]]
-    """Kind and layer to the place of its numbers, in an output of this extent."""
+    places: Callable[[OutputTable, Extent, np.dtype[Any]], dict[tuple[str, int], Place]]
+    """Kind and layer to the place of its numbers, in an output of this extent that is otherwise like the
+    table. Kinds and layers that are not named have no place, and are written at the end."""
     finish: Callable[[OutputTable, Path, Mapping[tuple[str, int], int]], None]
-    """Writes all but the numbers of an output to exactly this path, a file or folder. Numbers in the table
-    are tensors without storage; what else is told are the CRC-32 of the numbers of each kind and layer."""
+    """Writes all but what has a place to exactly this path, a file or folder. Numbers that have places are
+    tensors without storage in the table; the last argument has their CRC-32 by kind and layer."""
     text_size: Callable[[Sequence[Row]], int] = lambda rows: 0
     """What these rows add to `Extent.text`."""
 

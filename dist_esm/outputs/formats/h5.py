@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from functools import cache, cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from tempfile import SpooledTemporaryFile, gettempdir
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_esm.atomic import SummedFile
-from dist_esm.outputs.embeddings import OutputTable, little_endian
-from dist_esm.outputs.formats.base import About, Codec, Names, escape
+from dist_esm.atomic import SummedFile, write_at
+from dist_esm.outputs.embeddings import OutputTable, little_endian, little_endian_blocks, numpy_dtype
+from dist_esm.outputs.formats.base import About, Codec, InPlace, Names, Place, escape
+from dist_esm.types import Extent
 
 if TYPE_CHECKING:
     import h5py
 
 BLOCK_BYTES = 1 << 20
+RESERVED, BEHIND = b"%reserved", b"%behind"
+"""Names of datasets that are there for a while; no protein's is such."""
+SPOOL_BYTES = 1 << 28
+"""Bytes of a file without its numbers that are kept in memory."""
 
 # A `/` would make a group and a lone `.` is the root itself; `~` marks the second of a name, `%` what is
 # escaped.
@@ -52,20 +60,14 @@ def write_h5(table: OutputTable, path: Path) -> str:
     An id with a ``/`` has it as ``%2F`` (``%``, ``~`` and control characters alike); the second protein of an
     id is ``id~2``.
     """
-    skeleton = path.with_name(f"{path.name}.skeleton")
-    try:
-        offsets = write_skeleton(table, skeleton)
-        with open(skeleton, "rb") as source, SummedFile(path) as file:
-            start = 0
-            for offset, place in sorted((offset, place) for place, offset in enumerate(offsets)):
-                copy_bytes(source, file, offset - start)
-                values = root_value(table, place)
+    with Metadata(table, path.parent) as metadata, SummedFile(path) as file:
+        for block in metadata.blocks(0, metadata.hole.start):
+            file.write(block)
+        if table.rows:
+            for values in little_endian_blocks(getattr(table, root_kind(table))[table.main_layer]):
                 file.write(values.data)
-                start = offset + values.nbytes
-                source.seek(start)
-            copy_bytes(source, file, skeleton.stat().st_size - start)
-    finally:
-        skeleton.unlink(missing_ok=True)
+        for block in metadata.blocks(metadata.hole.start, metadata.num_bytes):
+            file.write(block)
     return file.sha256()
 
 
@@ -80,56 +82,144 @@ def value_of(table: OutputTable, kind: str, layer: int, place: int) -> NDArray[A
     return little_endian(rows[slice(*table.span(place))] if kind == "per_tok" else rows[place])
 
 
-def root_value(table: OutputTable, place: int) -> NDArray[Any]:
-    """Return the numbers of a protein that its dataset holds."""
-    return value_of(table, root_kind(table), table.main_layer, place)
+def size_of_root(table: OutputTable) -> int:
+    """Return the bytes of the numbers that all datasets hold."""
+    rows = getattr(table, root_kind(table))[table.main_layer]
+    return int(math.prod(rows.shape) * numpy_dtype(rows.dtype).itemsize)
 
 
-def copy_bytes(source: IO[bytes], file: IO[bytes], count: int) -> None:
-    """Copy so many bytes from one open file to another.
+class FileWithHole:
+    """All of a file but a range of it that nobody writes to, as an open file for HDF5.
 
-    Raises
-    ------
-    EOFError
-        If there are fewer.
+    It is in memory, or in a nameless file if it is large: attributes may hold the residues of further layers.
+
+    Parameters
+    ----------
+    folder
+        Where the nameless file goes.
     """
-    while count:
-        block = source.read(min(count, BLOCK_BYTES))
-        if not block:
-            raise EOFError("the skeleton of an HDF5 file ends early")
-        file.write(block)
-        count -= len(block)
+
+    def __init__(self, folder: Path) -> None:
+        self.hole = range(0)
+        self._file = SpooledTemporaryFile(SPOOL_BYTES, dir=str(folder))  # noqa: SIM115 - closed by close()
+        self._position = 0
+        self._end = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a position."""
+        self._position = offset + (0, self._position, self._end)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def _seek(self, num_bytes: int) -> None:
+        """Go to where the next bytes are, and pass over them.
+
+        Raises
+        ------
+        ValueError
+            If they are in the hole.
+        """
+        stop = self._position + num_bytes
+        if self._position < self.hole.stop and stop > self.hole.start and self.hole:
+            raise ValueError("HDF5 writes to where the numbers of datasets belong")
+        self._file.seek(self._position - (len(self.hole) if self._position >= self.hole.stop else 0))
+        self._position = stop
+
+    def write(self, data: Any) -> int:
+        """Write bytes."""
+        view = memoryview(data)
+        self._seek(view.nbytes)
+        self._end = max(self._end, self._position)
+        self._file.write(view)
+        return view.nbytes
+
+    def readinto(self, buffer: Any) -> int:
+        """Read bytes; what was not written is zero."""
+        view = memoryview(buffer)
+        self._seek(view.nbytes)
+        view[:] = self._file.read(view.nbytes).ljust(view.nbytes, b"\0")
+        return view.nbytes
+
+    def truncate(self, size: int) -> int:
+        """Set the size of the whole file."""
+        self._end = size
+        self._file.truncate(size - (len(self.hole) if size >= self.hole.stop else 0))
+        return size
+
+    def flush(self) -> None:
+        """Do nothing: nobody else sees the file."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes without those of the hole."""
+        return self._end - len(self.hole)
+
+    def blocks(self, start: int, stop: int) -> Iterator[bytes]:
+        """Give bytes from start up to stop, those of the hole not counted."""
+        self._file.seek(start)
+        for begin in range(start, stop, BLOCK_BYTES):
+            size = min(BLOCK_BYTES, stop - begin)
+            yield self._file.read(size).ljust(size, b"\0")
+
+    def close(self) -> None:
+        """Give it up."""
+        self._file.close()
 
 
-def write_skeleton(table: OutputTable, path: Path) -> list[int]:
-    """Write the whole file but for the numbers of the datasets, which have their places and no content.
+class Metadata(FileWithHole):
+    """The whole file but for the numbers that its datasets hold, which are a hole in it.
 
-    HDF5 writes these numbers in an order of its own, and no checksum can be taken on the way. So they are
-    filled in afterwards, while the file is copied from its first byte to its last. Where they belong there is
-    a hole, which takes no room on disk.
+    HDF5 writes numbers in an order of its own, and no checksum can be taken on the way. So it is given none.
+    The numbers of all datasets follow one another in file order, since they get the room of a dataset as
+    large as all of them, which was there first and is deleted.
 
-    Returns
-    -------
-    list of int
-        Offset of each protein's numbers in the file.
+    As a context manager it closes the file.
     """
+
+    def __init__(self, table: OutputTable, folder: Path) -> None:
+        super().__init__(folder)
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            offsets = _write_metadata(table, self)
+            starts = accumulate((root_value_bytes(table, place) for place in range(len(offsets))), initial=0)
+            if any(offset != self.hole.start + start for offset, start in zip(offsets, starts, strict=False)):
+                raise ValueError("this version of HDF5 does not keep numbers together: install another h5py")
+            undo.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def root_value_bytes(table: OutputTable, place: int) -> int:
+    """Return the bytes of the numbers that the dataset of a protein holds."""
+    rows = getattr(table, root_kind(table))[table.main_layer]
+    num_rows = table.lengths[place] if root_kind(table) == "per_tok" else 1
+    return int(num_rows * rows.shape[1] * numpy_dtype(rows.dtype).itemsize)
+
+
+def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
+    """Write the file, and return the offset of each protein's numbers."""
     import h5py
 
     about = About.of(table)
-    main = table.main_layer
+    main, root = table.main_layer, root_kind(table)
     attributes = [
         (kind, layer)
         for kind, layers in about.kinds.items()
         for layer in layers
-        if (kind, layer) != (root_kind(table), main)
+        if (kind, layer) != (root, main)
     ]
     names = Names(dataset_name)
     text = h5py.h5t.py_create(h5py.string_dtype(), logical=True)
     scalar = h5py.h5s.create(h5py.h5s.SCALAR)
-    unfilled = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    unfilled.set_obj_track_times(False)
-    unfilled.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    unfilled.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    number_type = h5py.h5t.py_create(numpy_dtype(getattr(table, root)[main].dtype))
+    unfilled = _unfilled()
     offsets = []
 
     # h5py's high-level calls take twice as long, and a dataset and three attributes for each protein add up.
@@ -138,39 +228,50 @@ def write_skeleton(table: OutputTable, path: Path) -> list[int]:
         space = h5py.h5s.create_simple(value.shape) if value.shape else scalar
         h5py.h5a.create(dataset, name.encode(), hdf5_type, space).write(value)
 
-    with create(path) as file:
+    with _create(metadata, size_of_root(table)) as file:
+        # All datasets come first: texts and large attributes would take room among their numbers.
+        taken = [names.take(row.id).encode() for row in table.rows]
+        for name, row in zip(taken, table.rows, strict=True):
+            shape = (row.embedded, about.width) if root == "per_tok" else (about.width,)
+            space = h5py.h5s.create_simple(shape)
+            dataset = h5py.h5d.create(file.id, name, number_type, space, unfilled)
+            offsets.append(dataset.get_offset())
         records = {
             "ids": table.ids,
             "headers": [row.header for row in table.rows],
             "lengths": table.lengths,
         }
-        root_attributes = {**about.to_text(), "kind": root_kind(table), "records": json.dumps(records)}
+        root_attributes = {**about.to_text(), "kind": root, "records": json.dumps(records)}
         for key, text_of in root_attributes.items():
             file.attrs[key] = text_of
         file.attrs["layer"] = main
-        for place, row in enumerate(table.rows):
-            value = root_value(table, place)
-            dataset = h5py.h5d.create(
-                file.id,
-                names.take(row.id).encode(),
-                h5py.h5t.py_create(value.dtype),
-                h5py.h5s.create_simple(value.shape),
-                unfilled,
-            )
+        for place, (name, row) in enumerate(zip(taken, table.rows, strict=True)):
+            dataset = h5py.h5d.open(file.id, name)
             attach(dataset, "original_id", np.array(row.id, dtype=h5py.string_dtype()))
             attach(dataset, "index", np.array(row.number))
             attach(dataset, "length", np.array(row.embedded))
             for kind, layer in attributes:
                 attach(dataset, f"{kind}_layer_{layer}", value_of(table, kind, layer, place))
-            offsets.append(dataset.get_offset())
     return offsets
 
 
+def _unfilled() -> Any:
+    """Return how datasets are made whose numbers have their place at once and are not written by HDF5."""
+    import h5py
+
+    unfilled = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    unfilled.set_obj_track_times(False)
+    unfilled.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    unfilled.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    return unfilled
+
+
 @contextmanager
-def create(path: Path) -> Iterator[h5py.File]:
+def _create(metadata: FileWithHole, num_bytes: int) -> Iterator[h5py.File]:
     """Make a new file whose root keeps the order of its names and takes attributes of any size.
 
-    There is no time stamp in it, so that its bytes depend on its content alone.
+    The next `num_bytes` of numbers go into one hole. There is no time stamp in the file, so that its bytes
+    depend on its content alone.
     """
     import h5py
 
@@ -180,10 +281,50 @@ def create(path: Path) -> Iterator[h5py.File]:
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     # HDF5 1.8 (2008) and later can read it; before, attributes ended at 64 KiB.
     access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_LATEST)
-    # This process alone knows the file, and some network file systems refuse locks.
-    access.set_file_locking(False, True)
-    with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_EXCL, root, access)) as file:
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, metadata)
+    with h5py.File(h5py.h5f.create(b"output", h5py.h5f.ACC_TRUNC, root, access)) as file:
+        if num_bytes:
+            # With something behind it, it is not given back as the end of the file, nor taken for metadata.
+            reserved, behind = (
+                h5py.h5d.create(
+                    file.id, name, h5py.h5t.STD_U8LE, h5py.h5s.create_simple((size,)), _unfilled()
+                )
+                for name, size in ((RESERVED, num_bytes), (BEHIND, 1))
+            )
+            start = reserved.get_offset()
+            metadata.hole = range(start, start + num_bytes)
+            del reserved, behind
+            file.id.unlink(RESERVED)
         yield file
+        if num_bytes:
+            file.id.unlink(BEHIND)
+
+
+@cache
+def _first_offset() -> int:
+    """Return where numbers begin in a file that has any: it does not depend on what else is in it."""
+    metadata = FileWithHole(Path(gettempdir()))
+    with closing(metadata), _create(metadata, 1):
+        return metadata.hole.start
+
+
+def places(table: OutputTable, extent: Extent, dtype: np.dtype[Any]) -> dict[tuple[str, int], Place]:
+    """Return where the numbers of the datasets begin; those of attributes have no place."""
+    start = _first_offset() if extent.proteins else 0
+    return {(root_kind(table), table.main_layer): Place("", start)}
+
+
+def finish_h5(table: OutputTable, path: Path, crcs: Mapping[tuple[str, int], int]) -> None:
+    """Write all but the numbers of datasets, which have their places already."""
+    with Metadata(table, path.parent) as metadata:
+        offset = 0
+        for block in metadata.blocks(0, metadata.hole.start):
+            write_at(path, offset, block)
+            offset += len(block)
+        offset = metadata.hole.stop
+        for block in metadata.blocks(metadata.hole.start, metadata.num_bytes):
+            write_at(path, offset, block)
+            offset += len(block)
 
 
 class OpenedH5:
@@ -222,4 +363,4 @@ class OpenedH5:
         return self.vector("per_tok", layer, position)
 
 
-CODEC = Codec(write_h5, OpenedH5)
+CODEC = Codec(write_h5, OpenedH5, in_place=InPlace(places, finish_h5))

@@ -80,9 +80,9 @@ def _content(table: OutputTable, storages: Mapping[tuple[str, int], Storage]) ->
     return content
 
 
-def places(about: About, extent: Extent, dtype: np.dtype[Any]) -> dict[tuple[str, int], Place]:
+def places(table: OutputTable, extent: Extent, dtype: np.dtype[Any]) -> dict[tuple[str, int], Place]:
     """Return where the rows of each kind and layer begin."""
-    storages = _storages(about, extent, dtype)
+    storages = _storages(About.of(table), extent, dtype)
     members = storage_members(list(storages.values()))
     return {key: Place("", member.start) for key, member in zip(storages, members, strict=True)}
 

@@ -119,8 +119,9 @@ def text_size(rows: Sequence[Row]) -> int:
     return sum(len(json.dumps(items, ensure_ascii=False).encode()) for items in lists)
 
 
-def places(about: About, extent: Extent, dtype: np.dtype[Any]) -> dict[tuple[str, int], Place]:
+def places(table: OutputTable, extent: Extent, dtype: np.dtype[Any]) -> dict[tuple[str, int], Place]:
     """Return where the rows of each kind and layer begin."""
+    about = About.of(table)
     empty, starts = _text(about, extent, dtype, [])
     commas = 2 * len(_lists([])) if extent.proteins else 0  # behind the last item of a list there is none
     num_bytes = len(empty) + extent.text - commas
