@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_esm.atomic import Staged
+from dist_esm.atomic import Staged, discard, temporary_path
 from dist_esm.config import Format, Include
 from dist_esm.fasta.blocks import CHANGED, FastaError
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
-from dist_esm.outputs.formats.write import write_output
+from dist_esm.outputs.formats.write import stage_output, write_output
 from dist_esm.outputs.placed import Target, in_place, shapes, write_placed_shard
-from dist_esm.outputs.region import OutsideError, Region
+from dist_esm.outputs.region import OutsideError, Region, WrittenRegion
 from dist_esm.outputs.row_buffer import Memory, NamelessFile, RowBuffer, torch_dtype
 from dist_esm.outputs.shards import write_shard
 from dist_esm.types import Extent, FastaFile, ProteinEmbedding, Row, Unit
@@ -72,13 +72,18 @@ class OutputSettings:
             **shapes(keys, rows, self.dtype, self.width),
         )
 
-    def target(self, file: FastaFile, unit: Unit) -> Target | None:
-        """Return where the numbers of a unit belong, if they are to be written to their places."""
+    def target(self, file: FastaFile, unit: Unit, part: int) -> Target | None:
+        """Return where the numbers of an output of a unit belong, if they can be written to their places."""
         codec = in_place(self.format, self.is_compressed)
-        if unit.layout is None or codec is None:
+        if codec is None:
             return None
-        stem = self.output_dir / SHARDS / shards_name(file)
-        return Target.of(stem, codec, self.table(file), self.dtype, unit.layout)
+        if unit.layout is not None:
+            stem = self.output_dir / SHARDS / shards_name(file)
+            return Target.of_cut_file(stem, codec, self.table(file), self.dtype, unit.layout)
+        if part < len(unit.parts):
+            path = temporary_path(self.scratch)
+            return Target.of_output(path, codec, self.table(file), self.dtype, unit.parts[part])
+        return None
 
 
 def shards_name(file: FastaFile) -> str:
@@ -172,49 +177,81 @@ class OutputBuilder:
             buffer.close()
         for region in self.regions.values():
             region.close()
+        if self.target is not None and not self.target.is_shared:
+            discard(self.target.path)
 
     def write(self, settings: OutputSettings, file: FastaFile, unit: Unit) -> Staged:
         """Write it under temporary names: a whole output, a numbered part of one, or a shard."""
-        if self.target is not None:
-            return self._write_placed(settings, file, unit, self.target)
-        table = self._table(settings, file)
+        if unit.is_shard and self.target is not None:
+            return self._write_placed_shard(settings, file, unit, self.target)
+        if unit.is_shard:
+            path = settings.output_dir / SHARDS / f"{shards_name(file)}.{unit.ordinal:06d}.pt"
+            return write_shard(self._table(settings, file), path, settings.scratch)
         stem = settings.output_dir / file.output
-        if unit.first_part is not None:
-            part = f".part{unit.first_part + self.part + 1:05d}"
-            return write_output(settings.format, table, stem, settings.scratch, part, settings.is_compressed)
-        if unit.is_whole:
-            return write_output(
-                settings.format, table, stem, settings.scratch, is_compressed=settings.is_compressed
-            )
-        path = settings.output_dir / SHARDS / f"{shards_name(file)}.{unit.ordinal:06d}.pt"
-        return write_shard(table, path, settings.scratch)
+        part = "" if unit.first_part is None else f".part{unit.first_part + self.part + 1:05d}"
+        if self.target is not None and any(buffer.is_in_place for buffer in self.buffers.values()):
+            return self._write_around(settings, file, stem, part, self.target)
+        table = self._table(settings, file)
+        return write_output(settings.format, table, stem, settings.scratch, part, settings.is_compressed)
 
-    def _write_placed(self, settings: OutputSettings, file: FastaFile, unit: Unit, target: Target) -> Staged:
-        """Write its numbers to their places, and all else to a shard.
+    def _write_placed_shard(
+        self, settings: OutputSettings, file: FastaFile, unit: Unit, target: Target
+    ) -> Staged:
+        """Write the numbers of a unit to their places, and all else to a shard.
 
         Raises
         ------
         FastaError
             If its proteins are not those that the plan has.
         """
+        table, regions = self._write_numbers(settings, file, target)
+        return write_placed_shard(table, regions, target, unit.ordinal, settings.scratch)
+
+    def _write_around(
+        self, settings: OutputSettings, file: FastaFile, stem: Path, part: str, target: Target
+    ) -> Staged:
+        """Complete an output of which some numbers are in their places already.
+
+        Raises
+        ------
+        FastaError
+            If its proteins are not those that the plan has.
+        """
+        table, regions = self._write_numbers(settings, file, target)
+        codec = in_place(settings.format, settings.is_compressed)
+        assert codec is not None
+        for key, region in regions.items():
+            region.write_ends(target.file(key))
+        codec.finish(table, target.path, {key: region.crc32 for key, region in regions.items()})
+
+        def rename(path: Path) -> None:
+            os.rename(target.path, path)
+
+        return stage_output(settings.format, table.tsv_lines, stem, settings.scratch, rename, part)
+
+    def _write_numbers(
+        self, settings: OutputSettings, file: FastaFile, target: Target
+    ) -> tuple[OutputTable, dict[tuple[str, int], WrittenRegion]]:
+        """Write numbers that have places to these, and return the table with all others."""
         codec = in_place(settings.format, settings.is_compressed)
         assert codec is not None
         own = Extent(len(self.rows), self.num_residues, codec.text_size(self.rows))
         if own != target.layout.own:
             raise FastaError(CHANGED)
-        written, others = {}, {}
+        regions = {}
+        table = settings.table(file, self.rows, self.tsv_lines)
         for kind, layer in settings.representations:
             key, buffer = (kind.name, layer), self.buffers.get((kind, layer))
             if key not in target.places:
-                others[key] = self._tensor(kind, layer, settings)
-                continue
-            region = self._region(kind, layer, target)
-            if buffer is not None and buffer.is_in_place:
-                written[key] = region.read_back()
+                rows = self._tensor(kind, layer, settings)
+                numbers = ChunkedTensor([rows]) if kind is Include.per_tok else rows
+                getattr(table, kind.name)[layer] = numbers
+            elif buffer is not None and buffer.is_in_place:
+                regions[key] = self._region(kind, layer, target).read_back()
             else:
-                written[key] = region.write_all(little_endian_blocks(self._tensor(kind, layer, settings)))
-        table = settings.table(file, self.rows, self.tsv_lines)
-        return write_placed_shard(table, written, others, target, unit.ordinal, settings.scratch)
+                blocks = little_endian_blocks(self._tensor(kind, layer, settings))
+                regions[key] = self._region(kind, layer, target).write_all(blocks)
+        return table, regions
 
     def _tensor(self, kind: Include, layer: int, settings: OutputSettings) -> Tensor:
         """Return all numbers of a kind and layer, shape (n, D)."""

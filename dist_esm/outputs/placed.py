@@ -60,9 +60,20 @@ class Target:
     places: dict[Key, Place]
     layout: Layout
     row_bytes: int
+    is_shared: bool = True
+    """Other units have parts of it, too."""
 
     @classmethod
-    def of(
+    def of_output(
+        cls, path: Path, codec: InPlace, table: OutputTable, dtype: np.dtype[Any], extent: Extent
+    ) -> Target:
+        """Find the places in an output of one unit alone, which is made at a path."""
+        layout = Layout(Extent(), extent, extent, "")
+        places, width = codec.places(table, extent, dtype), About.of(table).width
+        return cls(path, places, layout, width * dtype.itemsize, is_shared=False)
+
+    @classmethod
+    def of_cut_file(
         cls, stem: Path, codec: InPlace, table: OutputTable, dtype: np.dtype[Any], layout: Layout
     ) -> Target:
         """Find the places of a unit.
@@ -80,6 +91,10 @@ class Target:
         path = stem.with_name(f"{stem.name}.{digest}{SUFFIX}")
         return cls(path, places, layout, width * dtype.itemsize)
 
+    def file(self, key: Key) -> Path:
+        """Return the file in which the numbers of a kind and layer belong."""
+        return file_of(self.path, self.places[key])
+
     def shard(self, ordinal: int) -> Path:
         """Return the path of the shard of a unit, given its place among those of its file."""
         return self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}.{ordinal:06d}.pt")
@@ -88,7 +103,7 @@ class Target:
         """Return where the unit's numbers of a kind and layer belong."""
         place = self.places[key]
         start, stop = span(place, key, self.layout.before, self.layout.own, self.row_bytes)
-        return Region(file_of(self.path, place), start, stop)
+        return Region(self.file(key), start, stop)
 
 
 def file_of(path: Path, place: Place) -> Path:
@@ -114,7 +129,6 @@ def output_of(shard: Path) -> Path:
 def write_placed_shard(
     table: OutputTable,
     regions: dict[Key, WrittenRegion],
-    others: dict[Key, Tensor],
     target: Target,
     ordinal: int,
     scratch: Path,
@@ -124,11 +138,9 @@ def write_placed_shard(
     Parameters
     ----------
     table
-        The unit's proteins.
+        The unit's proteins, with the numbers that have no places: the shard keeps them.
     regions
-        Where their numbers are.
-    others
-        Numbers that have no places; the shard keeps them.
+        Where all other numbers are.
     target
         The output in the making.
     ordinal
@@ -141,7 +153,7 @@ def write_placed_shard(
     OSError
         If it cannot be written.
     """
-    for file in {file_of(target.path, place) for place in target.places.values()}:
+    for file in map(target.file, target.places):
         if file.parent != target.path.parent and file.parent.exists():
             sync(file.parent)
     content = {
@@ -155,7 +167,12 @@ def write_placed_shard(
             [*key, target.places[key].file, {**asdict(region), "head": "", "tail": ""}]
             for key, region in regions.items()
         ],
-        "others": {f"{kind}.{layer}": rows for (kind, layer), rows in others.items()},
+        "others": {
+            f"{kind}.{layer}": rows[0 : rows.shape[0]] if isinstance(rows, ChunkedTensor) else rows
+            for kind in ("mean", "bos", "per_tok")
+            for layer, rows in getattr(table, kind).items()
+            if (kind, layer) not in regions
+        },
         "ends": {
             f"{kind}.{layer}": [as_tensor(region.head), as_tensor(region.tail)]
             for (kind, layer), region in regions.items()

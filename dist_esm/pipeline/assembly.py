@@ -265,7 +265,7 @@ class Assembly:
         return state.builders[part]
 
     def _new_builder(self, state: UnitInProgress, part: int) -> OutputBuilder:
-        return OutputBuilder(part, self.settings.target(self.files[state.unit.file], state.unit))
+        return OutputBuilder(part, self.settings.target(self.files[state.unit.file], state.unit, part))
 
     def _fail_protein(self, protein_index: int, error: Exception) -> None:
         """Fail the units of a protein and of all that are identical to it."""

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dist_esm.config import Format, Include
+from dist_esm.config import Chains, Format, Include
 from dist_esm.outputs.journal import Journal
 from dist_esm.outputs.placed import part_from_finished
-from dist_esm.outputs.row_buffer import Memory
+from dist_esm.outputs.row_buffer import Memory, NamelessFile
 from helpers.standin import ALL_KINDS, Embedded, embed_directory
 
 FORMATS = [Format.pt, Format.safetensors, Format.npy, Format.h5]
@@ -29,6 +29,7 @@ def fasta(poison_at: int | None = None, first: str = "ACDEFGHIKL") -> str:
     records = [f'>p{i} number "{i}"\n{"ACDEFGHIKL" * (1 + i * 7 % 5)}\n' for i in range(40)]
     records[0] = f">p0\n{first}\n"
     records[30] = ">p30\n<mask>\n"
+    records[10] = ">p10\nACDEF:GHIKL/MKV\n"
     if poison_at is not None:
         records[poison_at] = f">p{poison_at}\n{POISON}\n"
     return "".join(records)
@@ -206,3 +207,25 @@ def test_a_cut_file_without_a_protein_comes_to_an_empty_output(tmp_path, kind):
         )
         assert run.report.status == "complete"
     assert files_of(tmp_path / "0.1") == files_of(tmp_path / "1.0")
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("most", [100_000, 7], ids=["one output", "numbered parts"])
+@pytest.mark.parametrize("share", [1.0, 0.2])
+def test_outputs_larger_than_memory_are_those_that_find_room_in_it(tmp_path, monkeypatch, kind, most, share):
+    path = tmp_path / "a.fasta"
+    path.write_text(fasta())
+    settings = {"format": kind, "max_proteins_per_output": most, "chains": Chains.split}
+    embed(path, tmp_path / "small", share=share, **settings)
+    monkeypatch.setattr("dist_esm.planning.layout.LARGE_BYTES", 0)
+    monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, 300))
+    if kind is not Format.h5:  # its means are attributes, which have no place
+        monkeypatch.setattr(NamelessFile, "__init__", refuse_file)
+    run = embed(path, tmp_path / "large", share=share, **settings)
+    assert run.report.status == "complete"
+    assert files_of(tmp_path / "large") == files_of(tmp_path / "small")
+    assert not list((tmp_path / "large" / ".dist_esm").rglob("scratch/*/*"))
+
+
+def refuse_file(file, directory) -> None:
+    raise OSError("rows went to a file in which they cannot stay")
