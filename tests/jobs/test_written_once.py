@@ -63,8 +63,11 @@ def share_written(tmp_path: Path, text: str, **settings) -> float:
 @pytest.mark.parametrize("include", [Include.mean, Include.per_tok], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("kind", list(Format), ids=lambda kind: kind.name)
 def test_a_file_that_is_cut_is_written_once(tmp_path, kind, include):
-    text = "".join(f">sp|P{i:05d}|X_Y a protein of some family OS=Homo sapiens\n{'ACDEFGHIKL' * (10 + i % 40)}\n"
-                   for i in range(3000 if include is Include.mean else 200))  # fmt: skip
+    num_proteins = 3000 if include is Include.mean else 200
+    text = "".join(
+        f">sp|P{i:05d}|X_Y a protein of some family OS=Homo sapiens\n{'ACDEFGHIKL' * (10 + i % 40)}\n"
+        for i in range(num_proteins)
+    )
     settings = {"include": [include], "format": kind, "save_dtype": SaveDtype.float16, "unit_share": 0.1}
     share = share_written(tmp_path, text, **settings)
     print(kind, include, share)
