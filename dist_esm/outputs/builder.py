@@ -185,8 +185,8 @@ class OutputBuilder:
         if unit.is_shard and self.target is not None:
             return self._write_placed_shard(settings, file, unit, self.target)
         if unit.is_shard:
-            path = settings.output_dir / SHARDS / f"{shards_name(file)}.{unit.ordinal:06d}.pt"
-            return write_shard(self._table(settings, file), path, settings.scratch)
+            path = settings.output_dir / SHARDS / f"{shards_name(file)}.{unit.ordinal:06d}"
+            return write_shard(self._table(settings, file), settings.format, path, settings.scratch)
         stem = settings.output_dir / file.output
         part = "" if unit.first_part is None else f".part{unit.first_part + self.part + 1:05d}"
         if self.target is not None and any(buffer.is_in_place for buffer in self.buffers.values()):

@@ -40,7 +40,7 @@ from dist_esm.outputs.formats.registry import FORMATS, format_at
 from dist_esm.outputs.in_hand import Deaths, InHand
 from dist_esm.outputs.journal import Entry, Journal
 from dist_esm.outputs.placed import SUFFIX, output_of, part_from_finished
-from dist_esm.outputs.trust import SHARDS, is_file_of, refuse_linked_folders, refuse_strange_files
+from dist_esm.outputs.trust import LOOSE, SHARDS, is_file_of, refuse_linked_folders, refuse_strange_files
 from dist_esm.types import FastaFile, WrittenFile
 from dist_esm.wire import decode, encode
 
@@ -438,8 +438,9 @@ def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
     for folder in (inside(output_dir) / name for name in SHARDS):
         for path in [path for path in folder.rglob("*.pt") if path not in kept]:
             path.unlink()
-        for path in [path for path in folder.glob(f"*{SUFFIX}*") if path not in outputs]:
-            remove(path)
+        for path in [*folder.glob(f"*{SUFFIX}*"), *folder.glob(f"*{LOOSE}")]:
+            if path not in outputs and path not in kept:
+                remove(path)
     for path in filter(Path.exists, outputs):
         part_from_finished(path)
 

@@ -16,24 +16,29 @@ from dist_esm.atomic import Staged, discard, temporary_path
 from dist_esm.config import Format
 from dist_esm.names import readable_name
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
+from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.formats.write import write_output
+from dist_esm.outputs.loose import finish_loose, is_loose, read_numbers, write_loose_shard
 from dist_esm.outputs.pickling import save
 from dist_esm.outputs.placed import finish_placed, read_placed_shard
 from dist_esm.outputs.row_buffer import Memory, NamelessFile, RowBuffer
+from dist_esm.outputs.trust import LOOSE
 from dist_esm.types import Row
 
 CHUNK_ROWS = 1 << 12
 
 
-def write_shard(table: OutputTable, path: Path, scratch: Path) -> Staged:
-    """Write what one unit of a cut file contributes, for `join`, under a temporary name.
+def write_shard(table: OutputTable, output_format: Format, stem: Path, scratch: Path) -> Staged:
+    """Write what one unit of a cut file contributes, its numbers with it, under a temporary name.
 
     Parameters
     ----------
     table
         The unit's proteins.
-    path
-        The shard's final path.
+    output_format
+        The format of its output.
+    stem
+        The shard's final path without suffix.
     scratch
         A folder of this process alone, on the same file system.
 
@@ -42,6 +47,9 @@ def write_shard(table: OutputTable, path: Path, scratch: Path) -> Staged:
     OSError
         If it cannot be written.
     """
+    path = stem.with_name(f"{stem.name}.pt")
+    if FORMATS[output_format.name].codec.loose is not None:
+        return write_loose_shard(table, output_format, stem.with_name(f"{stem.name}{LOOSE}"), scratch)
     per_tok = {layer: rows[0 : rows.shape[0]] for layer, rows in table.per_tok.items()}
     # Rows go as one text: torch's unpickler takes microseconds for each string.
     content = {**vars(table), "rows": json.dumps(table.rows), "per_tok": per_tok}
@@ -55,6 +63,8 @@ def write_shard(table: OutputTable, path: Path, scratch: Path) -> Staged:
 
 def read_shard(path: Path) -> OutputTable:
     """Read the shard of a unit. Numbers are mapped, and read from disk when they are used."""
+    if is_loose(path):
+        return read_numbers(path)
     if (placed := read_placed_shard(path)) is not None:
         return placed.mapped()
     with readable_name(path) as name:
@@ -71,8 +81,9 @@ def assemble_output(
 ) -> tuple[Staged, list[str]]:
     """Write the one output of a file that was cut under temporary names, and return the ids in it.
 
-    If all numbers are in their places in one output in the making, that is completed. Else they are written
-    again: the format has no places, or launches that laid the file out otherwise did a part of it.
+    If all numbers are in their places in one output in the making, that is completed; files of proteins get
+    other names. Else numbers are written again: the format has no places, or launches that laid the file out
+    otherwise did a part of it.
 
     Parameters
     ----------
@@ -86,7 +97,10 @@ def assemble_output(
     OSError
         If it cannot be written.
     """
-    placed = [shard for path in paths if (shard := read_placed_shard(path)) is not None]
+    if all(map(is_loose, paths)):
+        return finish_loose(paths, output_format, stem, scratch)
+    others = [path for path in paths if not is_loose(path)]
+    placed = [shard for path in others if (shard := read_placed_shard(path)) is not None]
     if len(placed) == len(paths):
         staged = finish_placed(placed, output_format, stem, scratch)
         if staged is not None:

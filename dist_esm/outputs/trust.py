@@ -17,6 +17,8 @@ from dist_esm.outputs.formats.registry import FORMATS
 
 SHARDS = ("shards", "pieces")
 """Folder of shards below ``.dist_esm``; version 1 had the second."""
+LOOSE = ".files"
+"""Suffix of a shard that is a folder with a file for each protein; others end in ``.pt``."""
 REPORTS = ("report.json", "failed_files.txt", "verify.json", "selfcheck.json")
 """Files at the top of the directory."""
 REMEDY = "remove it if you know it, or name another output_dir"
@@ -81,7 +83,9 @@ def leads_out(path: str) -> bool:
 
 def is_shard(path: str) -> bool:
     """Tell if a path relative to `output_dir` is that of a shard."""
-    return path.endswith(".pt") and path.startswith(tuple(f".dist_esm/{folder}/" for folder in SHARDS))
+    return path.endswith((".pt", LOOSE)) and path.startswith(
+        tuple(f".dist_esm/{folder}/" for folder in SHARDS)
+    )
 
 
 def is_file_of(output: str, path: str) -> bool:

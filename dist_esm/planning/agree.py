@@ -21,6 +21,7 @@ from dist_esm.fasta.parser import look_at_first_records
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.in_hand import Deaths
 from dist_esm.outputs.journal import Entry, is_intact
+from dist_esm.outputs.loose import is_loose
 from dist_esm.outputs.output_dir import OutputDir
 from dist_esm.outputs.placed import read_placed_shard
 from dist_esm.planning.assign import assign_to_bins
@@ -334,6 +335,8 @@ def is_done(entry: Entry, units: Sequence[Unit], config: Config) -> bool:
 
 def are_numbers_intact(path: Path) -> bool:
     """Tell if the numbers of a shard, whose own file is intact, are in their places."""
+    if is_loose(path):
+        return True
     shard = as_value(read_placed_shard, path)
     return not isinstance(shard, Exception) and (shard is None or shard.is_intact())
 

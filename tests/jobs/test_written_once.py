@@ -21,7 +21,7 @@ from dist_esm.types import Pack, SegmentEmbedding
 from helpers.standin import ReportRead, StandIn, make_config
 
 WIDTH = 1280
-MOST = {Format.pt: 1.05, Format.h5: 1.05, Format.safetensors: 1.05, Format.npy: 1.05}
+MOST = {Format.pt: 1.05, Format.h5: 1.05, Format.safetensors: 1.05, Format.npy: 1.05, Format.fair_esm: 1.1}
 
 
 class Wide(StandIn):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from dist_esm.config import Chains, Format, Include
+from dist_esm.outputs import builder as builder_module
+from dist_esm.outputs import shards as shards_module
 from dist_esm.outputs.journal import Journal
 from dist_esm.outputs.placed import part_from_finished
 from dist_esm.outputs.row_buffer import Memory, NamelessFile
@@ -229,3 +231,41 @@ def test_outputs_larger_than_memory_are_those_that_find_room_in_it(tmp_path, mon
 
 def refuse_file(file, directory) -> None:
     raise OSError("rows went to a file in which they cannot stay")
+
+
+@pytest.mark.parametrize("damage", [True, False])
+def test_files_of_proteins_get_their_names_at_the_end(tmp_path, damage):
+    """They are written once: no launch writes again what another has."""
+    path, out = tmp_path / "a.fasta", tmp_path / "out"
+    path.write_text(fasta(poison_at=20).replace(">p39 ", ">p0\n>p39 "))
+    embed(path, tmp_path / "uncut", share=1.0, format=Format.fair_esm)
+    assert embed(path, out, poison=[POISON], format=Format.fair_esm).report.files == []
+    shards = sorted((out / ".dist_esm" / "shards").glob("*.files"))
+    assert len(shards) > 3
+    numbers = {file.stat().st_ino for file in (out / ".dist_esm" / "shards").rglob("*.protein")}
+    if damage:
+        (shards[1] / "0.protein").write_bytes(b"?")
+    again = embed(path, out, format=Format.fair_esm)
+    assert again.report.status == "complete"
+    assert 0 < again.engine.num_segments < 25
+    assert files_of(out) == files_of(tmp_path / "uncut")
+    kept = numbers & {file.stat().st_ino for file in (out / "a_ESM").iterdir()}
+    assert len(kept) > 20
+    assert all(file.stat().st_nlink == 1 for file in (out / "a_ESM").iterdir())
+
+
+def test_shards_of_other_kinds_are_joined_with_files_of_proteins(tmp_path, monkeypatch):
+    """As of a run that an earlier version began."""
+    path, out = tmp_path / "a.fasta", tmp_path / "out"
+    path.write_text(fasta(poison_at=20))
+    embed(path, tmp_path / "uncut", share=1.0, format=Format.fair_esm)
+
+    def write_as_before(table, output_format, stem, scratch):
+        return shards_module.write_shard(table, Format.parquet, stem, scratch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder_module, "write_shard", write_as_before)
+        embed(path, out, poison=[POISON], format=Format.fair_esm)
+    assert list((out / ".dist_esm" / "shards").glob("*.pt"))
+    assert embed(path, out, format=Format.fair_esm).report.status == "complete"
+    assert files_of(out) == files_of(tmp_path / "uncut")

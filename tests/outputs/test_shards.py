@@ -74,7 +74,7 @@ def test_a_shard_comes_back_as_it_was_also_one_of_version_1(tmp_path):
     table = OutputTable(
         "a.fasta", {"model": "m"}, ["mean"], 1, rows, {1: mean}, {}, {1: ChunkedTensor([per_tok])}, ["a line"]
     )
-    staged = write_shard(table, tmp_path / "shards" / "a.pt", tmp_path)
+    staged = write_shard(table, Format.parquet, tmp_path / "shards" / "a", tmp_path)
     (written,) = commit_together([staged], tmp_path)
     assert written == read_back(tmp_path, Path("shards/a.pt"))
     content = torch.load(tmp_path / "shards" / "a.pt", weights_only=True)

@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from dist_esm.atomic import SummedFolder
 from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.types import Extent, Row
 
@@ -109,6 +111,19 @@ class InPlace(NamedTuple):
     """What these rows add to `Extent.text`."""
 
 
+class Loose(NamedTuple):
+    """How a format is laid out whose outputs are folders with a file for each protein."""
+
+    names: Callable[[Sequence[Row]], list[str]]
+    """Name of the file of each of these proteins, the first of which is the first in its output."""
+    write_protein: Callable[[OutputTable, int, IO[bytes]], None]
+    """Writes the file of one protein, given its place in the table; its name and place are not in it."""
+    write_tables: Callable[[OutputTable, Sequence[str], SummedFolder], None]
+    """Writes all that stands beside these files, given their names. The table needs no numbers."""
+    read_protein: Callable[[Path], dict[tuple[str, int], Tensor]]
+    """Reads a protein's file: kind and layer to its numbers, of shape (L, D) or (D,)."""
+
+
 class Codec(NamedTuple):
     """How a format is written and read back: the `CODEC` of its module."""
 
@@ -123,6 +138,8 @@ class Codec(NamedTuple):
     """As `write`, with numbers compressed by zstd, for a format that can."""
     in_place: InPlace | None = None
     """For a format whose numbers have places that do not depend on its text."""
+    loose: Loose | None = None
+    """For a format with a file for each protein."""
 
 
 def escape(text: str, unsafe: re.Pattern[str]) -> str:

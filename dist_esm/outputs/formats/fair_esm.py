@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_esm.atomic import SummedFolder
 from dist_esm.names import cut
 from dist_esm.outputs.embeddings import OutputTable
-from dist_esm.outputs.formats.base import About, Codec, Names, escape
+from dist_esm.outputs.formats.base import About, Codec, Loose, Names, escape
 from dist_esm.outputs.pickling import torch_save
 from dist_esm.types import Row
 
@@ -86,35 +86,53 @@ def write_fair_esm(table: OutputTable, path: Path) -> str:
     in file order: file, id, index (of the record in its input, from 0), length (embedded residues) and
     header; ``provenance.json`` has the fields of `About`.
     """
-    names = Names(file_name, same_file)
-    start = 0
+    names = names_of(table.rows)
     with SummedFolder(path) as folder:
-        lines = ["\t".join(MAP_COLUMNS)]
-        for place, row in enumerate(table.rows):
-            stop = start + row.embedded
-            label = label_of(row)
-            content: dict[str, object] = {"label": label, "id": row.id}
-            if table.per_tok:
-                content["representations"] = {
-                    layer: alone(rows[start:stop]) for layer, rows in table.per_tok.items()
-                }
-            content["mean_representations"] = {
-                layer: alone(rows[place]) for layer, rows in table.mean.items()
-            }
-            if table.bos:
-                content["bos_representations"] = {
-                    layer: alone(rows[place]) for layer, rows in table.bos.items()
-                }
-            name = f"{names.take(label)}.pt"
+        for place, name in enumerate(names):
             with folder.file(name) as file:
-                torch_save(content, file)
-            lines.append("\t".join((name, row.id, str(row.number), str(row.embedded), row.header)))
-            start = stop
-        with folder.text(MAP) as text:
-            text.write("\n".join([*lines, ""]))
-        with folder.text(ABOUT) as text:
-            text.write(json.dumps(asdict(About.of(table)), indent=1) + "\n")
+                write_protein(table, place, file)
+        write_tables(table, names, folder)
     return folder.sha256()
+
+
+def names_of(rows: Sequence[Row]) -> list[str]:
+    """Return the name of each protein's file, in order."""
+    names = Names(file_name, same_file)
+    return [f"{names.take(label_of(row))}.pt" for row in rows]
+
+
+def write_protein(table: OutputTable, place: int, file: IO[bytes]) -> None:
+    """Write the file of one protein."""
+    row, span = table.rows[place], slice(*table.span(place))
+    content: dict[str, object] = {"label": label_of(row), "id": row.id}
+    if table.per_tok:
+        content["representations"] = {layer: alone(rows[span]) for layer, rows in table.per_tok.items()}
+    content["mean_representations"] = {layer: alone(rows[place]) for layer, rows in table.mean.items()}
+    if table.bos:
+        content["bos_representations"] = {layer: alone(rows[place]) for layer, rows in table.bos.items()}
+    torch_save(content, file)
+
+
+def write_tables(table: OutputTable, names: Sequence[str], folder: SummedFolder) -> None:
+    """Write what stands beside the files of the proteins, given their names."""
+    lines = ["\t".join(MAP_COLUMNS)]
+    for name, row in zip(names, table.rows, strict=True):
+        lines.append("\t".join((name, row.id, str(row.number), str(row.embedded), row.header)))
+    with folder.text(MAP) as text:
+        text.write("\n".join([*lines, ""]))
+    with folder.text(ABOUT) as text:
+        text.write(json.dumps(asdict(About.of(table)), indent=1) + "\n")
+
+
+def read_protein(path: Path) -> dict[tuple[str, int], Tensor]:
+    """Read the file of one protein: kind and layer to its numbers, of shape (L, D) or (D,)."""
+    content = torch.load(path, weights_only=True)
+    names = {"mean": "mean_representations", "bos": "bos_representations", "per_tok": "representations"}
+    return {
+        (kind, layer): tensor
+        for kind, name in names.items()
+        for layer, tensor in content.get(name, {}).items()
+    }
 
 
 class OpenedFairEsm:
@@ -153,4 +171,9 @@ class OpenedFairEsm:
         return content
 
 
-CODEC = Codec(write_fair_esm, OpenedFairEsm, (MAP, ABOUT))
+CODEC = Codec(
+    write_fair_esm,
+    OpenedFairEsm,
+    (MAP, ABOUT),
+    loose=Loose(names_of, write_protein, write_tables, read_protein),
+)
