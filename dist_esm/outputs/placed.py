@@ -60,7 +60,9 @@ class Target:
     places: dict[Key, Place]
     layout: Layout
     row_bytes: int
-    is_shared: bool = True
+    has_crc: bool
+    """The CRC-32 of numbers is wanted."""
+    is_shared: bool
     """Other units have parts of it, too."""
 
     @classmethod
@@ -70,7 +72,7 @@ class Target:
         """Find the places in an output of one unit alone, which is made at a path."""
         layout = Layout(Extent(), extent, extent, "")
         places, width = codec.places(table, extent, dtype), About.of(table).width
-        return cls(path, places, layout, width * dtype.itemsize, is_shared=False)
+        return cls(path, places, layout, width * dtype.itemsize, codec.has_crc, is_shared=False)
 
     @classmethod
     def of_cut_file(
@@ -89,7 +91,7 @@ class Target:
         text = json.dumps([layout.digest, width, dtype.name, sorted(map(list, places.items()))])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         path = stem.with_name(f"{stem.name}.{digest}{SUFFIX}")
-        return cls(path, places, layout, width * dtype.itemsize)
+        return cls(path, places, layout, width * dtype.itemsize, codec.has_crc, is_shared=True)
 
     def file(self, key: Key) -> Path:
         """Return the file in which the numbers of a kind and layer belong."""
@@ -103,7 +105,7 @@ class Target:
         """Return where the unit's numbers of a kind and layer belong."""
         place = self.places[key]
         start, stop = span(place, key, self.layout.before, self.layout.own, self.row_bytes)
-        return Region(self.file(key), start, stop)
+        return Region(self.file(key), start, stop, self.has_crc)
 
 
 def file_of(path: Path, place: Place) -> Path:

@@ -40,6 +40,7 @@ class WrittenRegion:
     sha256: str
     """Of all of its bytes."""
     crc32: int
+    """0 if it was not taken."""
 
     @property
     def num_bytes(self) -> int:
@@ -109,15 +110,18 @@ class Region:
         The file; it is made when the first bytes are written.
     start, stop
         First byte, and one past the last.
+    has_crc
+        Take the CRC-32, too, which costs half as much as the sha256.
     """
 
-    def __init__(self, path: Path, start: int, stop: int) -> None:
+    def __init__(self, path: Path, start: int, stop: int, has_crc: bool = True) -> None:
         page = PAGE_BYTES
         inner_start = min(stop, -(-start // page) * page)
         inner_stop = max(inner_start, stop // page * page)
         self.path = path
         self.start = start
         self.stop = stop
+        self._has_crc = has_crc
         self._head = bytearray(inner_start - start)
         self._tail = bytearray(stop - inner_stop)
         self._descriptor: int | None = None
@@ -151,7 +155,7 @@ class Region:
 
         Checksums are taken beside writing: each takes about as long as the other.
         """
-        sums, offset = _Sums(), 0
+        sums, offset = _Sums(self._has_crc), 0
         with ThreadPoolExecutor(1, "checksum") as thread:
             for block in blocks:
                 if not block.nbytes:
@@ -167,7 +171,7 @@ class Region:
 
     def read_back(self) -> WrittenRegion:
         """Take the checksums of a region that was written in any order, and wait until it is on disk."""
-        sums = _Sums()
+        sums = _Sums(self._has_crc)
         written = WrittenRegion(self.start, self.stop, bytes(self._head), bytes(self._tail), "", 0)
         for start in range(0, written.num_bytes, BLOCK_BYTES):
             sums.add(written.read(self.path, start, min(written.num_bytes, start + BLOCK_BYTES)))
@@ -197,14 +201,16 @@ class Region:
 class _Sums:
     """Checksums of bytes that come one after another."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_crc: bool) -> None:
+        self._has_crc = has_crc
         self.sha256 = hashlib.sha256()
         self.crc32 = 0
         self.num_bytes = 0
 
     def add(self, data: Any) -> None:
         self.sha256.update(data)
-        self.crc32 = zlib.crc32(data, self.crc32)
+        if self._has_crc:
+            self.crc32 = zlib.crc32(data, self.crc32)
         self.num_bytes += len(data)
 
 

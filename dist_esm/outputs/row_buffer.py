@@ -23,6 +23,9 @@ from dist_esm.atomic import write_all_at
 
 BUFFER_BYTES = 3 << 29
 """Rows that are kept in memory, of all outputs in the making together; what is more waits on disk."""
+KEPT_BYTES = 16 << 20
+"""Rows of one buffer that are kept in memory even if there is none left: a file would be open for each of
+them."""
 LARGE_ROWS = 1 << 17
 """Bytes of rows that are worth another thread."""
 
@@ -134,7 +137,7 @@ class RowBuffer:
     def _take(self) -> None:
         """Take memory for `num_rows`, or move to a file if there is not enough of it."""
         more = self.num_bytes - self._taken
-        if more > self._memory.left:
+        if more > self._memory.left and self.num_bytes > KEPT_BYTES:
             self._finish_copies()
             self._file = self._make_file()
             kept = self._rows[: self._taken // self._row_bytes]

@@ -24,6 +24,7 @@ POISON = "W" * 31
 def small_units_and_pages(monkeypatch):
     monkeypatch.setattr("dist_esm.planning.units.MIN_UNIT_BYTES", 256)
     monkeypatch.setattr("dist_esm.outputs.region.PAGE_BYTES", 64)
+    monkeypatch.setattr("dist_esm.outputs.row_buffer.KEPT_BYTES", 0)
 
 
 def fasta(poison_at: int | None = None, first: str = "ACDEFGHIKL") -> str:

@@ -29,6 +29,7 @@ def test_rows_come_back_in_their_places_from_memory_and_from_disk(
     tmp_path, monkeypatch, num_bytes, expected, copiers
 ):
     monkeypatch.setattr("dist_esm.outputs.row_buffer.LARGE_ROWS", 0)
+    monkeypatch.setattr("dist_esm.outputs.row_buffer.KEPT_BYTES", 0)
     rows = np.random.default_rng(0).standard_normal((300, 6), dtype=np.float32)
     memory = Memory(num_bytes, copiers)
     buffer = RowBuffer(6, rows.dtype, partial(NamelessFile, tmp_path / "scratch"), memory, expected)

@@ -109,6 +109,8 @@ class InPlace(NamedTuple):
     tensors without storage in the table; the last argument has their CRC-32 by kind and layer."""
     text_size: Callable[[Sequence[Row]], int] = lambda rows: 0
     """What these rows add to `Extent.text`."""
+    has_crc: bool = False
+    """`finish` looks at the CRC-32 of numbers."""
 
 
 class Loose(NamedTuple):

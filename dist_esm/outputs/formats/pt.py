@@ -131,4 +131,4 @@ class OpenedPt:
         return by_layer[layer] if layer in by_layer else self._content["data"]
 
 
-CODEC = Codec(write_pt, OpenedPt, in_place=InPlace(places, finish_pt))
+CODEC = Codec(write_pt, OpenedPt, in_place=InPlace(places, finish_pt, has_crc=True))
