@@ -9,6 +9,7 @@ embedded (at most 1,022 of a protein), or its BOS or EOS; padding does not count
 matrix rate     the model's own matrix products alone, over random numbers: the limit for everything else
 kernel loop     dist_esm, packs made beforehand: forward and pooling
 end to end      the real command, from FASTA on disk to outputs on disk, without start and load
+residues        the real command with a row for each residue, in every format (--only residues)
 start           from launch to the first pack, with a checkpoint on disk
 fair-esm        its extract loop as shipped, batches of 4,096 tokens, sorted by length (in fp32 and in bf16)
 transformers    EsmModel, SDPA, batches of similar length
@@ -44,11 +45,13 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.fasta import write_fasta
-from benchmarks.harness import Table, begin, end, make_parser, parse_options, timed
+from benchmarks.harness import Table, begin, disk_rates, end, make_parser, parse_options, timed
 from benchmarks.peers import PEERS, Means, fair_esm
 from benchmarks.proteins import Protein, as_records, load_proteins, make_packs, make_segments, num_tokens
+from dist_esm.atomic import size_of
 from dist_esm.attempt import as_value
 from dist_esm.cli import compose_config
+from dist_esm.config import Format, SaveDtype
 from dist_esm.jobs.selfcheck.yardstick import Distance, measure
 from dist_esm.model.engine import AHEAD, Engine, Submitted, build_engine
 from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels
@@ -59,6 +62,8 @@ NUM_CHECKED = 32
 """Proteins whose means are compared."""
 NUM_STARTED = 50
 """Proteins of the runs that time the start."""
+DISK_BYTES = 2 << 30
+"""Bytes of the files that time the disk."""
 FAILED = "failed: "
 """Begins the note of a part that failed."""
 HEADINGS = ("model", "what", "dtype", "tokens/s", "of limit", "error / spread", "kept", "note")
@@ -279,6 +284,63 @@ def end_to_end(bench: Bench) -> None:
                 bench.add(f"end to end, {files}{ranks}", bench.dtype, rates, note=note, devices=num_ranks)
 
 
+def residues(bench: Bench) -> None:
+    """Time the real command with rows of residues: each format, dtype, number of files and folder.
+
+    Beside each rate stand its share of the rate of means alone in the same folder, what was written a second,
+    and what the folder's disk takes.
+    """
+    for folder in bench.options.folders:
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            disk = statistics.median(disk_rates(Path(name), DISK_BYTES, bench.options.repeats))
+            for num_files in bench.options.files:
+                inputs = Path(name) / f"in{num_files}"
+                inputs.mkdir()
+                for index, share in enumerate(spread(bench.proteins, num_files, bench.options.uneven)):
+                    write_fasta(inputs / f"{index:04d}.fasta", as_records(share))
+                what = f"{num_files} file{'s' if num_files > 1 else ''} to {folder}"
+                means = time_outputs(bench, inputs, Path(name) / "out", f"means, {what}", "include=[mean]")
+                for kind in bench.options.formats:
+                    for save_dtype in bench.options.save_dtypes:
+                        settings = f"format={kind}", f"save_dtype={save_dtype}", "include=[mean,per_tok]"
+                        label = f"residues, {kind} {save_dtype}, {what}"
+                        time_outputs(
+                            bench, inputs, Path(name) / "out", label, *settings, means=means, disk=disk
+                        )
+
+
+def time_outputs(
+    bench: Bench,
+    inputs: Path,
+    output_dir: Path,
+    label: str,
+    *settings: str,
+    means: float | None = None,
+    disk: float | None = None,
+) -> float:
+    """Add a row for the real command under some settings, and return its tokens a second."""
+    rates, note = [], ""
+    for _ in range(bench.options.repeats):
+        report = launch(bench, 1, inputs, output_dir, "model.weights=random", "dedupe=false", *settings)
+        (rank,) = report["ranks"]
+        rates.append(rank["tokens"] / report["embedding_seconds"])
+        outputs = [output_dir / output for file in report["files"] for output in file["outputs"]]
+        written = sum(map(size_of, outputs)) / report["embedding_seconds"]
+        idle = rank.get("device_idle", rank["waited_for_input"] + rank["waited_for_output"])
+        joining = report["phases"].get("joining", 0)
+        note = (
+            f"idle {idle / rank['seconds']:.1%}, waited for outputs {rank['waited_for_output']:.1f} s, "
+            f"last outputs {rank['write_seconds']:.1f} s, joining {joining:.1f} s; "
+            f"{written / 1e6:,.0f} MB/s; {rank['peak_memory_mib']:,.0f} MiB"
+        )
+        shutil.rmtree(output_dir)
+    middle = statistics.median(rates)
+    if means is not None and disk is not None:
+        note = f"{middle / means:.0%} of means; {note}; disk {disk / 1e6:,.0f} MB/s"
+    bench.add(label, bench.dtype, rates, note=note)
+    return middle
+
+
 def spread(proteins: Sequence[Protein], num_files: int, uneven: bool) -> Iterator[Sequence[Protein]]:
     """Share proteins out to files: as many to each, or as log-normal weights of a fixed seed have it.
 
@@ -443,6 +505,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "matrix": matrix_rate,
     "loop": kernel_loop,
     "end": end_to_end,
+    "residues": residues,
     "start": start,
     **{name: partial(peers, name) for name in PEERS},
 }
@@ -475,7 +538,22 @@ def main() -> int:
         default=[1],
         help="end to end: ranks, by torchrun if there are several",
     )
-    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument(
+        "--folders",
+        nargs="+",
+        default=["/dev/shm", tempfile.gettempdir()],
+        help="residues: where outputs go, memory and disk (%(default)s)",
+    )
+    formats, save_dtypes = ([each.name for each in names] for names in (Format, SaveDtype))
+    parser.add_argument("--formats", nargs="+", default=formats, choices=formats, help="residues")
+    parser.add_argument("--save-dtypes", nargs="+", default=save_dtypes, choices=save_dtypes, help="residues")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[part for part in PARTS if part != "residues"],
+        choices=list(PARTS),
+        help="all but residues by default",
+    )
     options = parse_options(parser)
     results = begin()
     proteins = load_proteins(options.fasta, options.proteins)

@@ -16,7 +16,6 @@ joined at the end. The last line is JSON.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from itertools import islice
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fasta import random_proteins, write_fasta
-from benchmarks.harness import Table, begin, end, in_child, make_parser, parse_options, timed
+from benchmarks.harness import Table, begin, disk_rates, end, in_child, make_parser, parse_options
 from benchmarks.stand_in import StandInEngine, run_without_model
 from dist_esm.atomic import size_of
 from dist_esm.config import Config, DeviceKind, Format, Include, ModelConfig, SaveDtype
@@ -36,24 +35,6 @@ WIDTH = 1280
 LAYER = 33
 SHORTEST, LONGEST = 100, 570
 """Residues of a protein."""
-BLOCK_BYTES = 8 << 20
-
-
-def disk_seconds(folder: Path, num_blocks: int, repeats: int) -> list[float]:
-    """Return the seconds that each of several large files took, written in blocks and synced."""
-    block = np.random.default_rng(0).bytes(BLOCK_BYTES)
-    path = folder / "rate"
-
-    def write() -> None:
-        with open(path, "wb") as file:
-            for _ in range(num_blocks):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-
-    runs_s = timed(write, repeats).runs_s
-    path.unlink()
-    return runs_s
 
 
 def make_inputs(folder: Path, num_residues: int, proteins_per_file: int | None) -> None:
@@ -132,11 +113,7 @@ def main() -> None:
     options.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         folder = Path(name)
-        num_blocks = max(1, int(options.gigabytes * 1e9 / BLOCK_BYTES))
-        rates = sorted(
-            num_blocks * BLOCK_BYTES / seconds
-            for seconds in disk_seconds(folder, num_blocks, options.repeats)
-        )
+        rates = sorted(disk_rates(folder, int(options.gigabytes * 1e9), options.repeats))
         rate = rates[len(rates) // 2]
         spread = f"{rates[0] / 1e6:.0f} to {rates[-1] / 1e6:.0f}"
         disk = f"disk: {rate / 1e6:.0f} MB/s (median of {len(rates)}; {spread})"

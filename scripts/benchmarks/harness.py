@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import re
 import resource
 import shlex
@@ -172,6 +173,24 @@ def timed(
         sync()
         runs_s.append(time.perf_counter() - began)
     return Timing(runs_s, answer)
+
+
+def disk_rates(folder: Path, num_bytes: int, repeats: int) -> list[float]:
+    """Return the bytes a second that a folder's disk took of each of several large files, written in blocks
+    and synced."""
+    block = random.Random(0).randbytes(8 << 20)
+    path, num_blocks = folder / "rate", max(1, num_bytes // len(block))
+
+    def write() -> None:
+        with open(path, "wb") as file:
+            for _ in range(num_blocks):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+
+    runs_s = timed(write, repeats).runs_s
+    path.unlink()
+    return [num_blocks * len(block) / seconds for seconds in runs_s]
 
 
 def peak_mib() -> float:
