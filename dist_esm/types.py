@@ -143,6 +143,8 @@ class Layout:
     """All units of the file."""
     digest: str
     """Of the extents of all units: what is written under another layout is in other places."""
+    lengths: tuple[int, ...] = ()
+    """Embedded residues of all proteins of the file, if places depend on them."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dist_esm.atomic import Staged, discard, temporary_path
 from dist_esm.config import Format, Include
 from dist_esm.fasta.blocks import CHANGED, FastaError
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
+from dist_esm.outputs.formats.base import Place
 from dist_esm.outputs.formats.write import stage_output, write_output
 from dist_esm.outputs.placed import Target, in_place, shapes, write_placed_shard
 from dist_esm.outputs.region import OutsideError, Region, WrittenRegion
@@ -25,6 +26,7 @@ from dist_esm.outputs.row_buffer import Memory, NamelessFile, RowBuffer, torch_d
 from dist_esm.outputs.shards import write_shard
 from dist_esm.types import Extent, FastaFile, ProteinEmbedding, Row, Unit
 
+MAX_PLACES = 8
 SHARDS = Path(".dist_esm") / "shards"
 """Folder of the shards in an output directory."""
 
@@ -52,6 +54,8 @@ class OutputSettings:
     """Goes into every output."""
     is_compressed: bool = False
     """Compress the numbers."""
+    places: dict[str, dict[tuple[str, int], Place]] = field(default_factory=dict)
+    """Where the numbers of cut files belong, of the last `MAX_PLACES`: some formats take long for it."""
 
     @property
     def residue_bytes(self) -> int:
@@ -79,7 +83,13 @@ class OutputSettings:
             return None
         if unit.layout is not None:
             stem = self.output_dir / SHARDS / shards_name(file)
-            return Target.of_cut_file(stem, codec, self.table(file), self.dtype, unit.layout)
+            name = f"{unit.layout.digest} {file.output}"
+            if name not in self.places:
+                while len(self.places) >= MAX_PLACES:
+                    del self.places[next(iter(self.places))]
+                lengths = unit.layout.lengths
+                self.places[name] = codec.places(self.table(file), unit.layout.total, self.dtype, lengths)
+            return Target.of_cut_file(stem, codec, self.places[name], self.width, self.dtype, unit.layout)
         if part < len(unit.parts):
             path = temporary_path(self.scratch)
             return Target.of_output(path, codec, self.table(file), self.dtype, unit.parts[part])
@@ -161,7 +171,8 @@ class OutputBuilder:
             return RowBuffer(settings.width, settings.dtype, make_file, memory, num_rows)
         own = self.target.layout.own
         num_rows = own.residues if kind is Include.per_tok else own.proteins
-        if (kind.name, layer) not in self.target.places:
+        place = self.target.places.get((kind.name, layer))
+        if place is None or place.pages is not None:
             return RowBuffer(settings.width, settings.dtype, make_file, memory, num_rows)
         make_region = partial(self._region, kind, layer, self.target)
         return RowBuffer(settings.width, settings.dtype, make_region, memory, num_rows)
@@ -249,7 +260,7 @@ class OutputBuilder:
             elif buffer is not None and buffer.is_in_place:
                 regions[key] = self._region(kind, layer, target).read_back()
             else:
-                blocks = little_endian_blocks(self._tensor(kind, layer, settings))
+                blocks = target.blocks(key, little_endian_blocks(self._tensor(kind, layer, settings)))
                 regions[key] = self._region(kind, layer, target).write_all(blocks)
         return table, regions
 

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.atomic import Staged, discard, sync, temporary_path
@@ -71,12 +72,18 @@ class Target:
     ) -> Target:
         """Find the places in an output of one unit alone, which is made at a path."""
         layout = Layout(Extent(), extent, extent, "")
-        places, width = codec.places(table, extent, dtype), About.of(table).width
+        places, width = codec.places(table, extent, dtype, ()), About.of(table).width
         return cls(path, places, layout, width * dtype.itemsize, codec.has_crc, is_shared=False)
 
     @classmethod
     def of_cut_file(
-        cls, stem: Path, codec: InPlace, table: OutputTable, dtype: np.dtype[Any], layout: Layout
+        cls,
+        stem: Path,
+        codec: InPlace,
+        places: dict[Key, Place],
+        width: int,
+        dtype: np.dtype[Any],
+        layout: Layout,
     ) -> Target:
         """Find the places of a unit.
 
@@ -84,11 +91,17 @@ class Target:
         ----------
         stem
             Path of the output in the making, without what tells one layout from another.
-        codec, table, dtype, layout
-            What the places depend on; the table needs no rows.
+        codec
+            How the format is laid out.
+        places
+            Of the whole output.
+        width, dtype
+            Of its rows.
+        layout
+            Of the unit.
         """
-        places, width = codec.places(table, layout.total, dtype), About.of(table).width
-        text = json.dumps([layout.digest, width, dtype.name, sorted(map(list, places.items()))])
+        begins = sorted([*key, place.file, place.offset] for key, place in places.items())
+        text = json.dumps([layout.digest, width, dtype.name, begins])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         path = stem.with_name(f"{stem.name}.{digest}{SUFFIX}")
         return cls(path, places, layout, width * dtype.itemsize, codec.has_crc, is_shared=True)
@@ -96,6 +109,14 @@ class Target:
     def file(self, key: Key) -> Path:
         """Return the file in which the numbers of a kind and layer belong."""
         return file_of(self.path, self.places[key])
+
+    def blocks(self, key: Key, rows: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+        """Give what is to be written to the region of the unit, given all of its rows."""
+        return self.places[key].blocks(rows_in(key, self.layout.before), rows)
+
+    def pieces(self, key: Key) -> list[tuple[int, int]]:
+        """Return of what the region of the unit consists: bytes of a header, and rows behind it."""
+        return self.places[key].pieces(rows_in(key, self.layout.before), rows_in(key, self.layout.own))
 
     def shard(self, ordinal: int) -> Path:
         """Return the path of the shard of a unit, given its place among those of its file."""
@@ -115,12 +136,14 @@ def file_of(path: Path, place: Place) -> Path:
 
 def span(place: Place, key: Key, before: Extent, own: Extent, row_bytes: int) -> tuple[int, int]:
     """Return the first byte, and one past the last, of the numbers of some records."""
+    first, num_rows = rows_in(key, before), rows_in(key, own)
+    return place.begin(first, row_bytes), place.begin(first + num_rows, row_bytes)
+
+
+def rows_in(key: Key, extent: Extent) -> int:
+    """Return the rows that records have among the numbers of a kind and layer."""
     kind, _ = key
-    first, num_rows = (
-        (before.residues, own.residues) if kind == "per_tok" else (before.proteins, own.proteins)
-    )
-    start = place.offset + first * row_bytes
-    return start, start + num_rows * row_bytes
+    return extent.residues if kind == "per_tok" else extent.proteins
 
 
 def output_of(shard: Path) -> Path:
@@ -166,7 +189,7 @@ def write_placed_shard(
         "rows": packed(json.dumps(table.rows)),
         "tsv_lines": packed(json.dumps(table.tsv_lines)),
         "regions": [
-            [*key, target.places[key].file, {**asdict(region), "head": "", "tail": ""}]
+            [*key, target.places[key].file, target.pieces(key), {**asdict(region), "head": "", "tail": ""}]
             for key, region in regions.items()
         ],
         "others": {
@@ -216,6 +239,8 @@ class PlacedShard:
     regions: dict[Key, WrittenRegion]
     files: dict[Key, str]
     """Names of the files that they are in, within the output; "" if the output is a file itself."""
+    pieces: dict[Key, list[tuple[int, int]]]
+    """Of what they consist: bytes of a header, and the number of rows behind it."""
 
     def file(self, key: Key) -> Path:
         """Return the file that a region is in."""
@@ -229,7 +254,8 @@ class PlacedShard:
         """Return it with its numbers, which are mapped, and read from disk when they are used."""
         kinds: dict[str, Any] = {kind: dict(getattr(self.table, kind)) for kind in ("mean", "bos", "per_tok")}
         for (kind, layer), region in self.regions.items():
-            matrices = region.rows(self.file((kind, layer)), self.dtype, self.width)
+            file, pieces = self.file((kind, layer)), self.pieces[kind, layer]
+            matrices = region.rows(file, self.dtype, self.width, pieces)
             chunks = list(map(torch.from_numpy, matrices))
             kinds[kind][layer] = ChunkedTensor(chunks) if kind == "per_tok" else torch.cat(chunks)
         return replace(self.table, **kinds)
@@ -254,8 +280,8 @@ def read_placed_shard(path: Path) -> PlacedShard | None:
         return None
     rows = list(map(Row._make, unpacked(content["rows"])))
     ends = {key: [tensor.numpy().tobytes() for tensor in tensors] for key, tensors in content["ends"].items()}
-    regions, files = {}, {}
-    for kind, layer, file, fields in content["regions"]:
+    regions, files, pieces = {}, {}, {}
+    for kind, layer, file, pieces[kind, layer], fields in content["regions"]:
         head, tail = ends[f"{kind}.{layer}"]
         files[kind, layer] = file
         regions[kind, layer] = WrittenRegion(**{**fields, "head": head, "tail": tail})
@@ -271,7 +297,7 @@ def read_placed_shard(path: Path) -> PlacedShard | None:
         tsv_lines=unpacked(content["tsv_lines"]),
         **numbers,
     )
-    return PlacedShard(output_of(path), table, dtype, width, regions, files)
+    return PlacedShard(output_of(path), table, dtype, width, regions, files, pieces)
 
 
 def shapes(keys: Sequence[Key], rows: Sequence[Row], dtype: np.dtype[Any], width: int) -> dict[str, Any]:
@@ -322,7 +348,7 @@ def finish_placed(
     tsv_lines = [line for shard in shards for line in shard.table.tsv_lines]
     table = replace(first.table, rows=rows, tsv_lines=tsv_lines)
     extent = Extent(len(rows), sum(table.lengths), codec.text_size(rows))
-    places = codec.places(table, extent, first.dtype)
+    places = codec.places(table, extent, first.dtype, table.lengths)
     table = replace(table, **numbers_of(shards, places, rows))
     if not fill(shards, places):
         return None

@@ -11,7 +11,7 @@ import hashlib
 import mmap
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,22 +79,43 @@ class WrittenRegion:
             found += self.tail[max(0, start - inner_stop) : stop - inner_stop]
         return found
 
-    def rows(self, path: Path, dtype: np.dtype[Any], width: int) -> list[NDArray[Any]]:
-        """Return its rows, in matrices that follow one another. Those in whole pages are mapped."""
+    def rows(
+        self, path: Path, dtype: np.dtype[Any], width: int, pieces: Sequence[tuple[int, int]]
+    ) -> list[NDArray[Any]]:
+        """Return its rows, in matrices that follow one another. Those in whole pages are mapped.
+
+        Parameters
+        ----------
+        path
+            The file.
+        dtype, width
+            Of each row.
+        pieces
+            What it consists of: bytes to pass over, and the number of rows behind them.
+        """
         row_bytes = width * dtype.itemsize
-        num_rows = self.num_bytes // row_bytes
-        first = -(-len(self.head) // row_bytes)
-        last = num_rows - -(-len(self.tail) // row_bytes)
-
-        def read(start: int, stop: int) -> NDArray[Any]:
-            data = self.read(path, start * row_bytes, stop * row_bytes)
-            return np.frombuffer(data, dtype).reshape(-1, width)
-
-        if first >= last:
-            return [read(0, num_rows)]
-        offset = self.start + first * row_bytes
-        mapped: NDArray[Any] = np.memmap(path, dtype, "c", offset, (last - first, width))
-        return [read(0, first), mapped, read(last, num_rows)]
+        inner_start, inner_stop = len(self.head), self.num_bytes - len(self.tail)
+        found = []
+        mapped: NDArray[Any] | None = None
+        offset = 0
+        for passed, num_rows in pieces:
+            offset += passed
+            stop = offset + num_rows * row_bytes
+            # Borders between what is read and what is mapped, at whole rows.
+            first = min(stop, offset + max(0, -(-(inner_start - offset) // row_bytes)) * row_bytes)
+            last = max(first, offset + max(0, inner_stop - offset) // row_bytes * row_bytes)
+            last = min(last, stop)
+            for begin, end, is_mapped in ((offset, first, False), (first, last, True), (last, stop, False)):
+                if begin == end:
+                    continue
+                if is_mapped:
+                    mapped = np.memmap(path, np.uint8, "c") if mapped is None else mapped
+                    data = mapped[self.start + begin : self.start + end]
+                else:
+                    data = np.frombuffer(self.read(path, begin, end), np.uint8)
+                found.append(data.view(dtype).reshape(-1, width))
+            offset = stop
+        return found or [np.empty((0, width), dtype)]
 
 
 class OutsideError(ValueError):

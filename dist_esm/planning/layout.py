@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, replace
-from typing import Any
+from itertools import chain
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from dist_esm.config import Compression, Config, Include
 from dist_esm.distributed import World
 from dist_esm.fasta.parser import read_proteins
 from dist_esm.fasta.segments import apply_length_policy, num_embedded
+from dist_esm.outputs.formats.base import InPlace
 from dist_esm.outputs.placed import in_place
 from dist_esm.outputs.row_buffer import BUFFER_BYTES
 from dist_esm.planning.assign import assign_to_bins
@@ -56,25 +57,24 @@ def lay_out(config: Config, units: Sequence[Unit], done: Sequence[UnitResult], w
     read = [
         index
         for index, (unit, missing) in enumerate(zip(units, is_missing, strict=True))
-        if unit.file in cut or (missing and is_large(unit, config))
+        if unit.file in cut or (missing and not codec.has_lengths and is_large(unit, config))
     ]
     if not read:
         return list(units)
-    extents = read_extents(config, units, read, codec.text_size, world)
+    found = read_extents(config, units, read, codec, world)
     laid_out = list(units)
     by_file: dict[int, list[int]] = {}
     for index in read:
-        unit, parts = units[index], extents[index]
-        if unit.is_shard:
-            by_file.setdefault(unit.file, []).append(index)
-        elif parts is not None:
-            laid_out[index] = replace(unit, parts=tuple(parts))
+        parts, _ = found[index]
+        if units[index].is_shard:
+            by_file.setdefault(units[index].file, []).append(index)
+        else:
+            laid_out[index] = replace(units[index], parts=tuple(parts))
     for indices in by_file.values():
-        parts_of_units = [parts for index in indices if (parts := extents[index]) is not None]
-        if len(parts_of_units) == len(indices):
-            for index, layout in zip(
-                indices, layouts_of([parts[0] for parts in parts_of_units]), strict=True
-            ):
+        if all(found[index][0] for index in indices):
+            extents = [found[index][0][0] for index in indices]
+            layouts = layouts_of(extents, [found[index][1] for index in indices])
+            for index, layout in zip(indices, layouts, strict=True):
                 laid_out[index] = replace(units[index], layout=layout)
     return laid_out
 
@@ -87,31 +87,40 @@ def is_large(unit: Unit, config: Config) -> bool:
 
 
 def read_extents(
-    config: Config,
-    units: Sequence[Unit],
-    indices: Sequence[int],
-    text_size: Callable[[Sequence[Row]], int],
-    world: World,
-) -> dict[int, list[Extent] | None]:
-    """Find out how much each output of some units takes; the ranks share the bytes. None: a unit cannot be
-    read."""
+    config: Config, units: Sequence[Unit], indices: Sequence[int], codec: InPlace, world: World
+) -> dict[int, tuple[list[Extent], list[int]]]:
+    """Find out how much each output of some units takes; the ranks share the bytes.
+
+    Returns
+    -------
+    dict
+        By index of the unit: the extent of each of its outputs, [] if it cannot be read; and the embedded
+        residues of each of its proteins, if the format's places depend on them.
+    """
     slices = [units[index].slice for index in indices]
     sizes = [
         (slice_.stop or units[index].count.residues) - slice_.start
         for index, slice_ in zip(indices, slices, strict=True)
     ]
     keys = [(str(units[index].file), units[index].ordinal) for index in indices]
-    own: list[tuple[int, list[Any] | None]] = []
+    own: list[tuple[int, list[tuple[int, int, int]], list[int]]] = []
     for place in assign_to_bins(sizes, keys, world.world_size)[world.rank]:
         index = indices[place]
-        parts = as_value(extents_of, units[index], config, text_size)
-        own.append((index, None if isinstance(parts, Exception) else list(map(astuple, parts))))
+        parts = as_value(rows_of, units[index], config)
+        if isinstance(parts, Exception):
+            own.append((index, [], []))
+            continue
+        lengths = [[row.embedded for row in rows] for rows in parts]
+        extents = [
+            (len(rows), sum(each), codec.text_size(rows)) for rows, each in zip(parts, lengths, strict=True)
+        ]
+        own.append((index, extents, list(chain.from_iterable(lengths)) if codec.has_lengths else []))
     told = (item for share in world.all_gather(own) for item in share)
-    return {index: parts and [Extent(*part) for part in parts] for index, parts in told}
+    return {index: ([Extent(*part) for part in parts], lengths) for index, parts, lengths in told}
 
 
-def extents_of(unit: Unit, config: Config, text_size: Callable[[Sequence[Row]], int]) -> list[Extent]:
-    """Return how much each output of a unit takes.
+def rows_of(unit: Unit, config: Config) -> list[list[Row]]:
+    """Return the rows that the proteins of a unit will have in each of its outputs.
 
     Raises
     ------
@@ -131,13 +140,23 @@ def extents_of(unit: Unit, config: Config, text_size: Callable[[Sequence[Row]], 
         if outcome is not RecordOutcome.skipped:
             number = unit.before.sequences + num_records
             parts[-1].append(Row.of(protein, number, num_embedded(spans), outcome))
-    return [Extent(len(rows), sum(row.embedded for row in rows), text_size(rows)) for rows in parts]
+    return parts
 
 
-def layouts_of(extents: Sequence[Extent]) -> Iterator[Layout]:
-    """Give the layouts of the units of a file, in order, given how much of its output each of them takes."""
-    digest = hashlib.sha256(json.dumps([astuple(extent) for extent in extents]).encode()).hexdigest()[:16]
+def layouts_of(extents: Sequence[Extent], lengths: Sequence[Sequence[int]]) -> Iterator[Layout]:
+    """Give the layouts of the units of a file, in order.
+
+    Parameters
+    ----------
+    extents
+        How much of the output each of them takes.
+    lengths
+        Embedded residues of the proteins of each, if places depend on them.
+    """
+    text = json.dumps([[astuple(extent) for extent in extents], lengths])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     total, before = sum(extents, Extent()), Extent()
+    all_lengths = tuple(chain.from_iterable(lengths))
     for own in extents:
-        yield Layout(before, own, total, digest)
+        yield Layout(before, own, total, digest, all_lengths)
         before += own

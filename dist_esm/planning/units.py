@@ -55,7 +55,10 @@ class Plan:
         text = json.dumps(
             [
                 [asdict(item) for item in self.files],
-                [asdict(item) for item in self.units],
+                [
+                    (asdict(replace(item, layout=None)), item.layout and item.layout.digest)
+                    for item in self.units
+                ],
                 self.bins,
                 done,
                 self.suspects,

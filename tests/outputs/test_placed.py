@@ -16,7 +16,7 @@ from dist_esm.outputs.placed import part_from_finished
 from dist_esm.outputs.row_buffer import Memory, NamelessFile
 from helpers.standin import ALL_KINDS, Embedded, embed_directory
 
-FORMATS = [Format.pt, Format.safetensors, Format.npy, Format.h5]
+FORMATS = [Format.pt, Format.safetensors, Format.npy, Format.h5, Format.parquet]
 POISON = "W" * 31
 
 
@@ -25,6 +25,8 @@ def small_units_and_pages(monkeypatch):
     monkeypatch.setattr("dist_esm.planning.units.MIN_UNIT_BYTES", 256)
     monkeypatch.setattr("dist_esm.outputs.region.PAGE_BYTES", 64)
     monkeypatch.setattr("dist_esm.outputs.row_buffer.KEPT_BYTES", 0)
+    monkeypatch.setattr("dist_esm.outputs.formats.parquet.GROUP_BYTES", 1 << 12)
+    monkeypatch.setattr("dist_esm.outputs.formats.parquet_pages.PAGE_BYTES", 1 << 10)
 
 
 def fasta(poison_at: int | None = None, first: str = "ACDEFGHIKL") -> str:
@@ -222,7 +224,7 @@ def test_outputs_larger_than_memory_are_those_that_find_room_in_it(tmp_path, mon
     embed(path, tmp_path / "small", share=share, **settings)
     monkeypatch.setattr("dist_esm.planning.layout.LARGE_BYTES", 0)
     monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, 300))
-    if kind is not Format.h5:  # its means are attributes, which have no place
+    if kind not in (Format.h5, Format.parquet):  # there, rows have no place, or do not follow one another
         monkeypatch.setattr(NamelessFile, "__init__", refuse_file)
     run = embed(path, tmp_path / "large", share=share, **settings)
     assert run.report.status == "complete"

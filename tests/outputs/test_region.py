@@ -58,7 +58,12 @@ def test_rows_are_read_back_as_they_were(tmp_path, monkeypatch, page, start, num
     region = Region(tmp_path / "a", start, start + rows.nbytes)
     written = region.write_all([rows])
     region.close()
-    assert np.array_equal(np.concatenate(written.rows(tmp_path / "a", rows.dtype, 6)), rows)
+    for pieces in ([(0, num_rows)], [(0, 1)] * num_rows, [(0, num_rows // 2), (0, num_rows - num_rows // 2)]):
+        assert np.array_equal(np.concatenate(written.rows(tmp_path / "a", rows.dtype, 6, pieces)), rows)
+    behind = [(24, 1)] * (num_rows // 2)  # every second row is a header
+    assert np.array_equal(
+        np.concatenate(written.rows(tmp_path / "a", rows.dtype, 6, behind)), rows[1::2][: len(behind)]
+    )
 
 
 def test_a_byte_that_changed_is_noticed_and_one_outside_refused(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -89,21 +89,87 @@ class Opened(Protocol):
         ...
 
 
+class Pages(Protocol):
+    """How rows are kept in pages, each behind a header."""
+
+    @property
+    def firsts(self) -> NDArray[np.int64]:
+        """The first row of each page, and the number of all."""
+        ...
+
+    @property
+    def header_bytes(self) -> NDArray[np.int64]:
+        """Bytes in front of the rows of each page, and 0."""
+        ...
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each page begins, and where the last one ends."""
+        ...
+
+    def header(self, number: int) -> bytes:
+        """Return what stands in front of the rows of a page."""
+        ...
+
+
 class Place(NamedTuple):
-    """Where the numbers of a kind and layer stand in an output, as rows of one C-contiguous matrix."""
+    """Where the numbers of a kind and layer stand in an output, as rows in order."""
 
     file: str
     """Name of the file within the output; "" if the output is a file itself."""
     offset: int
-    """Bytes in front of the first row."""
+    """Bytes in front of them."""
+    pages: Pages | None = None
+    """None: rows follow one another."""
+
+    def begin(self, row: int, row_bytes: int) -> int:
+        """Return where a row begins, with the header of its page if it is the first there; or where all of
+        them end."""
+        if self.pages is None:
+            return self.offset + row * row_bytes
+        number = int(np.searchsorted(self.pages.firsts, row, "right")) - 1
+        behind = row - int(self.pages.firsts[number])
+        header = int(self.pages.header_bytes[number]) if behind else 0
+        return self.offset + int(self.pages.offsets[number]) + header + behind * row_bytes
+
+    def pieces(self, first: int, num_rows: int) -> list[tuple[int, int]]:
+        """Return what these rows and the headers between them are, piece by piece: bytes of a header, and the
+        number of rows behind it."""
+        if self.pages is None:
+            return [(0, num_rows)]
+        found, row, stop = [], first, first + num_rows
+        while row < stop:
+            number = int(np.searchsorted(self.pages.firsts, row, "right")) - 1
+            header = int(self.pages.header_bytes[number]) if row == self.pages.firsts[number] else 0
+            taken = min(stop, int(self.pages.firsts[number + 1])) - row
+            found.append((header, taken))
+            row += taken
+        return found
+
+    def blocks(self, first: int, rows: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+        """Give what is to be written from where row `first` begins: these rows and the headers between
+        them."""
+        if self.pages is None:
+            yield from rows
+            return
+        row = first
+        for block in rows:
+            while len(block):
+                number = int(np.searchsorted(self.pages.firsts, row, "right")) - 1
+                if row == self.pages.firsts[number]:
+                    yield np.frombuffer(self.pages.header(number), np.uint8)
+                taken = min(len(block), int(self.pages.firsts[number + 1]) - row)
+                yield block[:taken]
+                block, row = block[taken:], row + taken
 
 
 class InPlace(NamedTuple):
     """How a format is laid out whose numbers may be written to their places before its text is."""
 
-    places: Callable[[OutputTable, Extent, np.dtype[Any]], dict[tuple[str, int], Place]]
+    places: Callable[[OutputTable, Extent, np.dtype[Any], Sequence[int]], dict[tuple[str, int], Place]]
     """Kind and layer to the place of its numbers, in an output of this extent that is otherwise like the
-    table. Kinds and layers that are not named have no place, and are written at the end."""
+    table, given the embedded residues of each protein if it `has_lengths`. Kinds and layers that are not
+    named have no place, and are written at the end."""
     finish: Callable[[OutputTable, Path, Mapping[tuple[str, int], int]], None]
     """Writes all but what has a place to exactly this path, a file or folder. Numbers that have places are
     tensors without storage in the table; the last argument has their CRC-32 by kind and layer."""
@@ -111,6 +177,8 @@ class InPlace(NamedTuple):
     """What these rows add to `Extent.text`."""
     has_crc: bool = False
     """`finish` looks at the CRC-32 of numbers."""
+    has_lengths: bool = False
+    """Places depend on the length of each protein, and rows do not follow one another."""
 
 
 class Loose(NamedTuple):

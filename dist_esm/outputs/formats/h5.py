@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import cache, cached_property
 from itertools import accumulate
@@ -308,7 +308,9 @@ def _first_offset() -> int:
         return metadata.hole.start
 
 
-def places(table: OutputTable, extent: Extent, dtype: np.dtype[Any]) -> dict[tuple[str, int], Place]:
+def places(
+    table: OutputTable, extent: Extent, dtype: np.dtype[Any], lengths: Sequence[int]
+) -> dict[tuple[str, int], Place]:
     """Return where the numbers of the datasets begin; those of attributes have no place."""
     start = _first_offset() if extent.proteins else 0
     return {(root_kind(table), table.main_layer): Place("", start)}

@@ -82,7 +82,9 @@ def _write_about(about: About, file: TextIO) -> None:
     file.write(json.dumps(asdict(about), indent=1) + "\n")
 
 
-def places(table: OutputTable, extent: Extent, dtype: np.dtype[Any]) -> dict[tuple[str, int], Place]:
+def places(
+    table: OutputTable, extent: Extent, dtype: np.dtype[Any], lengths: Sequence[int]
+) -> dict[tuple[str, int], Place]:
     """Return where the rows of each kind and layer begin."""
     about = About.of(table)
     found: dict[tuple[str, int], Place] = {}

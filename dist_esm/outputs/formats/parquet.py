@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_esm.atomic import SummedFile
-from dist_esm.outputs.embeddings import OutputTable, little_endian
-from dist_esm.outputs.formats.base import About, Codec
-from dist_esm.outputs.formats.parquet_pages import NumberColumn, ParquetFile
-from dist_esm.types import Row
+from dist_esm.atomic import SummedFile, write_at
+from dist_esm.outputs.embeddings import OutputTable, little_endian, numpy_dtype
+from dist_esm.outputs.formats.base import About, Codec, InPlace, Place
+from dist_esm.outputs.formats.parquet_pages import MAGIC, Chunk, Page, ParquetFile, page_header, pages
+from dist_esm.types import Extent, Row
 
 GROUP_BYTES = 32 << 20
 """Numbers in a row group, about: it is what a reader of one row reads."""
@@ -48,29 +50,57 @@ def write_parquet(table: OutputTable, path: Path, is_compressed: bool = False) -
     import pyarrow as pa
 
     about = About.of(table)
-    schema = schema_of(table, about)
+    dtype = numpy_dtype(table.mean[table.main_layer].dtype)
     compress = pa.Codec("zstd").compress if is_compressed else None
     with SummedFile(path) as file:
         parquet = ParquetFile(file, compress and partial(compress, asbytes=True))
-        for first, last, start, stop in row_groups(table):
-            rows = table.rows[first:last]
-            numbers: dict[str, NumberColumn] = {}
-            for kind, layers in about.kinds.items():
-                for layer in layers:
-                    span = slice(start, stop) if kind == "per_tok" else slice(first, last)
-                    values = little_endian(getattr(table, kind)[layer][span])
-                    lengths = [row.embedded for row in rows] if kind == "per_tok" else None
-                    numbers[f"{kind}_layer_{layer}"] = NumberColumn(values, lengths)
-            parquet.add_group(without_numbers(schema, rows, about.source, is_compressed), numbers)
-        parquet.finish(without_numbers(schema, [], about.source, is_compressed))
+        for (kind, layer), groups in numbers_of(about, table.lengths, dtype).items():
+            rows = getattr(table, kind)[layer]
+            for group in groups:
+                content = ((page, little_endian(rows[page.first : page.stop])) for page in group)
+                parquet.add_numbers(column_of(kind, layer), content, about.width)
+        _write_rest(parquet, table, about, is_compressed)
     return file.sha256()
+
+
+def column_of(kind: str, layer: int) -> str:
+    """Return the name of the column of a kind and layer."""
+    return f"{kind}_layer_{layer}"
+
+
+def _write_rest(parquet: ParquetFile, table: OutputTable, about: About, is_compressed: bool) -> None:
+    """Write all that stands behind the numbers."""
+    schema = schema_of(table, about)
+    for first, last, _, _ in row_groups(
+        about, table.lengths, numpy_dtype(table.mean[table.main_layer].dtype)
+    ):
+        parquet.add_group(without_numbers(schema, table.rows[first:last], about.source, is_compressed))
+    parquet.finish(without_numbers(schema, [], about.source, is_compressed))
+
+
+def numbers_of(
+    about: About, lengths: Sequence[int], dtype: np.dtype[Any]
+) -> dict[tuple[str, int], list[list[Page]]]:
+    """Return the pages of each row group, by kind and layer, in the order in which they stand."""
+    groups, vector_bytes = list(row_groups(about, lengths, dtype)), about.width * dtype.itemsize
+    single = [pages(None, first, last, vector_bytes) for first, last, _, _ in groups]
+    lists = (
+        [pages(lengths[first:last], start, stop, vector_bytes) for first, last, start, stop in groups]
+        if about.kinds["per_tok"]
+        else []
+    )
+    return {
+        (kind, layer): lists if kind == "per_tok" else single
+        for kind, layers in about.kinds.items()
+        for layer in layers
+    }
 
 
 def schema_of(table: OutputTable, about: About) -> Any:
     """Return the Arrow schema of an output, with its metadata."""
     import pyarrow as pa
 
-    number_type = pa.from_numpy_dtype(table.mean[table.main_layer].numpy().dtype)
+    number_type = pa.from_numpy_dtype(numpy_dtype(table.mean[table.main_layer].dtype))
     vector = pa.list_(number_type, about.width)
     return pa.schema(
         [
@@ -133,24 +163,89 @@ def pq_leaves(schema: Any) -> Iterator[str]:
         yield path
 
 
-def row_groups(table: OutputTable) -> Iterator[tuple[int, int, int, int]]:
+def row_groups(
+    about: About, lengths: Sequence[int], dtype: np.dtype[Any]
+) -> Iterator[tuple[int, int, int, int]]:
     """Proteins of each row group as (first, one past the last) and their residues likewise."""
-    tensors = [*table.mean.values(), *table.bos.values()]
-    for_each = sum(tensor.shape[1] * tensor.dtype.itemsize for tensor in tensors)
-    for_residue = sum(rows.shape[1] * rows.dtype.itemsize for rows in table.per_tok.values())
+    vector_bytes = about.width * dtype.itemsize
+    for_each = vector_bytes * (len(about.kinds["mean"]) + len(about.kinds["bos"]))
+    for_residue = vector_bytes * len(about.kinds["per_tok"])
     first = start = stop = num_bytes = 0
-
-    def size(row: Row) -> int:
-        return for_each + row.embedded * for_residue
-
-    for position, row in enumerate(table.rows):
-        if position > first and (num_bytes + size(row) > GROUP_BYTES or position - first == GROUP_ROWS):
+    for position, length in enumerate(lengths):
+        size = for_each + length * for_residue
+        if position > first and (num_bytes + size > GROUP_BYTES or position - first == GROUP_ROWS):
             yield first, position, start, stop
             first, start, num_bytes = position, stop, 0
-        stop += row.embedded
-        num_bytes += size(row)
-    if table.rows:
-        yield first, len(table.rows), start, stop
+        stop += length
+        num_bytes += size
+    if lengths:
+        yield first, len(lengths), start, stop
+
+
+@dataclass(frozen=True)
+class PagesInPlace:
+    """The pages of a kind and layer, one behind the other, as `Pages` of `base`."""
+
+    pages: list[Page]
+    width: int
+    itemsize: int
+
+    def _parts(self, number: int) -> tuple[bytes, bytes]:
+        page = self.pages[number]
+        page_levels, num_values = page.levels(self.width), (page.stop - page.first) * self.width
+        num_bytes = len(page_levels) + num_values * self.itemsize
+        return page_header(num_bytes, num_bytes, num_values), page_levels
+
+    def header(self, number: int) -> bytes:
+        """Return what stands in front of the values of a page."""
+        return b"".join(self._parts(number))
+
+    @cached_property
+    def firsts(self) -> NDArray[np.int64]:
+        """The first vector of each page, and the number of all."""
+        stop = self.pages[-1].stop if self.pages else 0
+        return np.array([*(page.first for page in self.pages), stop], np.int64)
+
+    @cached_property
+    def header_bytes(self) -> NDArray[np.int64]:
+        """Bytes in front of the values of each page, and 0."""
+        return np.array([*(len(self.header(number)) for number in range(len(self.pages))), 0], np.int64)
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each page begins, and where the last one ends."""
+        sizes = self.header_bytes[:-1] + np.diff(self.firsts) * self.width * self.itemsize
+        return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def places(
+    table: OutputTable, extent: Extent, dtype: np.dtype[Any], lengths: Sequence[int]
+) -> dict[tuple[str, int], Place]:
+    """Return where the pages of each kind and layer begin."""
+    about, offset = About.of(table), len(MAGIC)
+    found: dict[tuple[str, int], Place] = {}
+    for key, groups in numbers_of(about, lengths, dtype).items():
+        all_pages = PagesInPlace([page for group in groups for page in group], about.width, dtype.itemsize)
+        found[key] = Place("", offset, all_pages)
+        offset += int(all_pages.offsets[-1])
+    return found
+
+
+def finish_parquet(table: OutputTable, path: Path, crcs: Mapping[tuple[str, int], int]) -> None:
+    """Write all but the numbers, which have their places already."""
+    about, dtype = About.of(table), numpy_dtype(table.mean[table.main_layer].dtype)
+    chunks: dict[str, list[Chunk]] = {}
+    position = len(MAGIC)
+    for (kind, layer), groups in numbers_of(about, table.lengths, dtype).items():
+        for group in groups:
+            size = int(PagesInPlace(group, about.width, dtype.itemsize).offsets[-1])
+            num_values = (group[-1].stop - group[0].first) * about.width
+            chunks.setdefault(column_of(kind, layer), []).append(Chunk(position, size, size, num_values))
+            position += size
+    rest = io.BytesIO()
+    _write_rest(ParquetFile(rest, None, chunks, position), table, about, is_compressed=False)
+    write_at(path, 0, MAGIC)
+    write_at(path, position, rest.getbuffer())
 
 
 class OpenedParquet:
@@ -212,4 +307,9 @@ def numbers(vectors: Any, width: int) -> NDArray[Any]:
     return np.asarray(vectors.flatten().to_numpy(zero_copy_only=True)).reshape(-1, width)
 
 
-CODEC = Codec(write_parquet, OpenedParquet, write_compressed=partial(write_parquet, is_compressed=True))
+CODEC = Codec(
+    write_parquet,
+    OpenedParquet,
+    write_compressed=partial(write_parquet, is_compressed=True),
+    in_place=InPlace(places, finish_parquet, has_lengths=True),
+)

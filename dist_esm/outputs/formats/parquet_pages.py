@@ -8,13 +8,16 @@ and the values are written as they lie in memory.
 pyarrow still writes the rest: each row group is written by it once with nothing in the columns of numbers,
 and its bytes and its part of the footer are taken over, with offsets moved and the columns of numbers in
 their places. The footer is Thrift's compact protocol.
+
+The numbers of all row groups come first, so that their places depend on the lengths of proteins alone.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import IO, Any
 
 from numpy.typing import NDArray
@@ -121,17 +124,37 @@ def item_bytes(kind: int, item: Any) -> bytes:
 
 
 @dataclass(frozen=True)
-class NumberColumn:
-    """The numbers of one column in one row group: whole vectors, so many for each row."""
+class Page:
+    """Whole vectors of one column that are stored together."""
 
-    values: NDArray[Any]
-    """Shape (vectors, D)."""
-    vectors_of_rows: Sequence[int] | None
-    """Vectors of each row, for a list of vectors, 1 at least; None: each row is one vector."""
+    first: int
+    """First vector, counted over all row groups."""
+    stop: int
+    vectors_of_rows: tuple[int, ...]
+    """Vectors of each row that begins in the page; less than 0: so many go on with a row of the page
+    before."""
+    is_list: bool
+    """Each row is a list of vectors, otherwise one vector."""
+
+    def levels(self, width: int) -> bytes:
+        """Return what stands in front of the values."""
+        return levels(self.vectors_of_rows, width, self.is_list)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The numbers of one column in one row group, in the file."""
+
+    begun: int
+    """Offset of its first page."""
+    num_bytes: int
+    """Of its pages with their headers, before compression."""
+    stored_bytes: int
+    num_values: int
 
 
 class ParquetFile:
-    """A Parquet file in the making.
+    """A Parquet file in the making: first the numbers of all row groups, column by column, then all else.
 
     Parameters
     ----------
@@ -139,36 +162,55 @@ class ParquetFile:
         Open for writing, at its beginning.
     compress
         Compresses the content of a page as the schema of the row groups says; None: it stays as it is.
+    chunks
+        The numbers of each column, row group by row group, if they are in the file already.
+    position
+        Bytes in front of what comes next.
     """
 
-    def __init__(self, file: IO[bytes], compress: Any = None) -> None:
+    def __init__(
+        self,
+        file: IO[bytes],
+        compress: Any = None,
+        chunks: Mapping[str, Sequence[Chunk]] | None = None,
+        position: int = 0,
+    ) -> None:
         self._file = file
         self._compress = compress
-        self._position = 0
+        self._position = position
         self._groups: list[Struct] = []
-        self._write(MAGIC)
+        self._chunks: dict[str, list[Chunk]] = {name: list(known) for name, known in (chunks or {}).items()}
+        if not position:
+            self._write(MAGIC)
 
-    def add_group(self, written: bytes, numbers: dict[str, NumberColumn]) -> None:
-        """Add a row group.
+    def add_numbers(self, name: str, content: Iterable[tuple[Page, NDArray[Any]]], width: int) -> None:
+        """Add the pages of a column in the next row group, with their values, of shape (vectors, D)."""
+        begun, num_bytes, num_values = self._position, 0, 0
+        for page, values in content:
+            num_bytes += self._write_page(page.levels(width), values)
+            num_values += values.size
+        chunk = Chunk(begun, num_bytes, self._position - begun, num_values)
+        self._chunks.setdefault(name, []).append(chunk)
+
+    def add_group(self, written: bytes) -> None:
+        """Add all but the numbers of the next row group.
 
         Parameters
         ----------
         written
             A whole Parquet file by pyarrow of this one row group, in which the columns of numbers have only
             nulls.
-        numbers
-            The content of these columns, by their names.
         """
-        footer = footer_of(written)
+        footer, number = footer_of(written), len(self._groups)
         (group,) = footer[4][1]
         group.fields[5] = (I64, self._position)
-        group.fields[7] = (I16, len(self._groups))
+        group.fields[7] = (I16, number)
         for chunk in group[1][1]:
-            column = numbers.get(chunk[3][3][1][0].decode())
-            if column is None:
+            known = self._chunks.get(chunk[3][3][1][0].decode())
+            if known is None:
                 self._copy_chunk(chunk, written)
             else:
-                self._write_numbers(chunk, column)
+                describe_numbers(chunk, known[number])
         chunks = [chunk[3] for chunk in group[1][1]]
         group[2] = sum(chunk[6] for chunk in chunks)
         group.fields[6] = (I64, sum(chunk[7] for chunk in chunks))
@@ -204,24 +246,6 @@ class ParquetFile:
             chunk[2] += moved
         self._write(memoryview(written)[first : first + about[7]])
 
-    def _write_numbers(self, chunk: Struct, column: NumberColumn) -> None:
-        about = chunk[3]
-        begun, num_bytes, num_values = self._position, 0, 0
-        for page_levels, values in pages(column):
-            num_bytes += self._write_page(page_levels, values)
-            num_values += values.size
-        about.fields = {
-            1: about.fields[1],
-            2: (LIST, (I32, [PLAIN, RLE])),
-            3: about.fields[3],
-            4: about.fields[4],
-            5: (I64, num_values),
-            6: (I64, num_bytes),
-            7: (I64, self._position - begun),
-            9: (I64, begun),
-        }
-        chunk[2] = 0
-
     def _write_page(self, page_levels: bytes, values: NDArray[Any]) -> int:
         """Write a page; return its bytes before compression, with its header."""
         num_bytes = len(page_levels) + values.nbytes
@@ -232,6 +256,22 @@ class ParquetFile:
         for part in (header, *content):
             self._write(part)
         return len(header) + num_bytes
+
+
+def describe_numbers(column: Struct, chunk: Chunk) -> None:
+    """Put what a chunk is into the footer's part for it."""
+    about = column[3]
+    about.fields = {
+        1: about.fields[1],
+        2: (LIST, (I32, [PLAIN, RLE])),
+        3: about.fields[3],
+        4: about.fields[4],
+        5: (I64, chunk.num_values),
+        6: (I64, chunk.num_bytes),
+        7: (I64, chunk.stored_bytes),
+        9: (I64, chunk.begun),
+    }
+    column[2] = 0
 
 
 def footer_of(written: bytes) -> Struct:
@@ -254,36 +294,44 @@ def page_header(num_bytes: int, compressed_bytes: int, num_values: int) -> bytes
     return value_bytes(STRUCT, Struct(fields))
 
 
-def pages(column: NumberColumn) -> list[tuple[bytes, NDArray[Any]]]:
-    """Cut a column into pages: the levels of each, and its values, shape (vectors, D)."""
-    vector_bytes = max(1, column.values[:1].nbytes)
+def pages(vectors_of_rows: Sequence[int] | None, first: int, stop: int, vector_bytes: int) -> list[Page]:
+    """Cut the vectors of a column in one row group into pages.
+
+    Parameters
+    ----------
+    vectors_of_rows
+        Vectors of each row, for a list of vectors, 1 at least; None: each row is one vector.
+    first, stop
+        The vectors of the row group, counted over all.
+    vector_bytes
+        Bytes of a vector.
+    """
     full, most = max(1, PAGE_BYTES // vector_bytes), max(1, MAX_PAGE_BYTES // vector_bytes)
-    if column.vectors_of_rows is None:
-        starts = range(0, len(column.values), full)
-        flat = [column.values[start : start + full] for start in starts]
-        return [(levels([1] * len(values), values.shape[1], False), values) for values in flat]
-    cut: list[tuple[bytes, NDArray[Any]]] = []
-    first = stop = 0
+    if vectors_of_rows is None:
+        borders = [*range(first, stop, full), stop]
+        return [Page(begin, end, (1,) * (end - begin), False) for begin, end in pairwise(borders)]
+    cut: list[Page] = []
+    begin = end = first
     rows: list[int] = []
 
     def end_page() -> None:
-        nonlocal first
+        nonlocal begin
         if rows:
-            cut.append((levels(rows, column.values.shape[1], True), column.values[first:stop]))
-            first = stop
+            cut.append(Page(begin, end, tuple(rows), True))
+            begin = end
             rows.clear()
 
-    for num_vectors in column.vectors_of_rows:
+    for num_vectors in vectors_of_rows:
         is_first = True
         while num_vectors:
             taken = min(num_vectors, most)
             if taken == most:
                 end_page()
             rows.append(taken if is_first else -taken)
-            stop += taken
+            end += taken
             num_vectors -= taken
             is_first = False
-            if stop - first >= full:
+            if end - begin >= full:
                 end_page()
     end_page()
     return cut

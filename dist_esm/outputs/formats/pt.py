@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,9 @@ def _content(table: OutputTable, storages: Mapping[tuple[str, int], Storage]) ->
     return content
 
 
-def places(table: OutputTable, extent: Extent, dtype: np.dtype[Any]) -> dict[tuple[str, int], Place]:
+def places(
+    table: OutputTable, extent: Extent, dtype: np.dtype[Any], lengths: Sequence[int]
+) -> dict[tuple[str, int], Place]:
     """Return where the rows of each kind and layer begin."""
     storages = _storages(About.of(table), extent, dtype)
     members = storage_members(list(storages.values()))

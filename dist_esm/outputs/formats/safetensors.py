@@ -119,7 +119,9 @@ def text_size(rows: Sequence[Row]) -> int:
     return sum(len(json.dumps(items, ensure_ascii=False).encode()) for items in lists)
 
 
-def places(table: OutputTable, extent: Extent, dtype: np.dtype[Any]) -> dict[tuple[str, int], Place]:
+def places(
+    table: OutputTable, extent: Extent, dtype: np.dtype[Any], lengths: Sequence[int]
+) -> dict[tuple[str, int], Place]:
     """Return where the rows of each kind and layer begin."""
     about = About.of(table)
     empty, starts = _text(about, extent, dtype, [])
