@@ -8,8 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from functools import cache, cached_property
-from itertools import accumulate
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from tempfile import SpooledTemporaryFile, gettempdir
 from typing import TYPE_CHECKING, Any, Self
@@ -184,8 +183,10 @@ class Metadata(FileWithHole):
         with ExitStack() as undo:
             undo.callback(self.close)
             offsets = _write_metadata(table, self)
-            starts = accumulate((root_value_bytes(table, place) for place in range(len(offsets))), initial=0)
-            if any(offset != self.hole.start + start for offset, start in zip(offsets, starts, strict=False)):
+            num_rows = table.offsets if root_kind(table) == "per_tok" else range(len(table.rows) + 1)
+            row_bytes = size_of_root(table) // max(1, num_rows[-1])
+            starts = (self.hole.start + before * row_bytes for before in num_rows)
+            if any(offset != start for offset, start in zip(offsets, starts, strict=False)):
                 raise ValueError("this version of HDF5 does not keep numbers together: install another h5py")
             undo.pop_all()
 
@@ -194,13 +195,6 @@ class Metadata(FileWithHole):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def root_value_bytes(table: OutputTable, place: int) -> int:
-    """Return the bytes of the numbers that the dataset of a protein holds."""
-    rows = getattr(table, root_kind(table))[table.main_layer]
-    num_rows = table.lengths[place] if root_kind(table) == "per_tok" else 1
-    return int(num_rows * rows.shape[1] * numpy_dtype(rows.dtype).itemsize)
 
 
 def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
@@ -222,10 +216,14 @@ def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
     unfilled = _unfilled()
     offsets = []
 
+    @lru_cache(maxsize=64)
+    def kind_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[Any, Any]:
+        hdf5_type = text if dtype.kind == "O" else h5py.h5t.py_create(dtype)
+        return hdf5_type, h5py.h5s.create_simple(shape) if shape else scalar
+
     # h5py's high-level calls take twice as long, and a dataset and three attributes for each protein add up.
     def attach(dataset: Any, name: str, value: NDArray[Any]) -> None:
-        hdf5_type = text if value.dtype == object else h5py.h5t.py_create(value.dtype)
-        space = h5py.h5s.create_simple(value.shape) if value.shape else scalar
+        hdf5_type, space = kind_of(value.dtype, value.shape)
         h5py.h5a.create(dataset, name.encode(), hdf5_type, space).write(value)
 
     with _create(metadata, size_of_root(table)) as file:
