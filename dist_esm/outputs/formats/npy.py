@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -85,20 +86,29 @@ class OpenedNpy:
         self.about = About(**json.loads((path / ABOUT).read_text(encoding="utf-8")))
         self._path = path
         self._mapped: dict[str, NDArray[Any]] = {}
-        with open(path / PROTEINS, encoding="utf-8", newline="") as file, fields_of_any_size():
-            _, *self._lines = csv.reader(file, "excel-tab")
+        self.num_proteins = len(self._matrix("mean", self.about.main_layer))
 
-    def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Return ids, headers and embedded residues of all proteins."""
-        return (
-            [line[0] for line in self._lines],
-            [line[4] for line in self._lines],
-            [int(line[2]) for line in self._lines],
-        )
+    @cached_property
+    def _lines(self) -> list[list[str]]:
+        with open(self._path / PROTEINS, encoding="utf-8", newline="") as file, fields_of_any_size():
+            _, *lines = csv.reader(file, "excel-tab")
+        return lines
 
-    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Return one representation of all proteins, shape (N, D)."""
-        return self._matrix(kind, layer)
+    def ids(self) -> list[str]:
+        """Read the ids of all proteins."""
+        return [line[0] for line in self._lines]
+
+    def headers(self) -> list[str]:
+        """Read the headers of all proteins."""
+        return [line[4] for line in self._lines]
+
+    def lengths(self) -> list[int]:
+        """Read the embedded residues of all proteins."""
+        return [int(line[2]) for line in self._lines]
+
+    def vectors(self, kind: str, layer: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Return one representation of proteins, shape (n, D)."""
+        return self._matrix(kind, layer)[start:stop]
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
         """Return one representation of one protein, shape (D,)."""
@@ -112,7 +122,7 @@ class OpenedNpy:
     def _matrix(self, kind: str, layer: int) -> NDArray[Any]:
         name = file_name(kind, layer)
         if name not in self._mapped:
-            self._mapped[name] = np.load(self._path / name, mmap_mode="r")
+            self._mapped[name] = np.asarray(np.load(self._path / name, mmap_mode="r"))
         return self._mapped[name]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -167,19 +167,43 @@ class OpenedParquet:
         self._starts = [0, *accumulate(self._file.metadata.row_group(group).num_rows for group in groups)]
         self._kept: tuple[tuple[int, str], Any] | None = None
 
-    def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Return ids, headers and embedded residues of all proteins."""
-        table = self._file.read(["id", "header", "embedded"])
-        ids, headers, lengths = (table[name].to_pylist() for name in ("id", "header", "embedded"))
-        return ids, headers, lengths
+    @property
+    def num_proteins(self) -> int:
+        """N."""
+        return int(self._starts[-1])
 
-    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Return one representation of all proteins, shape (N, D)."""
-        groups = [
-            numbers(self._group(group, f"{kind}_layer_{layer}"), self.about.width)
-            for group in range(self._file.num_row_groups)
+    def ids(self) -> list[str]:
+        """Read the ids of all proteins."""
+        return self._column("id")
+
+    def headers(self) -> list[str]:
+        """Read the headers of all proteins."""
+        return self._column("header")
+
+    def lengths(self) -> list[int]:
+        """Read the embedded residues of all proteins."""
+        return self._column("embedded")
+
+    def _column(self, name: str) -> list[Any]:
+        values: list[Any] = self._file.read([name])[name].to_pylist()
+        return values
+
+    def vectors(self, kind: str, layer: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Read one representation of proteins, shape (n, D), from the row groups that have them."""
+        start, stop, _ = slice(start, stop).indices(self.num_proteins)
+        parts = [
+            numbers(
+                self._group(group, f"{kind}_layer_{layer}").slice(
+                    max(0, start - first), stop - max(start, first)
+                ),
+                self.about.width,
+            )
+            for group, (first, end) in enumerate(pairwise(self._starts))
+            if first < stop and start < end
         ]
-        return np.concatenate(groups) if groups else np.empty((0, self.about.width), np.float32)
+        if not parts:
+            return np.empty((0, self.about.width), np.float32)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
         """Return one representation of one protein, shape (D,)."""
