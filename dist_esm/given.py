@@ -179,7 +179,7 @@ def is_record(item: Any) -> bool:
 
 def is_seq(item: Any) -> bool:
     """Tell whether something is a sequence of Biopython."""
-    return type(item).__module__.partition(".")[0] == "Bio" and not is_record(item)
+    return type(item).__module__ == "Bio.Seq"
 
 
 def text_of_id(name: Any) -> str:

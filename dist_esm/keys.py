@@ -72,10 +72,15 @@ def with_keys(config: Config, keys: Mapping[str, Any]) -> Config:
         for key, value in keys.items()
     }
     try:
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+        merged: Any = OmegaConf.merge(OmegaConf.structured(Config), values)
+        typed = {key: merged[key] for key in keys}
     except OmegaConfBaseException as error:
         raise ValueError(" ".join(str(error).split())) from None
-    return replace(config, **{key: getattr(typed, key) for key in keys})
+    plain: dict[str, Any] = {
+        key: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+        for key, value in typed.items()
+    }
+    return replace(config, **plain)
 
 
 def check_choices(key: str, hint: Any, value: Any) -> None:

@@ -228,7 +228,7 @@ class EmbeddingSet:
     def residues(self, protein: str | SupportsIndex, layer: int | None = None) -> NDArray[np.float32]:
         """Return a protein's per-residue representations.
 
-        Of the numbers in its output no others are read; but in `parquet` those of its row group are, 32 MiB.
+        Of the numbers in its output no others are read; in a compressed `parquet` those of its row group are.
 
         Parameters
         ----------

@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 from dist_esm.outputs.opened import OutputSequence
 
+hash_of = hash
+"""What ids are looked up by: Python's own hash of text, another one in each process."""
+
 
 class Positions:
     """The positions of ids in a sequence of outputs, whose ids are read once to make it and not kept.
@@ -25,7 +28,7 @@ class Positions:
         hashes = np.empty(int(outputs.starts[-1]), np.int64)
         for output in range(len(outputs)):
             start, stop = outputs.starts[output : output + 2]
-            hashes[start:stop] = [hash(name) for name in outputs.ids(output)]
+            hashes[start:stop] = [hash_of(name) for name in outputs.ids(output)]
         self._order: NDArray[np.int64] = np.argsort(hashes, kind="stable")
         self._hashes = hashes[self._order]
         self._last: tuple[int, list[str]] | None = None
@@ -39,8 +42,8 @@ class Positions:
         return [position for position in self._candidates(name) if self._id_at(position) == name]
 
     def _candidates(self, name: str) -> list[int]:
-        begin = np.searchsorted(self._hashes, hash(name), side="left")
-        end = np.searchsorted(self._hashes, hash(name), side="right")
+        begin = np.searchsorted(self._hashes, hash_of(name), side="left")
+        end = np.searchsorted(self._hashes, hash_of(name), side="right")
         found: list[int] = self._order[begin:end].tolist()
         return found
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +88,28 @@ class OpenedNpy:
         self._mapped: dict[str, NDArray[Any]] = {}
         self.num_proteins = len(self._matrix("mean", self.about.main_layer))
 
-    @cached_property
-    def _lines(self) -> list[list[str]]:
+    def _column(self, name: str) -> list[str]:
+        """Read a column of the table of proteins."""
+        place = COLUMNS.index(name)
         with open(self._path / PROTEINS, encoding="utf-8", newline="") as file, fields_of_any_size():
-            _, *lines = csv.reader(file, "excel-tab")
-        return lines
+            return [line[place] for line in islice(csv.reader(file, "excel-tab"), 1, None)]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """First row of each protein's residues, and the number of all."""
+        return [0, *accumulate(self.lengths())]
 
     def ids(self) -> list[str]:
         """Read the ids of all proteins."""
-        return [line[0] for line in self._lines]
+        return self._column("id")
 
     def headers(self) -> list[str]:
         """Read the headers of all proteins."""
-        return [line[4] for line in self._lines]
+        return self._column("header")
 
     def lengths(self) -> list[int]:
         """Read the embedded residues of all proteins."""
-        return [int(line[2]) for line in self._lines]
+        return list(map(int, self._column("length")))
 
     def vectors(self, kind: str, layer: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return one representation of proteins, shape (n, D)."""
@@ -116,8 +121,8 @@ class OpenedNpy:
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
         """Return the residues of one protein, shape (L, D)."""
-        length, offset = map(int, self._lines[position][2:4])
-        return self._matrix("per_tok", layer)[offset : offset + length]
+        start, stop = self._starts[position : position + 2]
+        return self._matrix("per_tok", layer)[start:stop]
 
     def _matrix(self, kind: str, layer: int) -> NDArray[Any]:
         name = file_name(kind, layer)
