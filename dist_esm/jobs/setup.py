@@ -16,7 +16,13 @@ from dist_esm.distributed import RefusedError, World
 from dist_esm.model import NUMERICS
 from dist_esm.model.checkpoints.locate import RANDOM, fetch
 from dist_esm.model.engine import Engine, build_engine, default_toks_per_batch, num_cores
-from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, choose_kernels
+from dist_esm.model.kernels.choose import (
+    Kernels,
+    choose_device,
+    choose_dtype,
+    choose_kernels,
+    what_would_be_faster,
+)
 from dist_esm.model.weights import WeightsId, architecture, check_weights, complete
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.output_dir import make_output_dir
@@ -96,6 +102,8 @@ def choose_setup(config: Config, world: World) -> Setup:
     weights = find_weights(config, world)
     head_dim = architecture(config.model).head_dim
     kernels = world.all_or_none(choose_kernels, config.attention, config.linear, device, dtype, head_dim)
+    if world.is_main and (advice := what_would_be_faster(config.linear, device, dtype, head_dim)):
+        log.info("%s", advice)
     numbers = numbers_of(config, dtype, weights.fingerprint)
     provenance = {**numbers, "weights_in_words": weights.words, "dist_esm": code_version()}
     settings = settings_of(config, device, kernels, numbers)
