@@ -155,4 +155,10 @@ class Vectors(NDArrayOperatorsMixin):
     def _rows(self, output: int, start: int, stop: int) -> NDArray[np.float32]:
         """Read consecutive rows of one output; a view of them where the format has them so."""
         rows = self._outputs.opened(output).vectors(self._kind, self._layer, start, stop)
+        expected = (stop - start, self.shape[1])
+        if rows.shape != expected:
+            raise ValueError(
+                f"{self._outputs.paths[output]} is damaged: {self._kind} of layer {self._layer} has shape "
+                f"{rows.shape}, {expected} is expected: embed its input again"
+            )
         return np.asarray(rows, self.dtype)
