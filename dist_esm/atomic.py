@@ -183,9 +183,20 @@ def temporary_path(scratch: Path) -> Path:
     FileNotFoundError
         If the folder is gone.
     """
+    require_scratch(scratch)
+    return scratch / str(next(_numbers))
+
+
+def require_scratch(scratch: Path) -> None:
+    """Make sure that a folder of this process is still there, before anything is written elsewhere.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is gone.
+    """
     if not scratch.is_dir():
         raise FileNotFoundError(f"{scratch} is gone: was output_dir removed while the run was under way?")
-    return scratch / str(next(_numbers))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_esm.atomic import Staged, discard, temporary_path
+from dist_esm.atomic import Staged, discard, require_scratch
 from dist_esm.config import Format, Include
 from dist_esm.fasta.blocks import CHANGED, FastaError
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
@@ -91,7 +91,7 @@ class OutputSettings:
                 self.places[name] = codec.places(self.table(file), unit.layout.total, self.dtype, lengths)
             return Target.of_cut_file(stem, codec, self.places[name], self.width, self.dtype, unit.layout)
         if part < len(unit.parts):
-            path = temporary_path(self.scratch)
+            path = self.scratch / f"{shards_name(file)}.{unit.ordinal}.{part}"
             return Target.of_output(path, codec, self.table(file), self.dtype, unit.parts[part])
         return None
 
@@ -174,10 +174,11 @@ class OutputBuilder:
         place = self.target.places.get((kind.name, layer))
         if place is None or place.pages is not None:
             return RowBuffer(settings.width, settings.dtype, make_file, memory, num_rows)
-        make_region = partial(self._region, kind, layer, self.target)
+        make_region = partial(self._region, kind, layer, self.target, settings.scratch)
         return RowBuffer(settings.width, settings.dtype, make_region, memory, num_rows)
 
-    def _region(self, kind: Include, layer: int, target: Target) -> Region:
+    def _region(self, kind: Include, layer: int, target: Target, scratch: Path) -> Region:
+        require_scratch(scratch)
         if (kind, layer) not in self.regions:
             self.regions[kind, layer] = target.region((kind.name, layer))
         return self.regions[kind, layer]
@@ -258,10 +259,10 @@ class OutputBuilder:
                 numbers = ChunkedTensor([rows]) if kind is Include.per_tok else rows
                 getattr(table, kind.name)[layer] = numbers
             elif buffer is not None and buffer.is_in_place:
-                regions[key] = self._region(kind, layer, target).read_back()
+                regions[key] = self._region(kind, layer, target, settings.scratch).read_back()
             else:
                 blocks = target.blocks(key, little_endian_blocks(self._tensor(kind, layer, settings)))
-                regions[key] = self._region(kind, layer, target).write_all(blocks)
+                regions[key] = self._region(kind, layer, target, settings.scratch).write_all(blocks)
         return table, regions
 
     def _tensor(self, kind: Include, layer: int, settings: OutputSettings) -> Tensor:

@@ -100,11 +100,15 @@ class Target:
         layout
             Of the unit.
         """
-        begins = sorted([*key, place.file, place.offset] for key, place in places.items())
-        text = json.dumps([layout.digest, width, dtype.name, begins])
+        row_bytes = width * dtype.itemsize
+        spans = sorted(
+            [*key, place.file, *span(place, key, Extent(), layout.total, row_bytes)]
+            for key, place in places.items()
+        )
+        text = json.dumps([layout.digest, width, dtype.name, spans])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         path = stem.with_name(f"{stem.name}.{digest}{SUFFIX}")
-        return cls(path, places, layout, width * dtype.itemsize, codec.has_crc, is_shared=True)
+        return cls(path, places, layout, row_bytes, codec.has_crc, is_shared=True)
 
     def file(self, key: Key) -> Path:
         """Return the file in which the numbers of a kind and layer belong."""
