@@ -8,6 +8,7 @@ would not see.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from dist_esm.atomic import size_of
 from dist_esm.config import Format, Include, ModelConfig, SaveDtype
 from dist_esm.distributed import World
 from dist_esm.jobs.embed import run
+from dist_esm.outputs.row_buffer import Memory
 from dist_esm.types import Pack, SegmentEmbedding
 from helpers.standin import ReportRead, StandIn, make_config
 
@@ -78,3 +80,16 @@ def test_a_file_that_is_cut_is_written_once(tmp_path, kind, include):
     settings = {"include": [include], "format": kind, "save_dtype": SaveDtype.float16, "unit_share": 0.1}
     share = share_written(tmp_path, text, **settings)
     assert 1 <= share < MOST[kind]
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no counters of written bytes")
+@pytest.mark.parametrize(
+    "kind", [Format.pt, Format.safetensors, Format.npy, Format.h5], ids=lambda kind: kind.name
+)
+def test_an_output_larger_than_memory_is_written_once(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("dist_esm.planning.layout.LARGE_BYTES", 0)
+    monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, 0))
+    monkeypatch.setattr("dist_esm.outputs.row_buffer.KEPT_BYTES", 0)
+    text = "".join(f">sp|P{i:05d}|X_Y\n{'ACDEFGHIKL' * (10 + i % 40)}\n" for i in range(200))
+    settings = {"include": [Include.per_tok], "format": kind, "save_dtype": SaveDtype.float16}
+    assert 1 <= share_written(tmp_path, text, **settings) < 1.05
