@@ -85,6 +85,46 @@ class Opened(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How much one output holds, as far as its bytes depend on it."""
+
+    proteins: int
+    residues: int
+    """Of all proteins, as they are embedded."""
+    id_bytes: int
+    header_bytes: int
+    include: list[str]
+    """Kinds that were asked for."""
+    kinds: dict[str, list[int]]
+    """mean, bos and per_tok to the layers that are there, as in `About`."""
+    width: int
+    """D."""
+    itemsize: int
+    """Bytes of a number."""
+
+    @property
+    def num_matrices(self) -> int:
+        """Kinds and layers."""
+        return sum(map(len, self.kinds.values()))
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of all numbers."""
+        vectors = self.proteins * (self.num_matrices - len(self.kinds["per_tok"]))
+        return self.width * self.itemsize * (vectors + self.residues * len(self.kinds["per_tok"]))
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of ids and headers."""
+        return self.id_bytes + self.header_bytes
+
+
+def plain_bytes(extent: Extent) -> int:
+    """Return the bytes of the numbers and the text of an output, which any format has."""
+    return extent.number_bytes + extent.text_bytes
+
+
 class Codec(NamedTuple):
     """How a format is written and read back: the `CODEC` of its module."""
 
@@ -97,6 +137,8 @@ class Codec(NamedTuple):
     """For a format whose output is a folder: names of the files that every such folder has."""
     write_compressed: Callable[[OutputTable, Path], str | None] | None = None
     """As `write`, with numbers compressed by zstd, for a format that can."""
+    output_bytes: Callable[[Extent], int] = plain_bytes
+    """Returns about how many bytes an output will have; within a few percent of what `write` writes."""
 
 
 def escape(text: str, unsafe: re.Pattern[str]) -> str:

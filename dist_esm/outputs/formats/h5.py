@@ -7,21 +7,26 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dist_esm.atomic import SummedFile
-from dist_esm.outputs.embeddings import OutputTable, little_endian
-from dist_esm.outputs.formats.base import About, Codec, Names, escape
+from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian
+from dist_esm.outputs.formats.base import About, Codec, Extent, Names, escape
+from dist_esm.types import Row
 
 if TYPE_CHECKING:
     import h5py
 
 BLOCK_BYTES = 1 << 20
+SAMPLE, SAMPLE_BYTES = 32, 1 << 17
+"""Proteins that `output_bytes` writes into memory, and about the most bytes of one's matrix of residues."""
 
 # A `/` would make a group and a lone `.` is the root itself; `~` marks the second of a name, `%` what is
 # escaped.
@@ -113,6 +118,12 @@ def write_skeleton(table: OutputTable, path: Path) -> list[int]:
     list of int
         Offset of each protein's numbers in the file.
     """
+    with create(path) as file:
+        return write_into(file, table)
+
+
+def write_into(file: h5py.File, table: OutputTable) -> list[int]:
+    """Write what `write_skeleton` says into an open file."""
     import h5py
 
     about = About.of(table)
@@ -138,37 +149,38 @@ def write_skeleton(table: OutputTable, path: Path) -> list[int]:
         space = h5py.h5s.create_simple(value.shape) if value.shape else scalar
         h5py.h5a.create(dataset, name.encode(), hdf5_type, space).write(value)
 
-    with create(path) as file:
-        records = {
-            "ids": table.ids,
-            "headers": [row.header for row in table.rows],
-            "lengths": table.lengths,
-        }
-        root_attributes = {**about.to_text(), "kind": root_kind(table), "records": json.dumps(records)}
-        for key, text_of in root_attributes.items():
-            file.attrs[key] = text_of
-        file.attrs["layer"] = main
-        for place, row in enumerate(table.rows):
-            value = root_value(table, place)
-            dataset = h5py.h5d.create(
-                file.id,
-                names.take(row.id).encode(),
-                h5py.h5t.py_create(value.dtype),
-                h5py.h5s.create_simple(value.shape),
-                unfilled,
-            )
-            attach(dataset, "original_id", np.array(row.id, dtype=h5py.string_dtype()))
-            attach(dataset, "index", np.array(row.number))
-            attach(dataset, "length", np.array(row.embedded))
-            for kind, layer in attributes:
-                attach(dataset, f"{kind}_layer_{layer}", value_of(table, kind, layer, place))
-            offsets.append(dataset.get_offset())
+    records = {
+        "ids": table.ids,
+        "headers": [row.header for row in table.rows],
+        "lengths": table.lengths,
+    }
+    root_attributes = {**about.to_text(), "kind": root_kind(table), "records": json.dumps(records)}
+    for key, text_of in root_attributes.items():
+        file.attrs[key] = text_of
+    file.attrs["layer"] = main
+    for place, row in enumerate(table.rows):
+        value = root_value(table, place)
+        dataset = h5py.h5d.create(
+            file.id,
+            names.take(row.id).encode(),
+            h5py.h5t.py_create(value.dtype),
+            h5py.h5s.create_simple(value.shape),
+            unfilled,
+        )
+        attach(dataset, "original_id", np.array(row.id, dtype=h5py.string_dtype()))
+        attach(dataset, "index", np.array(row.number))
+        attach(dataset, "length", np.array(row.embedded))
+        for kind, layer in attributes:
+            attach(dataset, f"{kind}_layer_{layer}", value_of(table, kind, layer, place))
+        offsets.append(dataset.get_offset())
     return offsets
 
 
 @contextmanager
-def create(path: Path) -> Iterator[h5py.File]:
+def create(path: Path, is_kept: bool = True) -> Iterator[h5py.File]:
     """Make a new file whose root keeps the order of its names and takes attributes of any size.
+
+    One that is not kept is in memory alone.
 
     There is no time stamp in it, so that its bytes depend on its content alone.
     """
@@ -182,6 +194,8 @@ def create(path: Path) -> Iterator[h5py.File]:
     access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_LATEST)
     # This process alone knows the file, and some network file systems refuse locks.
     access.set_file_locking(False, True)
+    if not is_kept:
+        access.set_fapl_core(1, False)  # it grows by so many bytes
     with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_EXCL, root, access)) as file:
         yield file
 
@@ -222,4 +236,61 @@ class OpenedH5:
         return self.vector("per_tok", layer, position)
 
 
-CODEC = Codec(write_h5, OpenedH5)
+def output_bytes(extent: Extent) -> int:
+    """Return about how many bytes an output will have.
+
+    HDF5 lays out attributes by rules of its own, which cost 400 to 17,000 bytes a protein. So a few proteins
+    of the mean length are written into memory, and what they take beside their numbers is taken for all.
+    """
+    few = sample_of(extent)
+    empty, sample = bytes_in_memory(table_like(few, 0)), bytes_in_memory(table_like(few, few.proteins))
+    of_protein = (sample - empty - few.number_bytes) / max(1, few.proteins)
+    return extent.number_bytes + empty + round(of_protein * extent.proteins)
+
+
+def sample_of(extent: Extent) -> Extent:
+    """Return the extent of a few proteins of the mean length and the mean text.
+
+    Attributes of residues are kept small; but HDF5 stores those of more than 64 KiB in another way, and these
+    stay above it.
+    """
+    few = min(SAMPLE, extent.proteins)
+    share = few / max(1, extent.proteins)
+    longest = -(-SAMPLE_BYTES // (extent.width * extent.itemsize))
+    residues = few * min(longest, round(extent.residues / max(1, extent.proteins)))
+    return replace(
+        extent,
+        proteins=few,
+        residues=residues,
+        id_bytes=round(extent.id_bytes * share),
+        header_bytes=round(extent.header_bytes * share),
+    )
+
+
+def table_like(extent: Extent, num_proteins: int) -> OutputTable:
+    """Return a table of so many of the proteins of an extent, all alike, with zeros for their numbers."""
+    all_of_them = max(1, extent.proteins)
+    length = extent.residues // all_of_them
+    header = "x" * (extent.header_bytes // all_of_them)
+    id_length = max(4, extent.id_bytes // all_of_them)
+    rows = [
+        Row(f"{place:0{id_length}d}", header, place, length, length, "ok", 0, 0, 0, 0)
+        for place in range(num_proteins)
+    ]
+    dtype = torch.float32 if extent.itemsize == 4 else torch.float16
+    zeros = torch.zeros(num_proteins * max(1, length), extent.width, dtype=dtype)
+    vectors = {kind: dict.fromkeys(extent.kinds[kind], zeros[:num_proteins]) for kind in ("mean", "bos")}
+    per_tok = dict.fromkeys(extent.kinds["per_tok"], ChunkedTensor([zeros[: num_proteins * length]]))
+    main_layer = extent.kinds["mean"][-1]
+    return OutputTable("", {}, extent.include, main_layer, rows, vectors["mean"], vectors["bos"], per_tok, [])
+
+
+def bytes_in_memory(table: OutputTable) -> int:
+    """Return the bytes of an output, which is written into memory and forgotten."""
+    with create(Path("in memory"), is_kept=False) as file:
+        write_into(file, table)
+        file.flush()
+        return int(file.id.get_filesize())
+
+
+CODEC = Codec(write_h5, OpenedH5, output_bytes=output_bytes)

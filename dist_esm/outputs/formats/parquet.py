@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dist_esm.atomic import SummedFile
 from dist_esm.outputs.embeddings import OutputTable, little_endian
-from dist_esm.outputs.formats.base import About, Codec
+from dist_esm.outputs.formats.base import About, Codec, Extent
 from dist_esm.outputs.formats.parquet_pages import NumberColumn, ParquetFile
 from dist_esm.types import Row
 
@@ -212,4 +212,21 @@ def numbers(vectors: Any, width: int) -> NDArray[Any]:
     return np.asarray(vectors.flatten().to_numpy(zero_copy_only=True)).reshape(-1, width)
 
 
-CODEC = Codec(write_parquet, OpenedParquet, write_compressed=partial(write_parquet, is_compressed=True))
+def output_bytes(extent: Extent) -> int:
+    """Return about how many bytes an uncompressed output will have.
+
+    Text is always compressed, to a third or so; each residue has five bytes of levels beside its numbers; a
+    row group has a description of its columns. Constants as measured.
+    """
+    groups = -(-extent.number_bytes // GROUP_BYTES)
+    levels = 5 * extent.residues * len(extent.kinds["per_tok"])
+    of_columns = (groups + 1) * (2500 + 100 * extent.num_matrices)
+    return extent.number_bytes + levels + extent.text_bytes // 3 + of_columns
+
+
+CODEC = Codec(
+    write_parquet,
+    OpenedParquet,
+    write_compressed=partial(write_parquet, is_compressed=True),
+    output_bytes=output_bytes,
+)
