@@ -494,8 +494,6 @@ def check(config: Config) -> None:
     if package and find_spec(package) is None:
         raise ValueError(f"format={config.format.name} needs {package}: pip install 'dist_esm[formats]'")
     check_selfcheck(config.selfcheck)
-    if config.job is Job.plan:
-        raise ValueError("job=plan is not there yet: use job=embed, job=selfcheck or job=verify")
 
 
 def check_layers(config: Config) -> None:

@@ -14,6 +14,10 @@ from dist_esm.atomic import commit_together
 from dist_esm.attempt import as_value
 from dist_esm.config import Compression, Config, ReportKind
 from dist_esm.distributed import LostRankError, World
+from dist_esm.jobs.plan.checks import problems_of
+from dist_esm.jobs.plan.room import remark_on_room, room_in
+from dist_esm.jobs.plan.short import short_lines
+from dist_esm.jobs.plan.work import output_of, work_of
 from dist_esm.jobs.progress.ticker import Ticker
 from dist_esm.jobs.report.content import Ending, Report
 from dist_esm.jobs.report.draw import draw_page
@@ -86,7 +90,7 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
     world.progress.enter(Phase.counting)
     with Ticker(config, world) as ticker, ExitStack() as held:
         inputs = find_inputs(config, world)
-        setup = choose_setup(config, world)
+        setup = choose_setup(config, world, inputs)
         words = setup.provenance["weights_in_words"]
         out = held.enter_context(OutputDir.open(config, setup.settings, world, words))
         held.enter_context(keeping_records(out, setup, world))
@@ -98,6 +102,7 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
             remove_leftovers(config.output_dir, inputs.files)
         plan = agree_on_plan(config, inputs.files, out.entries, world, out.deaths)
         ticker.note_plan(plan)
+        say_what_is_to_do(plan, config, setup, world)
         about = about_launch(plan, config, setup, inputs, clock.started)
         world.all_or_none(out.record_inputs, plan.files, about)
         if world.is_main:
@@ -152,6 +157,25 @@ def keeping_records(out: OutputDir, setup: Setup, world: World) -> Iterator[None
             yield
         finally:
             world.progress.on_phase = lambda phase: None
+
+
+def say_what_is_to_do(plan: Plan, config: Config, setup: Setup, world: World) -> None:
+    """Log the plan in short, of what is known already.
+
+    Raises
+    ------
+    RefusedError
+        On every rank, if the outputs cannot have the room that they need, or the model does not fit on one.
+    """
+    work = work_of(plan)
+    output, room = output_of(work, config), room_in(config.output_dir)
+    if world.is_main:
+        for line in short_lines(plan, work, output, room, config, setup, describe(setup.device)):
+            log.info("%s", line)
+    problems = problems_of(plan, output, room, config, setup, world)
+    world.agree("; ".join(problems) or None)
+    if world.is_main and (remark := remark_on_room(output, room)):
+        log.warning("%s", remark)
 
 
 def engine_for(

@@ -16,6 +16,8 @@ Below it, ``.dist_esm`` holds what is not an output:
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -186,9 +188,46 @@ def make_output_dir(output_dir: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ValueError(
-            f"output_dir={output_dir} cannot be written to ({error.strerror}): name a directory that can"
-        ) from None
+        raise ValueError(unwritable(output_dir, error.strerror)) from None
+
+
+def nearest_folder(output_dir: Path) -> Path:
+    """Return the directory, or what is there of the path to it."""
+    path = output_dir.absolute()
+    return next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+
+
+def refuse_unwritable(output_dir: Path) -> None:
+    """Make sure that `make_output_dir` can do its work, without doing it, and that no run holds the
+    directory.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be written to, is not as runs leave it, or is in use.
+    """
+    refuse_strange_files(output_dir)
+    path = inside(output_dir) if inside(output_dir).is_dir() else nearest_folder(output_dir)
+    number = 0 if path.is_dir() else errno.ENOTDIR
+    if not number and not os.access(path, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY else errno.EACCES
+    if number:
+        raise ValueError(unwritable(output_dir, os.strerror(number)))
+    with suppress(FileNotFoundError), open(inside(output_dir) / "lock", "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(in_use(output_dir)) from None
+
+
+def unwritable(output_dir: Path, reason: str | None) -> str:
+    """Say that the directory cannot be written to."""
+    return f"output_dir={output_dir} cannot be written to ({reason}): name a directory that can"
+
+
+def in_use(output_dir: Path) -> str:
+    """Say that another run holds the directory."""
+    return f"output_dir={output_dir} is in use by another run: wait for its end, or name another output_dir"
 
 
 class Prepared(NamedTuple):
@@ -244,9 +283,7 @@ def lock(output_dir: Path) -> Iterator[None]:
         held = FileLock(inside(output_dir) / "lock", timeout=LOCK_SECONDS)
         held.acquire()
     except Timeout:
-        raise ValueError(
-            f"output_dir={output_dir} is in use by another run: wait for its end, or name another output_dir"
-        ) from None
+        raise ValueError(in_use(output_dir)) from None
     except NotImplementedError:
         raise ValueError(
             f"output_dir={output_dir} is on a file system without locks: name a directory on another"

@@ -86,7 +86,7 @@ class Opened(Protocol):
 
 
 @dataclass(frozen=True)
-class Extent:
+class ContentSize:
     """How much one output holds, as far as its bytes depend on it."""
 
     proteins: int
@@ -120,9 +120,9 @@ class Extent:
         return self.id_bytes + self.header_bytes
 
 
-def plain_bytes(extent: Extent) -> int:
+def plain_bytes(size: ContentSize) -> int:
     """Return the bytes of the numbers and the text of an output, which any format has."""
-    return extent.number_bytes + extent.text_bytes
+    return size.number_bytes + size.text_bytes
 
 
 class Codec(NamedTuple):
@@ -137,8 +137,10 @@ class Codec(NamedTuple):
     """For a format whose output is a folder: names of the files that every such folder has."""
     write_compressed: Callable[[OutputTable, Path], str | None] | None = None
     """As `write`, with numbers compressed by zstd, for a format that can."""
-    output_bytes: Callable[[Extent], int] = plain_bytes
+    output_bytes: Callable[[ContentSize], int] = plain_bytes
     """Returns about how many bytes an output will have; within a few percent of what `write` writes."""
+    output_files: Callable[[ContentSize], int] = lambda size: 1
+    """Returns how many files and folders an output is."""
 
 
 def escape(text: str, unsafe: re.Pattern[str]) -> str:

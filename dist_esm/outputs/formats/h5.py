@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dist_esm.atomic import SummedFile
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian
-from dist_esm.outputs.formats.base import About, Codec, Extent, Names, escape
+from dist_esm.outputs.formats.base import About, Codec, ContentSize, Names, escape
 from dist_esm.types import Row
 
 if TYPE_CHECKING:
@@ -236,53 +236,53 @@ class OpenedH5:
         return self.vector("per_tok", layer, position)
 
 
-def output_bytes(extent: Extent) -> int:
+def output_bytes(size: ContentSize) -> int:
     """Return about how many bytes an output will have.
 
     HDF5 lays out attributes by rules of its own, which cost 400 to 17,000 bytes a protein. So a few proteins
     of the mean length are written into memory, and what they take beside their numbers is taken for all.
     """
-    few = sample_of(extent)
+    few = sample_of(size)
     empty, sample = bytes_in_memory(table_like(few, 0)), bytes_in_memory(table_like(few, few.proteins))
     of_protein = (sample - empty - few.number_bytes) / max(1, few.proteins)
-    return extent.number_bytes + empty + round(of_protein * extent.proteins)
+    return size.number_bytes + empty + round(of_protein * size.proteins)
 
 
-def sample_of(extent: Extent) -> Extent:
-    """Return the extent of a few proteins of the mean length and the mean text.
+def sample_of(size: ContentSize) -> ContentSize:
+    """Return the size of a few proteins of the mean length and the mean text.
 
     Attributes of residues are kept small; but HDF5 stores those of more than 64 KiB in another way, and these
     stay above it.
     """
-    few = min(SAMPLE, extent.proteins)
-    share = few / max(1, extent.proteins)
-    longest = -(-SAMPLE_BYTES // (extent.width * extent.itemsize))
-    residues = few * min(longest, round(extent.residues / max(1, extent.proteins)))
+    few = min(SAMPLE, size.proteins)
+    share = few / max(1, size.proteins)
+    longest = -(-SAMPLE_BYTES // (size.width * size.itemsize))
+    residues = few * min(longest, round(size.residues / max(1, size.proteins)))
     return replace(
-        extent,
+        size,
         proteins=few,
         residues=residues,
-        id_bytes=round(extent.id_bytes * share),
-        header_bytes=round(extent.header_bytes * share),
+        id_bytes=round(size.id_bytes * share),
+        header_bytes=round(size.header_bytes * share),
     )
 
 
-def table_like(extent: Extent, num_proteins: int) -> OutputTable:
-    """Return a table of so many of the proteins of an extent, all alike, with zeros for their numbers."""
-    all_of_them = max(1, extent.proteins)
-    length = extent.residues // all_of_them
-    header = "x" * (extent.header_bytes // all_of_them)
-    id_length = max(4, extent.id_bytes // all_of_them)
+def table_like(size: ContentSize, num_proteins: int) -> OutputTable:
+    """Return a table of so many of the proteins of a size, all alike, with zeros for their numbers."""
+    all_of_them = max(1, size.proteins)
+    length = size.residues // all_of_them
+    header = "x" * (size.header_bytes // all_of_them)
+    id_length = max(4, size.id_bytes // all_of_them)
     rows = [
         Row(f"{place:0{id_length}d}", header, place, length, length, "ok", 0, 0, 0, 0)
         for place in range(num_proteins)
     ]
-    dtype = torch.float32 if extent.itemsize == 4 else torch.float16
-    zeros = torch.zeros(num_proteins * max(1, length), extent.width, dtype=dtype)
-    vectors = {kind: dict.fromkeys(extent.kinds[kind], zeros[:num_proteins]) for kind in ("mean", "bos")}
-    per_tok = dict.fromkeys(extent.kinds["per_tok"], ChunkedTensor([zeros[: num_proteins * length]]))
-    main_layer = extent.kinds["mean"][-1]
-    return OutputTable("", {}, extent.include, main_layer, rows, vectors["mean"], vectors["bos"], per_tok, [])
+    dtype = torch.float32 if size.itemsize == 4 else torch.float16
+    zeros = torch.zeros(num_proteins * max(1, length), size.width, dtype=dtype)
+    vectors = {kind: dict.fromkeys(size.kinds[kind], zeros[:num_proteins]) for kind in ("mean", "bos")}
+    per_tok = dict.fromkeys(size.kinds["per_tok"], ChunkedTensor([zeros[: num_proteins * length]]))
+    main_layer = size.kinds["mean"][-1]
+    return OutputTable("", {}, size.include, main_layer, rows, vectors["mean"], vectors["bos"], per_tok, [])
 
 
 def bytes_in_memory(table: OutputTable) -> int:

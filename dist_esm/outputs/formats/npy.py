@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dist_esm.atomic import SummedFolder
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
-from dist_esm.outputs.formats.base import About, Codec, Extent, plain_bytes
+from dist_esm.outputs.formats.base import About, Codec, ContentSize, plain_bytes
 
 PROTEINS = "proteins.tsv"
 COLUMNS = ("id", "index", "length", "offset", "header")
@@ -116,10 +116,16 @@ class OpenedNpy:
         return self._mapped[name]
 
 
-def output_bytes(extent: Extent) -> int:
+def output_bytes(size: ContentSize) -> int:
     """Return about how many bytes an output will have: numbers, text, a head for each matrix, and three
     numbers in each line of the table."""
-    return plain_bytes(extent) + 530 + 136 * extent.num_matrices + 14 * extent.proteins
+    return plain_bytes(size) + 530 + 136 * size.num_matrices + 14 * size.proteins
 
 
-CODEC = Codec(write_npy, OpenedNpy, (PROTEINS, ABOUT), output_bytes=output_bytes)
+CODEC = Codec(
+    write_npy,
+    OpenedNpy,
+    (PROTEINS, ABOUT),
+    output_bytes=output_bytes,
+    output_files=lambda size: size.num_matrices + len((PROTEINS, ABOUT)) + 1,
+)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dist_esm.atomic import SummedFile
 from dist_esm.outputs.embeddings import OutputTable, little_endian
-from dist_esm.outputs.formats.base import About, Codec, Extent
+from dist_esm.outputs.formats.base import About, Codec, ContentSize
 from dist_esm.outputs.formats.parquet_pages import NumberColumn, ParquetFile
 from dist_esm.types import Row
 
@@ -212,16 +212,16 @@ def numbers(vectors: Any, width: int) -> NDArray[Any]:
     return np.asarray(vectors.flatten().to_numpy(zero_copy_only=True)).reshape(-1, width)
 
 
-def output_bytes(extent: Extent) -> int:
+def output_bytes(size: ContentSize) -> int:
     """Return about how many bytes an uncompressed output will have.
 
     Text is always compressed, to a third or so; each residue has five bytes of levels beside its numbers; a
     row group has a description of its columns. Constants as measured.
     """
-    groups = -(-extent.number_bytes // GROUP_BYTES)
-    levels = 5 * extent.residues * len(extent.kinds["per_tok"])
-    of_columns = (groups + 1) * (2500 + 100 * extent.num_matrices)
-    return extent.number_bytes + levels + extent.text_bytes // 3 + of_columns
+    groups = -(-size.number_bytes // GROUP_BYTES)
+    levels = 5 * size.residues * len(size.kinds["per_tok"])
+    of_columns = (groups + 1) * (2500 + 100 * size.num_matrices)
+    return size.number_bytes + levels + size.text_bytes // 3 + of_columns
 
 
 CODEC = Codec(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.outputs.embeddings import OutputTable
-from dist_esm.outputs.formats.base import About, Codec, Extent, plain_bytes
+from dist_esm.outputs.formats.base import About, Codec, ContentSize, plain_bytes
 from dist_esm.outputs.pickling import save
 
 
@@ -77,11 +77,11 @@ class OpenedPt:
         return by_layer[layer] if layer in by_layer else self._content["data"]
 
 
-def output_bytes(extent: Extent) -> int:
+def output_bytes(size: ContentSize) -> int:
     """Return about how many bytes an output will have: numbers, text, and what the pickle says of each
     protein's tensors; constants as measured."""
-    of_protein = 42 + 33 * len(extent.kinds["per_tok"])
-    return plain_bytes(extent) + 1800 + 200 * extent.num_matrices + of_protein * extent.proteins
+    of_protein = 42 + 33 * len(size.kinds["per_tok"])
+    return plain_bytes(size) + 1800 + 200 * size.num_matrices + of_protein * size.proteins
 
 
 CODEC = Codec(write_pt, OpenedPt, output_bytes=output_bytes)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_esm.atomic import SummedFile
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
-from dist_esm.outputs.formats.base import About, Codec, Extent, plain_bytes
+from dist_esm.outputs.formats.base import About, Codec, ContentSize, plain_bytes
 
 MAX_HEADER = 100_000_000
 """Bytes of a header that the library reads."""
@@ -116,11 +116,11 @@ class OpenedSafetensors:
         return np.asarray(self._file.get_slice(f"per_tok.{layer}")[start:stop])
 
 
-def output_bytes(extent: Extent) -> int:
+def output_bytes(size: ContentSize) -> int:
     """Return about how many bytes an output will have: numbers, text, what the header says of each matrix and
     protein, and the offsets of residues."""
-    of_protein = 21 + (8 if extent.kinds["per_tok"] else 0)
-    return plain_bytes(extent) + 620 + 76 * extent.num_matrices + of_protein * extent.proteins
+    of_protein = 21 + (8 if size.kinds["per_tok"] else 0)
+    return plain_bytes(size) + 620 + 76 * size.num_matrices + of_protein * size.proteins
 
 
 CODEC = Codec(write_safetensors, OpenedSafetensors, output_bytes=output_bytes)

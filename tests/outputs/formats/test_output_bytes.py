@@ -10,7 +10,7 @@ import torch
 
 from dist_esm.config import Format
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
-from dist_esm.outputs.formats.base import About, Extent
+from dist_esm.outputs.formats.base import About, ContentSize
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.types import Row
 from helpers.outputs import PROVENANCE, write_table
@@ -38,9 +38,9 @@ def make_table(number: int, include: list[str], layers: list[int], width: int, d
     return OutputTable("a/b.fasta", PROVENANCE, include, layers[-1], rows, mean, bos, per_tok, [])
 
 
-def extent_of(table: OutputTable) -> Extent:
+def size_of(table: OutputTable) -> ContentSize:
     """What a scan would say of a table."""
-    return Extent(
+    return ContentSize(
         proteins=len(table.rows),
         residues=sum(table.lengths),
         id_bytes=sum(len(row.id) for row in table.rows),
@@ -63,7 +63,7 @@ def bytes_on_disk(path: Path) -> int:
 def test_the_bytes_of_an_output_are_known_before_it_is_written(tmp_path, kind, include, dtype):
     for name, number, width, layers in (("a", 150, 320, [6]), ("b", 150, 320, [3, 6]), ("c", 40, 1280, [33])):
         table = make_table(number, include, layers, width, dtype)
-        told = FORMATS[kind.name].codec.output_bytes(extent_of(table))
+        told = FORMATS[kind.name].codec.output_bytes(size_of(table))
         written = bytes_on_disk(write_table(kind, table, tmp_path / name))
         assert told == pytest.approx(written, rel=0.03), (name, told, written)
 
@@ -72,6 +72,6 @@ def test_the_bytes_of_an_output_are_known_before_it_is_written(tmp_path, kind, i
 def test_an_output_of_one_protein_or_none_is_known_to_a_few_kilobytes(tmp_path, kind):
     for number in (0, 1):
         table = make_table(number, ["mean"], [6], 320, torch.float32)
-        told = FORMATS[kind.name].codec.output_bytes(extent_of(table))
+        told = FORMATS[kind.name].codec.output_bytes(size_of(table))
         written = bytes_on_disk(write_table(kind, table, tmp_path / str(number)))
         assert told == pytest.approx(written, abs=3000)
