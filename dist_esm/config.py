@@ -262,7 +262,8 @@ class Config:
     toks_per_batch: int | None = None
     """Tokens in a pack; null: the default for the device."""
     dtype: Dtype = Dtype.auto
-    """Precision of parameters and matrix products; auto: bf16 where the GPU has it, else fp32."""
+    """Precision of parameters and matrix products; auto: bf16 where the GPU has it, fp16 on a V100 or
+    T4, else fp32."""
     device: DeviceKind = DeviceKind.auto
     """Where to run; auto: a GPU if there is one."""
     ranks: int | str = "auto"

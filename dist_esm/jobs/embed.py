@@ -115,6 +115,7 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
             if not stop.at_once:
                 with stop.patiently():
                     ranks = world.all_gather(mine, RankSummary, *OUTCOME_TYPES)
+                    ticker.note_last(world.all_gather(world.progress.now, RankProgress))
                 world.progress.enter(Phase.joining)
                 joined = join_cut_files(plan, ranks, config, out, world)
         except (KeyboardInterrupt, LostRankError) as interrupt:

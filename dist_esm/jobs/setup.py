@@ -18,7 +18,13 @@ from dist_esm.jobs.progress.lines import duration
 from dist_esm.model import NUMERICS
 from dist_esm.model.checkpoints.locate import AUTO, RANDOM, fetch, missing
 from dist_esm.model.engine import Engine, build_engine, default_toks_per_batch, num_cores
-from dist_esm.model.kernels.choose import Kernels, choose_device, choose_dtype, choose_kernels
+from dist_esm.model.kernels.choose import (
+    Kernels,
+    choose_device,
+    choose_dtype,
+    choose_kernels,
+    what_would_be_faster,
+)
 from dist_esm.model.speed import CPU_FLOPS, SMALL_MODEL, SMALL_WIDTH, SOURCE, flops_of
 from dist_esm.model.weights import WeightsId, architecture, check_weights, complete
 from dist_esm.outputs.formats.registry import FORMATS
@@ -136,8 +142,10 @@ def setup_on(device: torch.device, weights: WeightsId, config: Config, world: Wo
         On every rank, if kernels that are named cannot run on one, or ranks would compute different numbers.
     """
     dtype = choose_dtype(config.dtype, device)
-    arch = architecture(config.model)
-    kernels = world.all_or_none(choose_kernels, config.attention, config.linear, device, dtype, arch.head_dim)
+    head_dim = architecture(config.model).head_dim
+    kernels = world.all_or_none(choose_kernels, config.attention, config.linear, device, dtype, head_dim)
+    if world.is_main and (advice := what_would_be_faster(config.linear, device, dtype, head_dim)):
+        log.info("%s", advice)
     numbers = numbers_of(config, dtype, weights.fingerprint)
     provenance = {**numbers, "weights_in_words": weights.words, "dist_esm": code_version()}
     settings = settings_of(config, device, kernels, numbers)

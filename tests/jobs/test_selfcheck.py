@@ -548,6 +548,18 @@ def test_the_sample_is_the_same_for_any_number_of_ranks(lengths, size, num_ranks
     assert sample(shuffled, num_ranks) == found
 
 
+def test_of_two_alike_the_first_is_taken_whichever_rank_saw_them():
+    first, second = (candidate("A" * 241 + "E", number=number) for number in (1, 2))
+    shorter = candidate("A" * 234 + "F")  # its digest is lower, so the bucket keeps neither of the two
+    assert shorter.key < first.key
+    for of_ranks in ([[shorter, first, second]], [[shorter, second], [first]], [[second, first], [shorter]]):
+        samplers = [Sampler(1) for _ in of_ranks]
+        for sampler, proteins in zip(samplers, of_ranks, strict=True):
+            for protein in proteins:
+                sampler.add(protein)
+        assert choose_sample([one for sampler in samplers for one in sampler.candidates()], 1) == [first]
+
+
 def test_the_sample_is_spread_over_lengths_and_keeps_little():
     sampler = Sampler(8)
     draws = random.Random(1)

@@ -95,9 +95,13 @@ def wait_for_state(cluster: Slurm, job: str, *states: str, seconds: float = END_
 
 
 def go_on_now(cluster: Slurm, job: str) -> None:
-    """Start a job that waits in the queue: Slurm holds one that was requeued back for two minutes."""
+    """Start a job that waits in the queue: Slurm holds one that was requeued back for two minutes.
+
+    A node refuses to start a job again within the second in which it ended there, and Slurm then gives the
+    job up, so this leaves it a few.
+    """
     wait_for_state(cluster, job, "PENDING", seconds=STOP_SECONDS)
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=10")
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3", "TimeLimit=10")
 
 
 def assert_complete(cluster: Slurm, job: str, out: Path, expected: dict[str, str], restarts: int) -> dict:

@@ -6,17 +6,26 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from dist_esm.config import Attention, DeviceKind, Include, LinearKind
+from dist_esm.config import Attention, DeviceKind, Dtype, Include, LinearKind
 from dist_esm.model import weights
 from dist_esm.model.engine import Engine
 from dist_esm.model.esm2 import ESM2
+from dist_esm.model.kernels import choose
 from dist_esm.model.kernels.attention import sdpa
-from dist_esm.model.kernels.choose import Kernels, choose_device, choose_kernels, runs_on
+from dist_esm.model.kernels.choose import (
+    Kernels,
+    choose_device,
+    choose_dtype,
+    choose_kernels,
+    runs_on,
+    what_would_be_faster,
+)
 from dist_esm.model.kernels.linear import TorchLinear, angles
 from dist_esm.types import Pack
 from helpers.checkpoints import A3B_SHAPED, A8M, A35M, A650M_SHAPED, fair_esm_model, random_state
@@ -25,6 +34,8 @@ from helpers.fasta import varied_proteins
 from helpers.layers import SEQUENCES, fair_esm_layers, packed_layers, segment_of
 
 CPU = torch.device("cpu")
+LINEAR = {"torch": TorchLinear(), "triton": SimpleNamespace(name="triton")}
+"""What the name of an implementation stands for where its package is not at hand."""
 
 
 @pytest.mark.parametrize(
@@ -131,6 +142,47 @@ def test_a_gpu_that_cannot_be_used_is_one_line(facts, line, monkeypatch):
     with pytest.raises(ValueError, match=line) as caught:
         choose_device(DeviceKind.cuda, 1, 2, "h")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("card", "capability", "dtype", "kernels"),
+    [
+        ("P100", (6, 0), torch.float32, "attention=sdpa linear=torch"),
+        ("V100", (7, 0), torch.float16, "attention=sdpa linear=torch"),
+        ("T4", (7, 5), torch.float16, "attention=sdpa linear=torch"),
+        ("A100", (8, 0), torch.bfloat16, "attention=triton linear=triton"),
+        ("L40S", (8, 9), torch.bfloat16, "attention=triton linear=triton"),
+        ("H100", (9, 0), torch.bfloat16, "attention=triton linear=triton"),
+        ("B200", (10, 0), torch.bfloat16, "attention=triton linear=triton"),
+    ],
+)
+def test_auto_takes_the_precision_that_a_card_has_tensor_cores_for(
+    card, capability, dtype, kernels, monkeypatch
+):
+    """What torch would say of the card is arranged; a card of each kind is not at hand."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability >= (8, 0))
+    monkeypatch.setattr(choose, "is_installed", lambda package: package == "triton")
+    monkeypatch.setattr(choose, "load_triton", lambda: sdpa)
+    monkeypatch.setattr(choose, "load_linear", lambda name: LINEAR[name])
+    device = torch.device("cuda", 0)
+    assert choose_dtype(Dtype.auto, device) is dtype
+    assert str(choose_kernels(Attention.auto, LinearKind.auto, device, dtype, 64)) == kernels
+    is_advised = what_would_be_faster(LinearKind.auto, device, dtype, 64) != ""
+    assert is_advised is (card == "H100")
+
+
+def test_what_would_be_faster_is_said_where_it_would_be(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    device, bf16 = torch.device("cuda", 0), torch.bfloat16
+    advice = what_would_be_faster(LinearKind.auto, device, bf16, 64)
+    assert advice.startswith("pip install 'dist_esm[hopper]' makes this card up to 1.2 times as fast")
+    assert what_would_be_faster(LinearKind.triton, device, bf16, 64) == ""
+    assert what_would_be_faster(LinearKind.auto, device, torch.float32, 64) == ""
+    assert what_would_be_faster(LinearKind.auto, device, bf16, 20) == ""
+    assert what_would_be_faster(LinearKind.auto, CPU, bf16, 64) == ""
+    monkeypatch.setattr(choose, "is_installed", lambda package: True)
+    assert what_would_be_faster(LinearKind.auto, device, bf16, 64) == ""
 
 
 @pytest.mark.parametrize("hard", [False, True])

@@ -72,6 +72,7 @@ class Ticker:
         self._began = time.monotonic()
         self._out: OutputDir | None = None
         self._view: View | None = None
+        self._last: list[RankProgress] = []
         self._next: dict[str, float] = {"line": config.progress_seconds}
         """When something is due, in seconds since the run began."""
         self._is_over = threading.Event()
@@ -100,6 +101,10 @@ class Ticker:
     def note_plan(self, plan: Plan) -> None:
         """Say what there is to do."""
         self._tracker.totals = totals_of(plan, self._config.model.embed_dim)
+
+    def note_last(self, ranks: Sequence[RankProgress]) -> None:
+        """Go by what all ranks said when they were done, not by their last signs of life."""
+        self._last = list(ranks)
 
     def end(self, status: str) -> None:
         """Look once more, and clear the view away; later calls do nothing.
@@ -160,7 +165,7 @@ class Ticker:
         return True
 
     def _overall(self) -> tuple[Overall, list[RankProgress]]:
-        ranks = [told for told in self._world.get_progress() if told is not None]
+        ranks = self._last or [told for told in self._world.get_progress() if told is not None]
         return self._tracker.look(ranks, self._seconds), ranks
 
     def _sample(self) -> None:

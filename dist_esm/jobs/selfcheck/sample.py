@@ -72,7 +72,7 @@ class Sampler:
         self.num_seen += 1
         self._keep_lowest(bucket(protein.embedded), protein)
         shortest, longest = self._ends or (protein, protein)
-        self._ends = min(shortest, protein, key=_by_length), max(longest, protein, key=_by_length)
+        self._ends = min(shortest, protein, key=_by_length), _longer(longest, protein)
 
     def _keep_lowest(self, length: int, protein: SampledProtein) -> None:
         """Keep a protein if its digest is one of the lowest of its bucket."""
@@ -171,3 +171,9 @@ def bucket(num_residues: int) -> int:
 
 def _by_length(protein: SampledProtein) -> tuple[int, SampledProtein]:
     return protein.embedded, protein
+
+
+def _longer(one: SampledProtein, other: SampledProtein) -> SampledProtein:
+    """Return the later of two in the order of length; of two with the same residues, the one that is read
+    first, whichever rank saw it."""
+    return min(one, other) if one.key == other.key else max(one, other, key=_by_length)

@@ -36,6 +36,9 @@ PLAIN = Kernels("sdpa", sdpa, TorchLinear())
 
 HOPPER = (9, 0)
 AMPERE = (8, 0)
+"""The first with bf16 tensor cores."""
+VOLTA = (7, 0)
+"""The first with fp16 tensor cores: V100, and T4 with 7.5."""
 LEAST_HEAD = 64
 """Heads narrower than this (8M, 35M, 150M) do not fit the tiles of ``quack``."""
 
@@ -98,13 +101,29 @@ def unmet_by_quack(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return f"a Hopper GPU (compute capability 9.0), this is {capability_in_words(device)}"
     if head_dim < LEAST_HEAD:
         return f"attention heads of {LEAST_HEAD} or wider, this model's have {head_dim}"
-    is_there = is_installed("quack") and is_installed("cutlass")
     missing = (
         None
-        if is_there
+        if has_hopper_extra()
         else "the packages quack-kernels and nvidia-cutlass-dsl (pip install 'dist_esm[hopper]')"
     )
     return unmet_dtype(dtype) or missing
+
+
+def has_hopper_extra() -> bool:
+    """Tell whether the packages of the extra `hopper` are installed."""
+    return is_installed("quack") and is_installed("cutlass")
+
+
+def what_would_be_faster(linear: LinearKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Say what to install so that `linear=auto` is faster on this device; "" if nothing is known to help."""
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
+    wants_products = linear is LinearKind.auto and unmet_dtype(dtype) is None and head_dim >= LEAST_HEAD
+    if not is_hopper or not wants_products or has_hopper_extra():
+        return ""
+    return (
+        "pip install 'dist_esm[hopper]' makes this card up to 1.2 times as fast "
+        "(1.21 with 650M and 1.12 with 3B, measured on an H100)"
+    )
 
 
 def is_installed(package: str) -> bool:
@@ -226,9 +245,14 @@ def runs_on(architecture: str, major: int, minor: int) -> bool:
 
 
 def choose_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
-    """Choose the dtype of parameters and matrix products; `auto` is bf16 where the GPU has it, else fp32."""
+    """Choose the dtype of parameters and matrix products.
+
+    `auto` is bf16 where the GPU has it, fp16 where it has tensor cores for that alone (V100, T4), else fp32.
+    """
     if wanted is not Dtype.auto:
         return {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}[wanted]
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.type != "cuda":
+        return torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
-    return torch.float32
+    return torch.float16 if torch.cuda.get_device_capability(device) >= VOLTA else torch.float32
