@@ -22,7 +22,7 @@ from dist_esm.jobs.progress.ticker import Ticker
 from dist_esm.jobs.report.content import Ending, Report
 from dist_esm.jobs.report.draw import draw_page
 from dist_esm.jobs.report.make import fail_what_vanished, failures_by_file, make_report
-from dist_esm.jobs.report.summary import summary
+from dist_esm.jobs.report.summary import lines_on_nothing, summary
 from dist_esm.jobs.report.write import about_launch, describe_launch, write_report, write_running_report
 from dist_esm.jobs.setup import MakeEngine, Setup, choose_setup, describe, find_inputs, load_engine
 from dist_esm.logs import logging_to
@@ -518,6 +518,8 @@ def conclude(
 
 def tell(report: Report, out: OutputDir, config: Config) -> int:
     """Print the summary, draw the page if it is wanted, and return the exit code."""
+    for line in lines_on_nothing(report):
+        log.warning("%s", line)
     print(summary(report, out.path, config.verbosity), flush=True)
     if config.report is ReportKind.html:
         draw_page(report, out.path)

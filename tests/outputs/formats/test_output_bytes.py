@@ -52,6 +52,10 @@ def size_of(table: OutputTable) -> ContentSize:
     )
 
 
+def paths_on_disk(path: Path) -> int:
+    return len([path, *path.rglob("*")])
+
+
 def bytes_on_disk(path: Path) -> int:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
@@ -63,9 +67,10 @@ def bytes_on_disk(path: Path) -> int:
 def test_the_bytes_of_an_output_are_known_before_it_is_written(tmp_path, kind, include, dtype):
     for name, number, width, layers in (("a", 150, 320, [6]), ("b", 150, 320, [3, 6]), ("c", 40, 1280, [33])):
         table = make_table(number, include, layers, width, dtype)
-        told = FORMATS[kind.name].codec.output_bytes(size_of(table))
-        written = bytes_on_disk(write_table(kind, table, tmp_path / name))
+        codec, path = FORMATS[kind.name].codec, write_table(kind, table, tmp_path / name)
+        told, written = codec.output_bytes(size_of(table)), bytes_on_disk(path)
         assert told == pytest.approx(written, rel=0.03), (name, told, written)
+        assert codec.output_files(size_of(table)) == paths_on_disk(path)
 
 
 @pytest.mark.parametrize("kind", list(Format), ids=lambda kind: kind.name)
