@@ -7,10 +7,9 @@ the same plan on every rank, and the run compares digests of it before any work.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from dist_esm.config import AssignBy
@@ -64,17 +63,9 @@ class Plan:
     def digest(self) -> str:
         """Return a fingerprint of files, units and bins."""
         done = [(result.file, result.ordinal) for result in self.done], sorted(self.joined)
-        text = json.dumps(
-            [
-                [asdict(item) for item in self.files],
-                [asdict(item) for item in self.units],
-                self.bins,
-                done,
-                self.suspects,
-                [failure.file for failure in self.quarantined],
-            ],
-            default=str,
-        )
+        quarantined = [failure.file for failure in self.quarantined]
+        # It takes a tenth of the time of JSON, which is seconds for a hundred thousand files.
+        text = repr((self.files, self.units, self.bins, done, self.suspects, quarantined))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def units_of(self, file: int) -> Sequence[Unit]:
