@@ -22,14 +22,22 @@ FEWEST_NUCLEOTIDES = 8
 """Shorter records may be of these letters by chance."""
 
 SPECIAL_TOKEN = re.compile(
-    r"<\s*(?:cls|pad|eos|bos|unk|mask|sep|null_)\w*\s*>?|<[^<>]*>|\[\s*(?:cls|pad|eos|bos|unk|mask|sep)\s*\]",
+    r"<\s*(?:cls|pad|eos|bos|unk|mask|sep|null_)\w*\s*>?|<[^<>]*>|\[[^\[\]]*\]|\([^()]*\)|\{[^{}]*\}",
     re.IGNORECASE,
 )
-"""fair-esm's special tokens, those of other models, and any text in angle brackets; unclosed ones, too."""
+"""fair-esm's special tokens, those of other models, and any text in brackets, such as a modification; tokens
+that are not closed, too."""
 _NAMED_TOKEN = re.compile(r"<(?:cls|pad|eos|bos|unk|mask|sep|null_\d)>|\[(?:cls|pad|eos|bos|unk|mask|sep)\]")
 _MASK_TOKEN = re.compile(r"<\s*m\s*a\s*s\s*k\s*>", re.IGNORECASE)
 _CHAIN_SEPARATOR = re.compile(r"[:/|]")
 _POSITION = re.compile(r"(?<!\S)[0-9]+|[0-9]+(?!\S)")
+_THREE_LETTERS = (
+    "Ala|Arg|Asn|Asp|Asx|Cys|Gln|Glu|Glx|Gly|His|Ile|Leu|Lys|Met|Phe|Pro|Pyl|Sec|Ser|Thr|Trp|Tyr|Val|Xaa|Ter"
+)
+_THREE_LETTER_CODES = re.compile(
+    rf"(?:(?:{_THREE_LETTERS})[-\s]*){{2,}}|(?=\w+[-\s])(?i:(?:{_THREE_LETTERS}|[-\s]){{3,}})"
+)
+"""Side by side as in `MetLys`, where the case tells, or apart as in `MET-LYS`."""
 _TERMINATOR = re.compile(r"(?<!\S)//\s*$")  # as GenBank ends a record
 _LOWER = b"abcdefghijklmnopqrstuvwxyz"
 _NO_LETTERS = bytes(set(range(256)) - set(_LOWER + _LOWER.upper() + MASK))
@@ -102,7 +110,7 @@ def _mask_tokens(letters: str, policy: SpecialTokens) -> tuple[str, str | None]:
     if not found:
         return letters, None
     named = sorted(token for token in found if _NAMED_TOKEN.fullmatch(token))
-    words = f"special token {named[0]}" if named else "text in angle brackets"
+    words = f"special token {named[0]}" if named else "text in brackets"
     if policy is SpecialTokens.fail:
         raise FastaError(f"has a {words}: special_tokens=skip leaves such records out {ELSEWHERE}")
     if policy is SpecialTokens.skip or found != {"<mask>"}:
@@ -111,7 +119,14 @@ def _mask_tokens(letters: str, policy: SpecialTokens) -> tuple[str, str | None]:
 
 
 def _not_a_protein(letters: str, policy: ResidueConfig) -> str | None:
-    """Return the reason to skip a record that is mostly no letters, such as scores; gaps and stops aside."""
+    """Return the reason to skip a record of codes of three letters, or that is mostly no letters, such as
+    scores; gaps and stops aside."""
+    if _THREE_LETTER_CODES.fullmatch(letters.strip("- \n")):
+        if policy.unknown is Unknown.fail:
+            raise FastaError(
+                f"is in codes of three letters; residues.unknown=replace skips such records {ELSEWHERE}"
+            )
+        return "three-letter codes"
     text = "".join(letters.split()).encode("ascii", "replace").translate(None, _NEUTRAL)
     if 2 * len(text.translate(None, _NO_LETTERS)) >= len(text):
         return None

@@ -286,7 +286,7 @@ def test_chains_go_where_their_record_goes_however_the_file_is_cut(tmp_path, mon
         "????M",
         "3.14 2.71 0.5",
         "\u041c\u0410\u041b\u0410M",
-        "[1, 2, 3, 4]",
+        "1, 2, 3, 4",
         "0",
     ],
 )

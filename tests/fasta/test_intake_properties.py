@@ -79,13 +79,17 @@ TOKEN_NAMES = ("cls", "pad", "eos", "bos", "unk", "mask", "sep")
 
 
 def tokens_in(text: str) -> list[str]:
-    """Text in angle brackets, and what begins like a token of fair-esm though it is not closed."""
-    tokens = []
-    for start, letter in enumerate(text):
-        rest = re.split("[<>]", text[start + 1 :])[0]
-        if letter == "<" and text[start + 1 + len(rest) :][:1] == ">":
-            tokens.append("<" + "".join(rest.split()).lower() + ">")
-        elif letter == "<" and rest.lstrip().lower().startswith((*TOKEN_NAMES, "null_")):
+    """Text in brackets, and what begins like a token of fair-esm though it is not closed."""
+    tokens, start = [], 0
+    while start < len(text):
+        left = text[start]
+        right = {"<": ">", "[": "]", "(": ")", "{": "}"}.get(left, "")
+        rest = re.split(f"[{re.escape(left + right)}]", text[start + 1 :])[0] if right else ""
+        start += 1
+        if right and text[start + len(rest) :][:1] == right:
+            tokens.append(left + "".join(rest.split()).lower() + right)
+            start += len(rest) + 1
+        elif left == "<" and rest.lstrip().lower().startswith((*TOKEN_NAMES, "null_")):
             tokens.append("unclosed")
     return tokens
 
@@ -110,11 +114,11 @@ def modelled(record: Record, number: int, policy: Policy, width: int) -> list[tu
         lines.pop()
     text = "".join(lines).replace("\n", "")
     if tokens := tokens_in(text):
-        named = sorted(token for token in tokens if token[1:-1] in TOKEN_NAMES)
+        named = sorted(token for token in tokens if token[0] in "<[" and token[1:-1] in TOKEN_NAMES)
         if policy.special_tokens is SpecialTokens.fail:
             raise ValueError
         if policy.special_tokens is SpecialTokens.skip or set(tokens) != {"<mask>"}:
-            return [(name, [], f"special token {named[0]}" if named else "text in angle brackets")]
+            return [(name, [], f"special token {named[0]}" if named else "text in brackets")]
     letters = list(
         re.sub(r"<\s*m\s*a\s*s\s*k\s*>", "\0", "\n".join(line for line in lines if line), flags=re.I)
     )

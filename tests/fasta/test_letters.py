@@ -103,10 +103,24 @@ def test_unknown_letters_become_x_or_skip_the_record_or_fail_the_file(tmp_path, 
         assert done.report.records["skipped_by_reason"] == ({} if middle else {"unknown letters": 1})
 
 
+def test_codes_of_three_letters_are_no_letters(tmp_path):
+    """`MetLysVal` is three residues, and would be embedded as nine."""
+    codes = ["MetLysVal", "Met-Lys-Val", "MET LYS\nVAL", "met-lys", "AlaTer"]
+    proteins = ["METLYSVAL", "Metlysval", "MetLysValQ", "VAL"]
+    text = "".join(f">{i}\n{letters}\n" for i, letters in enumerate([*codes, *proteins]))
+    done = embed_beside_good(tmp_path / "1", text)
+    whole = [(str(i + len(codes)), letters.upper()) for i, letters in enumerate(proteins)]
+    check_output(done.load("a_ESM"), whole)
+    assert done.report.records["skipped_by_reason"] == {"three-letter codes": len(codes)}
+    policy = ResidueConfig(unknown=Unknown.fail)
+    message = failure_of(tmp_path / "2", ">a\nMetLys\n", residues=policy)
+    assert message.startswith("record 1 (a) is in codes of three letters; residues.unknown=replace skips")
+
+
 def test_a_token_is_no_letters_and_its_record_is_skipped_or_its_file_failed(tmp_path):
     text = (
         ">a <mask> here\nMK<mask>V\n<eos>\n>b\nMK<cls\nV\n>c\nMK<ma\nsk>V\n>d\nM[MASK]V\n>e\nMK<a>V\n"
-        ">f\nMKV\n>g\nK<mask\n"
+        ">f\nMKV\n>g\nK<mask\n>h\nMK(ac)V\n>i\nMKC[+57.02]V\n>j\nM{2}V\n"
     )
     done = embed_beside_good(tmp_path / "1", text)
     check_output(done.load("a_ESM"), [("f", "MKV")])
@@ -114,7 +128,7 @@ def test_a_token_is_no_letters_and_its_record_is_skipped_or_its_file_failed(tmp_
         "special token <eos>": 1,
         "special token <mask>": 1,
         "special token [mask]": 1,
-        "text in angle brackets": 3,
+        "text in brackets": 6,
     }
     for token, rest in (("<mask>", "V\n"), ("<m", "ask>V\n"), ("<CLS>", "\n")):
         message = failure_of(tmp_path / token, f">a\nMK{token}\n{rest}", special_tokens=SpecialTokens.fail)

@@ -161,9 +161,10 @@ def file_entry(
 
 
 def remarks_on(tally: Tally) -> list[str]:
-    """Return what a person should look at in a file: text that is probably no protein."""
+    """Return what a person should look at in a file: that it is empty, or text that is probably no
+    protein."""
     num_embedded = tally.sequences - tally.outcomes.get("skipped", 0)
-    remarks = []
+    remarks = [] if tally.sequences else ["holds no record"]
     if 2 * tally.nucleotides > num_embedded:
         remarks.append(f"looks like DNA: {tally.nucleotides:,} of {num_embedded:,} records")
     if tally.latin1:
