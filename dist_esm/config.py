@@ -408,6 +408,7 @@ SYNONYMS = (
     ("pt", "pth", "torch"),
     ("per_tok", "per_token", "per_residue"),
     ("bos", "cls"),
+    ("plan", "dry_run", "dry-run", "dryrun", "estimate"),
 )
 """Words for the same thing; some are spelled like another choice, as `gpu` like `cpu`."""
 

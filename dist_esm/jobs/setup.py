@@ -110,27 +110,24 @@ def choose_setup(config: Config, world: World, inputs: Inputs | None = None) -> 
         On every rank, if the output directory, the device, the kernels or the weights cannot be had on one.
     """
     world.all_or_none(first_on_host, world, make_output_dir, config.output_dir)
-    device = find_device(config, world)
-    is_named = config.model.name != AUTO
-    if inputs is not None and is_named and world.is_main:
-        warn_of_slow_cpu(config, device, inputs)
-    weights = find_weights(config, world)
-    if inputs is not None and not is_named and world.is_main:
-        warn_of_slow_cpu(config, device, inputs)
-    return setup_on(device, weights, config, world)
+    device = find_device(config, world, inputs)
+    return setup_on(device, find_weights(config, world), config, world)
 
 
-def find_device(config: Config, world: World) -> torch.device:
-    """Choose the device of this rank.
+def find_device(config: Config, world: World, inputs: Inputs | None = None) -> torch.device:
+    """Choose the device of this rank; a CPU that will take long for the inputs says so.
 
     Raises
     ------
     RefusedError
         On every rank, if one has none.
     """
-    return world.all_or_none(
+    device = world.all_or_none(
         choose_device, config.device, world.local_rank, world.local_world_size, world.host
     )
+    if world.is_main and inputs is not None and config.model.name != AUTO:  # whose size is not known yet
+        warn_of_slow_cpu(config, device, inputs)
+    return device
 
 
 def setup_on(device: torch.device, weights: WeightsId, config: Config, world: World) -> Setup:

@@ -22,7 +22,6 @@ from dist_esm.jobs.setup import (
     find_weights,
     first_on_host,
     setup_on,
-    warn_of_slow_cpu,
 )
 from dist_esm.launcher import num_restarts
 from dist_esm.model.checkpoints.locate import AUTO
@@ -58,9 +57,7 @@ def plan(config: Config, world: World) -> int:
     world.all_or_none(refuse_pipes, config)
     inputs = find_inputs(config, world, is_dry=True)
     world.all_or_none(first_on_host, world, refuse_unwritable, config.output_dir)
-    device = find_device(config, world)
-    if world.is_main and config.model.name != AUTO:
-        warn_of_slow_cpu(config, device, inputs)
+    device = find_device(config, world, inputs)
     problems: list[str] = []
     try:
         weights = find_weights(config, world, is_dry=True)

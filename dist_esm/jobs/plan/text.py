@@ -163,7 +163,7 @@ def lines_on_failures(outlook: Outlook) -> list[str]:
 
 
 def lines_on_remarks(outlook: Outlook) -> list[str]:
-    """Say which files look as if they held no proteins."""
+    """Say which files look as if they held no proteins, and which hold nothing."""
     remarks = {str(outlook.plan.files[file].path): remark for file, remark in outlook.plan.remarks.items()}
     found: dict[str, list[int]] = {}
     for rank in outlook.ranks:
@@ -176,6 +176,10 @@ def lines_on_remarks(outlook: Outlook) -> list[str]:
         if 2 * number > of
     }
     remarks |= read
+    for index, file in enumerate(outlook.plan.files):
+        units = outlook.plan.units_of(index)
+        if not any(unit.count.sequences for unit in units) and not units[0].unreadable:
+            remarks[str(file.path)] = "holds no record"
     lines = [f"warning: {path} {remark}" for path, remark in sorted(remarks.items())[:MAX_REMARKS]]
     more = len(remarks) - MAX_REMARKS
     return [*lines, f"and {number_of(more, 'more warning')}"] if more > 0 else lines

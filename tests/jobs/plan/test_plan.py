@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -55,6 +54,7 @@ def inputs(tmp_path_factory) -> Path:
     dna = "".join(f">gene{i}\n{''.join(random.Random(i).choices('ACGT', k=60))}\n" for i in range(30))
     write(folder / "genes.fasta", dna)
     write(folder / "notes.txt", "not FASTA")
+    write(folder / "nothing.fasta", "")
     write(folder / "bad.fasta", ">good\nMKT\n>bad\nMK\x01T\n")
     return folder
 
@@ -91,7 +91,7 @@ def test_every_number_is_what_biopython_counts(capsys, inputs, tmp_path):
     lines = told_by(capsys, config)
     lengths = lengths_of(inputs)
     assert line_of(lines, "inputs:") == (
-        f"inputs: 6 files, {len(lengths)} proteins, {sum(lengths):,} residues, the longest {max(lengths)}"
+        f"inputs: 7 files, {len(lengths)} proteins, {sum(lengths):,} residues, the longest {max(lengths)}"
     )
     assert line_of(lines, "passed over") == ("passed over 1 file (1 .txt): name a file outright to embed it")
     shown = {}
@@ -119,10 +119,11 @@ def test_every_number_is_what_biopython_counts(capsys, inputs, tmp_path):
     assert line_of(lines, "will fail:").endswith(
         "line 4 holds control characters: this is not text, so no FASTA file"
     )
-    assert line_of(lines, "warning:") == (
-        f"warning: {inputs / 'genes.fasta'} looks like DNA: 30 of 30 records; embed its proteins instead"
-    )
-    assert line_of(lines, "rank 0").endswith(f"6 units, {len(lengths)} sequences")
+    assert [line for line in lines if line.startswith("warning:")] == [
+        f"warning: {inputs / 'genes.fasta'} looks like DNA: 30 of 30 records; embed its proteins instead",
+        f"warning: {inputs / 'nothing.fasta'} holds no record",
+    ]
+    assert line_of(lines, "rank 0").endswith(f"7 units, {len(lengths)} sequences")
     assert lines[-1] == "ok: a run would start"
     tokens = sum(
         min(len(record.seq), LIMIT) + 2
@@ -256,7 +257,7 @@ def test_weights_that_are_not_here_are_looked_for_and_not_fetched(capsys, inputs
         plan(config, World(None, 0, 1, 0, 1))
     lines = capsys.readouterr().out.splitlines()
     assert line_of(lines, "weights:") == "weights: cannot be had"
-    assert line_of(lines, "inputs:").startswith("inputs: 6 files")
+    assert line_of(lines, "inputs:").startswith("inputs: 7 files")
     assert "ok: a run would start" not in lines
     server = ThreadingHTTPServer(("127.0.0.1", 0), Served)
     Thread(target=server.serve_forever, daemon=True).start()
@@ -339,11 +340,11 @@ def test_a_run_says_in_short_what_it_is_about_to_do(inputs, tmp_path):
     assert starts[:4] == ["inputs", "long", "outputs", "ranks"]
     lengths = lengths_of(inputs)
     assert said[0].startswith(
-        f"inputs: 6 files, {len(lengths)} proteins, {sum(lengths):,} residues, the longest {max(lengths)}; "
+        f"inputs: 7 files, {len(lengths)} proteins, {sum(lengths):,} residues, the longest {max(lengths)}; "
         "lengths 0-99: "
     )
     assert f"long: {sum(length > LIMIT for length in lengths)} proteins of more than" in said[1]
-    assert said[3].startswith("ranks: 2 ranks, 2 to 4 units each, 99% balanced; about ")
+    assert said[3].startswith("ranks: 2 ranks, 2 to 5 units each, 99% balanced; about ")
     assert next(place for place, line in enumerate(said) if "loaded in" in line) > 3
 
 
@@ -367,8 +368,18 @@ def test_a_plan_by_the_test_proteins_says_what_a_run_of_them_does(capsys, tmp_pa
     assert f"to embed {done.engine.num_tokens:,} tokens" in line_of(lines, "time:")
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_measured_in_speed_and_memory(inputs, tmp_path):
+    overrides = [f"input={inputs}", f"output_dir={tmp_path / 'out'}", MODEL, "model.weights=random"]
+    result = run_ranks(None, "job=plan", *overrides, CUDA_VISIBLE_DEVICES="0")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert "with packs on their way (measured); cuda:0" in line_of(lines, "memory:")
+    assert "(measured here for 2." in line_of(lines, "time:")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_process_of_a_refused_plan_ends_with_1_and_one_line(tmp_path):
     result = run_ranks(None, "job=plan", f"input={tmp_path / 'no'}", MODEL, "model.weights=random")
-    assert isinstance(result, subprocess.CompletedProcess)
     assert result.returncode == 1
     assert re.fullmatch(r"dist_esm: error: input=\S+ does not exist: .*\n", result.stderr)
