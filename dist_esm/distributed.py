@@ -122,6 +122,11 @@ class World:
         self._status = WorkerStatus.IDLE
 
     @classmethod
+    def alone(cls) -> World:
+        """Return a world of one, whatever started this process."""
+        return cls(None, 0, 1, 0, 1)
+
+    @classmethod
     @contextmanager
     def connect(cls, heartbeat_timeout: float = HEARTBEAT_TIMEOUT) -> Iterator[World]:
         """Join the ranks that torchrun started, or be a world of one. CUDA is not touched.
@@ -139,7 +144,7 @@ class World:
         """
         launched = launch_environment()
         if launched is None:
-            yield cls(None, 0, 1, 0, 1)
+            yield cls.alone()
             return
         rank, world_size = launched
         is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

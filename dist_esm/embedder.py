@@ -1,14 +1,23 @@
-"""ESM-2 in a notebook: sequences in, arrays out, on one device, with the numbers of the command line."""
+"""ESM-2 in a notebook: proteins in, arrays or frames out, on one device, with the numbers of the command."""
 
 from __future__ import annotations
 
+import json
+import operator
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_esm.attempt import as_value
 from dist_esm.config import (
     Attention,
     Config,
@@ -22,16 +31,36 @@ from dist_esm.config import (
     choice,
     model_config,
 )
-from dist_esm.fasta.letters import make_proteins
-from dist_esm.fasta.segments import apply_length_policy, make_segments, num_embedded
+from dist_esm.distributed import RefusedError, World
+from dist_esm.fasta.segments import make_segments, num_embedded
+from dist_esm.given import GivenProtein, read_given, warn_of_changes
+from dist_esm.jobs.embed import run
+from dist_esm.jobs.setup import Setup
+from dist_esm.keys import with_keys
+from dist_esm.logs import logging_to_terminal
 from dist_esm.model.checkpoints.locate import fetch
-from dist_esm.model.engine import build_engine
+from dist_esm.model.engine import AHEAD, Engine, Submitted, build_engine
 from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels
 from dist_esm.model.pool import combine
 from dist_esm.model.weights import architecture, check_weights, complete
+from dist_esm.outputs.convert import frame_of, need_frames
+from dist_esm.outputs.load import EmbeddingSet, load
 from dist_esm.pipeline.packer import Packer
-from dist_esm.pipeline.retry import embed_pack
-from dist_esm.types import Pack, SegmentEmbedding
+from dist_esm.pipeline.retry import finish
+from dist_esm.stop import signals_as_before
+from dist_esm.types import Pack, ProteinEmbedding, RankResult, SegmentEmbedding
+
+BAR_SECONDS = 3.0
+"""What takes no longer shows no progress bar."""
+MOST_NAMED = 5
+"""Files that an error names."""
+OWN_KEYS = (
+    *("model", "device", "dtype", "attention", "linear"),
+    *("truncation_seq_length", "long", "window_overlap", "toks_per_batch"),
+)
+"""Keys of the command line that are settled when an `Embedder` is made."""
+KEYS_SET = ("input", "output_dir", "job", "ranks")
+"""Keys that `Embedder.embed_file` sets."""
 
 
 class Embedder:
@@ -46,12 +75,12 @@ class Embedder:
         torch hub's cache.
     adapter
         As `model.adapter` on the command line: the directory of a LoRA adapter; None: none.
-    layer
-        The layer to return, fair-esm's numbering, negatives from the end.
+    repr_layers
+        The layer to return, or a list of layers, fair-esm's numbering, negatives from the end.
     device, dtype, attention, linear
         As on the command line.
     truncation_seq_length, long, window_overlap
-        As on the command line; what `long=skip` and `long=fail` would leave out is a ValueError here.
+        As on the command line; what `long=skip` and `long=fail` would leave out is a ValueError in `embed`.
     toks_per_batch
         Tokens in a pack; None: the default for the device.
 
@@ -65,8 +94,8 @@ class Embedder:
     >>> embedder = Embedder("esm2_t6_8M_UR50D", weights="random", device="cpu")
     >>> embedder.embed(["MKTAYIAKQR", "GAVLIPFMW"]).shape
     (2, 320)
-    >>> [rows.shape for rows in embedder.embed(["MKTAYIAKQR", "GAVLIPFMW"], include="per_tok")]
-    [(10, 320), (9, 320)]
+    >>> [rows.shape for rows in embedder.embed({"P1": "MKTAYIAKQR", "P2": "GAV"}, include="per_tok")]
+    [(10, 320), (3, 320)]
     """
 
     def __init__(
@@ -75,7 +104,7 @@ class Embedder:
         *,
         weights: str | os.PathLike[str] | None = None,
         adapter: str | os.PathLike[str] | None = None,
-        layer: int = -1,
+        repr_layers: SupportsIndex | Sequence[int] = -1,
         device: str = "auto",
         dtype: str = "auto",
         attention: str = "auto",
@@ -88,7 +117,7 @@ class Embedder:
         config = Config(
             input="sequences",
             model=model_config(model),
-            repr_layers=[layer],
+            repr_layers=list_of(repr_layers),
             device=choice(DeviceKind, "device", device),
             dtype=choice(Dtype, "dtype", dtype),
             attention=choice(Attention, "attention", attention),
@@ -106,7 +135,7 @@ class Embedder:
         check_layers(config)
         self.weights = check_weights(config.model).words
         self.config = config
-        (self.layer,) = config.resolved_layers()
+        self.repr_layers = repr_layers
         place = choose_device(config.device, 0, 1, "this machine")
         precision = choose_dtype(config.dtype, place)
         kernels = choose_kernels(
@@ -114,58 +143,291 @@ class Embedder:
         )
         self.engine = build_engine(config, place, precision, kernels)
 
-    def embed(self, sequences: Iterable[str], include: str = "mean") -> Any:
-        """Embed sequences, in their order.
+    def embed(
+        self,
+        sequences: Any,
+        include: str | Sequence[str] = "mean",
+        repr_layers: SupportsIndex | Sequence[int] | None = None,
+        *,
+        as_frame: bool | Literal["pandas", "polars"] = False,
+        progress: bool | None = None,
+    ) -> Any:
+        """Embed proteins, in their order.
+
+        Letters are put right as the command line does by default: upper-cased, no blanks, gaps and trailing
+        stops, X for each unknown letter. Identical sequences are computed once. A protein that is longer than
+        `truncation_seq_length` is treated as `long` says; if it is truncated, or letters became X, a warning
+        says how many and which.
 
         Parameters
         ----------
         sequences
-            Letters; put right as the command line does by default: upper-cased, no blanks, gaps and trailing
-            stops, X for each unknown letter. Special tokens such as `<mask>` and several chains in one are
-            refused.
+            A list of sequences (any iterable of text); a dict of id to sequence; pairs (id, sequence);
+            records of Biopython, in a list or as the values of a dict; or the path of one FASTA file, also
+            compressed. What looks like a path or an id is never taken for a sequence.
         include
-            `mean` over residues, `bos`, or `per_tok`.
+            `mean` over residues, `bos`, or `per_tok`; or a list of these.
+        repr_layers
+            A layer, or a list of layers; None: those of the `Embedder`.
+        as_frame
+            True or `"pandas"` for a pandas data frame, `"polars"` for one of polars.
+        progress
+            A progress bar: True shows one after a few seconds, False none; None: if tqdm is installed.
 
         Returns
         -------
-        float32 array, shape (N, D), for `mean` and `bos`; list of N arrays, shape (L, D), for `per_tok`
+        float32 array, list, dict or data frame
+            For one kind and layer, not in lists: an array, shape (N, D), for `mean` and `bos`; a list of N
+            arrays, shape (L, D), for `per_tok`. If either is a list: a dict of these, whose keys are
+            ``mean_layer_33`` and the like. As a frame: a row for each protein, with the columns `id`
+            (``sequence_0`` and so on, where none was given), `length` (embedded residues) and
+            ``mean_layer_33`` and the like. No proteins give arrays of shape (0, D), empty lists, or a frame
+            without rows.
 
         Raises
         ------
         ValueError
-            If a sequence is empty or left out by the policies for letters and lengths; the message has its
-            place.
-        """
-        if isinstance(sequences, str):
-            raise ValueError("sequences is one string: pass a list of sequences")
-        wanted = choice(Include, "include", include)
-        self.engine.wants_rows = wanted is Include.per_tok
-        packer = Packer(self.engine.toks_per_batch)
-        segments: dict[int, list[SegmentEmbedding | None]] = {}
-        lengths: list[int] = []
-        for place, letters in enumerate(sequences):
-            (protein,) = make_proteins(f"sequence_{place}", letters, place + 1, self.config)
-            protein, _, spans = apply_length_policy(protein, self.config)
-            if protein.skipped is not None:
-                raise ValueError(f"sequence {place} is left out: {protein.skipped}")
-            lengths.append(num_embedded(spans))
-            segments[place] = [None] * len(spans)
-            for segment in make_segments(place, protein.residues, spans):
-                for pack in packer.add(segment):
-                    self._run(pack, segments)
-        for pack in packer.flush():
-            self._run(pack, segments)
-        vectors: list[NDArray[np.float32]] = []
-        for place, length in enumerate(lengths):
-            parts = [part for part in segments[place] if part is not None]
-            vectors.append(combine(parts, length, [(wanted, self.layer)])[wanted, self.layer])
-        if wanted is Include.per_tok:
-            return vectors
-        return np.stack(vectors) if vectors else np.empty((0, self.config.model.embed_dim), dtype=np.float32)
+            If `sequences` is something else, if one of them is empty or left out by the policies for letters
+            and lengths (the message has its place, from 0, and its id), if a kind or a layer is unknown, or
+            if a package that was asked for is not installed.
 
-    def _run(self, pack: Pack, segments: dict[int, list[SegmentEmbedding | None]]) -> None:
-        """Embed a pack, and put each segment's embedding in its place."""
-        for segment, embedding in zip(pack.segments, embed_pack(self.engine, pack), strict=True):
-            if isinstance(embedding, Exception):
-                raise embedding
-            segments[segment.protein][segment.part] = embedding
+        Examples
+        --------
+        >>> embedder = Embedder("esm2_t6_8M_UR50D", weights="random", device="cpu")
+        >>> embedder.embed({"P1": "MKTAYIAKQR"}, as_frame=True).columns.to_list()
+        ['id', 'length', 'mean_layer_6']
+        >>> vectors = embedder.embed(["MKT", "GAV"], include=["mean", "bos"], repr_layers=[3, 6])
+        >>> sorted(vectors), vectors["bos_layer_3"].shape
+        (['bos_layer_3', 'bos_layer_6', 'mean_layer_3', 'mean_layer_6'], (2, 320))
+        """
+        library = "pandas" if as_frame is True else as_frame or None
+        if library is not None:
+            need_frames(library)
+        layers = self.repr_layers if repr_layers is None else repr_layers
+        config = replace(self.config, repr_layers=list_of(layers), include=kinds_of(include))
+        check(config)
+        wanted = [(kind, layer) for kind in config.include for layer in config.resolved_layers()]
+        given = read_given(sequences, config)
+        warn_of_changes(given, config)
+        wants_rows = Include.per_tok in config.include
+        with self.engine.for_layers(config.resolved_layers(), wants_rows) as engine:
+            proteins = embed_given(engine, given, wanted, progress)
+        arrays = {
+            f"{kind.name}_layer_{layer}": together(
+                [protein[kind, layer] for protein in proteins], kind, self.width
+            )
+            for kind, layer in wanted
+        }
+        if library is not None:
+            about: dict[str, Sequence[Any]] = {
+                "id": [one.id for one in given],
+                "length": [num_embedded(one.spans) for one in given],
+            }
+            return frame_of(library, about, arrays, self.width)
+        if isinstance(include, str) and isinstance(layers, SupportsIndex):
+            (only,) = arrays.values()
+            return only
+        return arrays
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.config.model.embed_dim
+
+    def embed_file(
+        self,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        output_dir: str | os.PathLike[str],
+        **keys: Any,
+    ) -> EmbeddingSet:
+        """Embed FASTA files into an output directory: the run of the command with one rank.
+
+        Outputs, their bits, journal, report and log lines are those of the command with these settings, and
+        either goes on with what the other began. The model that is loaded is used. torch.distributed is not
+        initialised, and a program's own use of it, of Hydra or of logging is left alone.
+
+        Parameters
+        ----------
+        path
+            As `input` on the command line: a file, a directory, a glob, or a list of these.
+        output_dir
+            Where everything is written.
+        keys
+            Other keys of the command line, for example ``format="parquet"``, ``include=["mean", "per_tok"]``,
+            ``residues={"unknown": "fail"}`` or ``verbosity="quiet"``. Those of the model and of lengths are
+            the `Embedder`'s.
+
+        Returns
+        -------
+        EmbeddingSet
+            What ``load(output_dir, run="last")`` gives.
+
+        Raises
+        ------
+        ValueError
+            If the run cannot start, in one line that names the key, or if files failed: all others are done
+            then, and `report.json` names each.
+        KeyboardInterrupt
+            If it was interrupted. What is done is kept, and the same call goes on from there.
+        RuntimeError
+            If something else ended it early.
+
+        Examples
+        --------
+        >>> embedder = Embedder("esm2_t33_650M_UR50D")  # doctest: +SKIP
+        >>> run = embedder.embed_file("proteins/", "embeddings", format="parquet")  # doctest: +SKIP
+        >>> run.vectors.shape  # doctest: +SKIP
+        (28, 1280)
+        """
+        inputs = (
+            os.fspath(path) if isinstance(path, (str, os.PathLike)) else [os.fspath(item) for item in path]
+        )
+        for key in keys:
+            if key in OWN_KEYS or key in KEYS_SET:
+                own = key in OWN_KEYS
+                where = "it is settled when an Embedder is made" if own else "embed_file sets it itself"
+                raise ValueError(f"{key} is no key for embed_file: {where}")
+        config = with_keys(deepcopy(self.config), keys)
+        config = replace(config, input=inputs, output_dir=Path(output_dir).expanduser(), ranks=1)
+        check(config)
+
+        def engine_of_run(config: Config, setup: Setup, world: World) -> Engine:
+            rows_dtype = config.save_dtype.name
+            return self.engine.for_layers(
+                config.resolved_layers(), Include.per_tok in config.include, rows_dtype
+            )
+
+        with signals_as_before(), logging_to_terminal(0, config.verbosity):
+            try:
+                code = run(config, World.alone(), engine_of_run)
+            except RefusedError as refused:
+                raise ValueError("; ".join(refused.problems)) from None
+        if code != 0:
+            raise ending_of_run(config.output_dir)
+        return load(config.output_dir, run="last")
+
+
+def list_of(layers: SupportsIndex | Sequence[int]) -> list[int]:
+    """Return layers as a list."""
+    return [operator.index(layers)] if isinstance(layers, SupportsIndex) else list(layers)
+
+
+def kinds_of(include: str | Sequence[str]) -> list[Include]:
+    """Return kinds by their names."""
+    names = [include] if isinstance(include, str) else include
+    return [choice(Include, "include", name) for name in names]
+
+
+def embed_given(
+    engine: Engine,
+    given: Sequence[GivenProtein],
+    wanted: Sequence[tuple[Include, int]],
+    progress: bool | None,
+) -> list[ProteinEmbedding]:
+    """Embed proteins, identical ones once, and return the embedding of each in order."""
+    first_with: dict[bytes, int] = {}
+    places = [first_with.setdefault(one.residues, place) for place, one in enumerate(given)]
+    firsts = list(first_with.values())
+    parts: dict[int, list[SegmentEmbedding | None]] = {
+        place: [None] * len(given[place].spans) for place in firsts
+    }
+    embeddings: dict[int, ProteinEmbedding] = {}
+    total = sum(span.stop - span.start for place in firsts for span in given[place].spans)
+    with progress_bar(total, progress) as bar:
+        for pack, answers in answers_of(engine, packs_of(engine, given, firsts)):
+            for segment, answer in zip(pack.segments, answers, strict=True):
+                if isinstance(answer, Exception):
+                    raise answer
+                of_protein = parts[segment.protein]
+                of_protein[segment.part] = answer
+                whole = [part for part in of_protein if part is not None]
+                if len(whole) == len(of_protein):
+                    num_residues = num_embedded(given[segment.protein].spans)
+                    embeddings[segment.protein] = combine(whole, num_residues, wanted)
+                    del parts[segment.protein]
+            bar.update(pack.num_tokens - 2 * len(pack.segments))
+    # A copy for each that comes again: whoever writes into one protein's rows must not change another's.
+    return [
+        embeddings[first] if first == place else deepcopy(embeddings[first])
+        for place, first in enumerate(places)
+    ]
+
+
+def packs_of(engine: Engine, given: Sequence[GivenProtein], places: Iterable[int]) -> Iterator[Pack]:
+    """Fill packs with the proteins at some places."""
+    packer = Packer(engine.toks_per_batch)
+    for place in places:
+        for segment in make_segments(place, given[place].residues, given[place].spans):
+            yield from packer.add(segment)
+    yield from packer.flush()
+
+
+def answers_of(
+    engine: Engine, packs: Iterable[Pack]
+) -> Iterator[tuple[Pack, list[SegmentEmbedding | Exception]]]:
+    """Embed packs, some of them submitted ahead, so that the device always has its next one."""
+    ahead: deque[tuple[Pack, Submitted | Exception]] = deque()
+    for pack in packs:
+        ahead.append((pack, as_value(engine.submit, pack)))
+        if len(ahead) > AHEAD:
+            first, submitted = ahead.popleft()
+            yield first, finish(engine, first, submitted, RankResult())
+    for first, submitted in ahead:
+        yield first, finish(engine, first, submitted, RankResult())
+
+
+def progress_bar(total: int, wanted: bool | None) -> Any:
+    """Return a progress bar of residues, which shows itself after a few seconds.
+
+    Raises
+    ------
+    ValueError
+        If one is wanted and tqdm is not installed.
+    """
+    is_there = find_spec("tqdm") is not None
+    if wanted and not is_there:
+        raise ValueError("progress=True needs tqdm: pip install 'dist_esm[notebook]'")
+    if wanted is False or not is_there:
+        return NoBar()
+    tqdm = import_module("tqdm.auto").tqdm
+    return tqdm(total=total, desc="embedding", unit=" residues", unit_scale=True, delay=BAR_SECONDS)
+
+
+class NoBar:
+    """What stands for a progress bar that nobody wants."""
+
+    def __enter__(self) -> NoBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was shown."""
+
+    def update(self, num_residues: int) -> None:
+        """Show nothing."""
+
+
+def together(values: list[NDArray[np.float32]], kind: Include, width: int) -> Any:
+    """Return vectors as one array, and residues as the list that they are."""
+    if kind is Include.per_tok:
+        return values
+    return np.stack(values) if values else np.empty((0, width), dtype=np.float32)
+
+
+def ending_of_run(output_dir: Path) -> BaseException:
+    """Return what to raise for a run that did not embed every file, by its report."""
+    report = json.loads((output_dir / "report.json").read_text(encoding="utf-8"))
+    if report["status"] == "aborted":
+        reason = str(report["reason"])
+        return (
+            KeyboardInterrupt(reason)
+            if "SIGINT" in reason
+            else RuntimeError(f"{reason}: what is done is kept")
+        )
+    failed = [f"{failure['path']}: {failure['error_message']}" for failure in report["failed"]]
+    more = f"; and {len(failed) - MOST_NAMED} more" if len(failed) > MOST_NAMED else ""
+    total = len(failed) + len(report["files"])
+    return ValueError(
+        f"{len(failed)} of {total} files failed, the others are in {output_dir}: "
+        + "; ".join(failed[:MOST_NAMED])
+        + more
+    )

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
-from dist_esm.config import Config, conf_dir
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dist_esm.config import Config, conf_dir, no_choice
 
 
 def key_types(schema: type[Any] = Config, prefix: str = "") -> dict[str, Any]:
@@ -42,3 +49,44 @@ def is_in_brackets(text: str) -> bool:
         if depth == 0:
             return index == len(text) - 1 and index > 0
     return False
+
+
+def with_keys(config: Config, keys: Mapping[str, Any]) -> Config:
+    """Return a configuration with other values of some keys, as Python has them.
+
+    Raises
+    ------
+    ValueError
+        If there is no such key, or the value is none of its type.
+    """
+    types = key_types()
+    for key, value in keys.items():
+        if key not in types:
+            near = difflib.get_close_matches(key, [name for name in types if "." not in name], n=1)
+            raise ValueError(
+                f"there is no key {key}: " + (f"did you mean {near[0]}?" if near else "see dist-esm --help")
+            )
+        check_choices(key, types[key], value)
+    values = {
+        key: [value] if key in ("include", "repr_layers") and isinstance(value, (str, int)) else value
+        for key, value in keys.items()
+    }
+    try:
+        merged: Any = OmegaConf.merge(OmegaConf.structured(Config), values)
+        typed = {key: merged[key] for key in keys}
+    except OmegaConfBaseException as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    plain: dict[str, Any] = {
+        key: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+        for key, value in typed.items()
+    }
+    return replace(config, **plain)
+
+
+def check_choices(key: str, hint: Any, value: Any) -> None:
+    """Refuse a name that is no choice of a key."""
+    choices = next(iter(get_args(hint)), None) if get_origin(hint) is list else hint
+    if isinstance(choices, type) and issubclass(choices, Enum):
+        for name in [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []:
+            if isinstance(name, str) and name not in choices.__members__:
+                raise ValueError(no_choice(choices, key, name))

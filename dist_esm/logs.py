@@ -43,6 +43,17 @@ def formatter(rank: int, date_format: str) -> logging.Formatter:
     return PrintableFormatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", date_format)
 
 
+@contextmanager
+def logging_to_terminal(rank: int, verbosity: Verbosity) -> Iterator[None]:
+    """While the block runs, log as `setup_logging` has it; after it as before."""
+    before = list(log.handlers), log.level, log.propagate
+    setup_logging(rank, verbosity)
+    try:
+        yield
+    finally:
+        log.handlers, log.level, log.propagate = before
+
+
 class PrintableFormatter(logging.Formatter):
     """Keeps every message on its line: a name in it may hold any character."""
 

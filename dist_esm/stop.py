@@ -92,8 +92,12 @@ def on_signals(act: Callable[[str], None]) -> Iterator[None]:
     thread.
 
     From then on, in the block and after it, another signal that comes after `REPEAT_SECONDS` ends the
-    process, and a second Ctrl-C at once.
+    process, and a second Ctrl-C at once. Python gives signals to its main thread, so in another one this does
+    nothing.
     """
+    if not is_main_thread():
+        yield
+        return
     first: list[float] = []
 
     def on_signal(number: int, _frame: object) -> None:
@@ -115,6 +119,25 @@ def on_signals(act: Callable[[str], None]) -> Iterator[None]:
         if not first:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def signals_as_before() -> Iterator[None]:
+    """After the block, signals do what they did before it, also if one came: the program goes on."""
+    if not is_main_thread():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def is_main_thread() -> bool:
+    """Tell whether this is the thread that Python gives signals to."""
+    return threading.current_thread() is threading.main_thread()
 
 
 _received: list[int] = []

@@ -170,7 +170,7 @@ def test_mypy_sees_the_types_in_a_users_script(installed, tmp_path):
     for line in (
         'script.py:3: note: Revealed type is "list[str]"',
         'script.py:4: note: Revealed type is "int"',
-        'script.py:5: note: Revealed type is "numpy.ndarray[',
+        'script.py:5: note: Revealed type is "dist_esm.outputs.vectors.Vectors"',
         'script.py:6: error: Argument 1 to "load" has incompatible type "int"',
         'script.py:7: error: Module has no attribute "nonsense"',
     ):

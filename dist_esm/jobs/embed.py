@@ -102,7 +102,7 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
             remove_leftovers(config.output_dir, inputs.files)
         plan = agree_on_plan(config, inputs.files, out.entries, world, out.deaths)
         ticker.note_plan(plan)
-        say_what_is_to_do(plan, config, setup, world)
+        say_what_is_to_do(plan, config, setup, world, loads_model=make_engine is load_engine)
         about = about_launch(plan, config, setup, inputs, clock.started)
         world.all_or_none(out.record_inputs, plan.files, about)
         if world.is_main:
@@ -160,8 +160,8 @@ def keeping_records(out: OutputDir, setup: Setup, world: World) -> Iterator[None
             world.progress.on_phase = lambda phase: None
 
 
-def say_what_is_to_do(plan: Plan, config: Config, setup: Setup, world: World) -> None:
-    """Log the plan in short, of what is known already.
+def say_what_is_to_do(plan: Plan, config: Config, setup: Setup, world: World, loads_model: bool) -> None:
+    """Log the plan in short, of what is known already. A model that is not loaded has to fit.
 
     Raises
     ------
@@ -173,7 +173,7 @@ def say_what_is_to_do(plan: Plan, config: Config, setup: Setup, world: World) ->
     if world.is_main:
         for line in short_lines(plan, work, output, room, config, setup, describe(setup.device)):
             log.info("%s", line)
-    problems = problems_of(plan, output, room, config, setup, world)
+    problems = problems_of(plan, output, room, config, setup, world, loads_model)
     world.agree("; ".join(problems) or None)
     if world.is_main and (remark := remark_on_room(output, room)):
         log.warning("%s", remark)

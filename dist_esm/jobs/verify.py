@@ -302,7 +302,7 @@ def check_numbers(part: EmbeddingSet, output: str, settings: Config) -> Iterator
     width = settings.model.embed_dim
     for kind, layer in settings.output_representations():
         if kind is not Include.per_tok:
-            values = as_value(part.vectors_of, kind.name, layer)
+            values = as_value(part.to_numpy, kind.name, layer)
             if isinstance(values, Exception):
                 yield f"{output}: {kind.name} of layer {layer} cannot be read: {values}"
             elif values.shape != (len(part), width):

@@ -136,6 +136,26 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def for_layers(self, layers: Sequence[int], wants_rows: bool, rows_dtype: str = "float32") -> Engine:
+        """Return another engine of the same model, for other representations; it is closed by itself.
+
+        Parameters
+        ----------
+        layers, wants_rows
+            As for `Engine`.
+        rows_dtype
+            Name of the dtype of per-residue representations.
+        """
+        return Engine(
+            self.model,
+            layers,
+            wants_rows,
+            self.toks_per_batch,
+            self.num_threads,
+            self._load_wider,
+            getattr(torch, rows_dtype),
+        )
+
     def submit(self, pack: Pack, num_rows: int | None = None) -> Submitted:
         """Start to embed a pack; do not wait for it.
 

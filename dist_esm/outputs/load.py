@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
@@ -14,15 +12,15 @@ from typing import Any, Literal, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_esm.attempt import as_value
-from dist_esm.names import readable_name
-from dist_esm.outputs import journal, launches
+from dist_esm.outputs import convert, journal, launches
 from dist_esm.outputs.finished import finished_files
-from dist_esm.outputs.formats.base import About, Opened
+from dist_esm.outputs.formats.base import About
 from dist_esm.outputs.formats.registry import FORMATS, format_at
+from dist_esm.outputs.opened import OutputSequence
+from dist_esm.outputs.positions import Positions
+from dist_esm.outputs.vectors import Vectors
 
-MAX_OPEN = 8
-"""Outputs that are kept open at a time."""
+KINDS = ("mean", "bos", "per_tok")
 
 
 def load(path: str | os.PathLike[str], run: Literal["all", "last"] = "all") -> EmbeddingSet:
@@ -100,49 +98,14 @@ def _outputs_of(output_dir: Path, run: str) -> list[str]:
     return [written.path for file in files for written in file.written]
 
 
-def open_output(path: Path) -> Opened:
-    """Open one output.
-
-    Raises
-    ------
-    ValueError
-        If it is not there, is damaged or is something else, or what reads it is not installed.
-    """
-    output_format = format_at(path)
-    if output_format is None:
-        raise ValueError(f"{path} is not there or not whole: run again with resume=true, which does it again")
-    with readable_name(path) if path.is_file() else nullcontext(path) as name:
-        opened = as_value(output_format.codec.open, name)
-    if isinstance(opened, ModuleNotFoundError):
-        raise ValueError(f"reading {path} needs {opened.name}: pip install 'dist_esm[formats]'")
-    if isinstance(opened, Exception):
-        reason = " ".join(str(opened).split())
-        raise ValueError(
-            f"{path} is damaged or no output of dist_esm ({type(opened).__name__}: {reason}): "
-            "embed its input again"
-        )
-    return opened
-
-
-WORDS = ("dist_esm", "weights_in_words")
-"""Provenance that tells nothing of the numbers that other keys do not tell."""
-
-
-def settings_of(about: About) -> tuple[dict[str, Any], dict[str, list[int]], int]:
-    """Return what outputs that are read together must share: all but the code, which tells its numerics
-    apart."""
-    # Before numerics had a version of their own they were the first.
-    provenance = {"numerics": 1, **about.provenance}
-    return {key: value for key, value in provenance.items() if key not in WORDS}, about.kinds, about.width
-
-
 class EmbeddingSet:
     """Embeddings of N proteins in input order, from one output or many.
 
-    Numbers are read when they are asked for. ``proteins[3]`` and ``proteins["P12345"]`` are a protein's
-    vector, shape (D,): the mean over residues of the last requested layer; `vectors_of` has the other
-    representations. Of an id that is there more than once it is the first's, and `positions` gives all of
-    them. One set is for one thread.
+    Everything is read when it is asked for, and no more than is asked for. ``proteins[3]`` and
+    ``proteins["P12345"]`` are a protein's vector, shape (D,): the mean over residues of the last requested
+    layer. ``proteins[:3]`` and ``proteins[["P12345", "Q9"]]`` are those of several, shape (n, D).
+    `vectors_of` has the other representations. Of an id that is there more than once it is the first's, and
+    `positions` gives all of them. One set is for one thread.
 
     Parameters
     ----------
@@ -152,8 +115,7 @@ class EmbeddingSet:
     Raises
     ------
     ValueError
-        By whatever reads numbers, if an output is gone, is damaged, or was made under other settings than the
-        first.
+        By whatever reads, if an output is gone, is damaged, or was made under other settings than the first.
 
     Examples
     --------
@@ -167,52 +129,59 @@ class EmbeddingSet:
     """
 
     def __init__(self, outputs: Sequence[Path]) -> None:
-        self._outputs = list(outputs)
-        self._open: OrderedDict[int, Opened] = OrderedDict()
+        self._outputs = OutputSequence(outputs)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._outputs.starts[-1])
 
     def __contains__(self, protein: object) -> bool:
-        return protein in self._positions
+        return isinstance(protein, str) and self._by_id.first(protein) is not None
 
-    def __getitem__(self, protein: str | SupportsIndex) -> NDArray[np.float32]:
-        output, position = self._find(protein)
-        return self._opened(output).vector("mean", self.about.main_layer, position).astype(np.float32)
+    def __getitem__(self, proteins: str | SupportsIndex | slice | Sequence[str | int]) -> NDArray[np.float32]:
+        if isinstance(proteins, slice):
+            rows = self.vectors[proteins]
+        elif isinstance(proteins, (Sequence, np.ndarray)) and not isinstance(proteins, str):
+            rows = self.vectors[[self._position(protein) for protein in proteins]]
+        else:
+            output, position = self._outputs.find(self._position(proteins))
+            rows = self._outputs.opened(output).vector("mean", self.about.main_layer, position)
+        return np.array(rows, np.float32)
 
     def __repr__(self) -> str:
-        origin = f" from {self._outputs[0]}" if self._outputs else ""
-        return f"<EmbeddingSet of {len(self._outputs)} outputs{origin}>"
+        paths = self._outputs.paths
+        return f"<EmbeddingSet of {len(paths)} outputs{f' from {paths[0]}' if paths else ''}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_outputs": self._outputs, "_open": OrderedDict()}
+        return {"_outputs": self._outputs}
 
     @cached_property
     def ids(self) -> list[str]:
-        """Ids of the N proteins, duplicates included."""
-        return [protein for _, ids, _ in self._index for protein in ids]
+        """Ids of the N proteins, duplicates included. Read once and kept."""
+        outputs = self._outputs
+        return [name for output in range(len(outputs)) for name in outputs.ids(output)]
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Residues that each embedding was made of, N of them."""
-        return [length for _, _, lengths in self._index for length in lengths]
+        """Residues that each embedding was made of, N of them. Read once and kept."""
+        outputs = self._outputs
+        return [length for output in range(len(outputs)) for length in outputs.opened(output).lengths()]
 
     @property
     def headers(self) -> list[str]:
         """Whole header lines of the N proteins; read from disk each time."""
-        return [
-            header for output in range(len(self._outputs)) for header in self._opened(output).records()[1]
-        ]
+        outputs = self._outputs
+        return [header for output in range(len(outputs)) for header in outputs.opened(output).headers()]
 
     @property
     def sources(self) -> list[str]:
         """Path of the input file of each protein, relative to the common root of the run's inputs."""
-        return [about.source for about, ids, _ in self._index for _ in ids]
+        pairs = zip(self._outputs.sources, self._outputs.num_proteins, strict=True)
+        return [source for source, num_proteins in pairs for _ in range(num_proteins)]
 
     @cached_property
-    def vectors(self) -> NDArray[np.float32]:
-        """All vectors, float32 of shape (N, D): the mean over residues of the last requested layer. Read once
-        and kept."""
+    def vectors(self) -> Vectors:
+        """All vectors, float32 of shape (N, D): the mean over residues of the last requested layer. They stay
+        on disk until they are used, see `Vectors`."""
         return self.vectors_of("mean", self.about.main_layer)
 
     @property
@@ -229,14 +198,10 @@ class EmbeddingSet:
         ValueError
             If there are no outputs.
         """
-        if not self._index:
-            raise ValueError(
-                "the run has no outputs, so there is nothing to say of them: see failed_files.txt"
-            )
-        return self._index[0][0]
+        return self._outputs.about
 
-    def vectors_of(self, kind: str, layer: int) -> NDArray[np.float32]:
-        """Return all vectors of one representation.
+    def vectors_of(self, kind: str, layer: int) -> Vectors:
+        """Return all vectors of one representation, which stay on disk until they are used.
 
         Parameters
         ----------
@@ -247,7 +212,8 @@ class EmbeddingSet:
 
         Returns
         -------
-        float32 array, shape (N, D)
+        Vectors
+            As a float32 array, shape (N, D).
 
         Raises
         ------
@@ -257,13 +223,12 @@ class EmbeddingSet:
         if kind == "per_tok":
             raise ValueError("per_tok is not one vector for each protein: use residues(id)")
         self._check(kind, layer)
-        rows = np.empty((len(self), self.about.width), np.float32)
-        for output in range(len(self._outputs)):
-            rows[self._starts[output] : self._starts[output + 1]] = self._opened(output).vectors(kind, layer)
-        return rows
+        return Vectors(self._outputs, kind, layer)
 
     def residues(self, protein: str | SupportsIndex, layer: int | None = None) -> NDArray[np.float32]:
         """Return a protein's per-residue representations.
+
+        Of the numbers in its output no others are read; in a compressed `parquet` those of its row group are.
 
         Parameters
         ----------
@@ -283,8 +248,8 @@ class EmbeddingSet:
         """
         layer = self.about.main_layer if layer is None else layer
         self._check("per_tok", layer)
-        output, position = self._find(protein)
-        return self._opened(output).residues(layer, position).astype(np.float32)
+        output, position = self._outputs.find(self._position(protein))
+        return np.array(self._outputs.opened(output).residues(layer, position), np.float32)
 
     def positions(self, protein: str) -> list[int]:
         """Return all positions of an id, counted from 0.
@@ -294,9 +259,107 @@ class EmbeddingSet:
         KeyError
             If there is none.
         """
-        if protein not in self._positions:
+        found = self._by_id.all(protein)
+        if not found:
             raise KeyError(protein)
-        return list(self._positions[protein])
+        return found
+
+    def to_numpy(self, kind: str = "mean", layer: int | None = None) -> NDArray[np.float32]:
+        """Read all vectors of one representation into memory.
+
+        Parameters
+        ----------
+        kind
+            `mean` or `bos`.
+        layer
+            Of those that were requested; None: the last.
+
+        Returns
+        -------
+        float32 array, shape (N, D)
+            A copy that may be written to.
+
+        Raises
+        ------
+        ValueError
+            As `vectors_of`.
+        """
+        return np.array(self.vectors_of(kind, self.about.main_layer if layer is None else layer))
+
+    def to_frame(
+        self, library: Literal["pandas", "polars"] = "pandas", include: Sequence[str] = ("mean", "bos")
+    ) -> Any:
+        """Read a run into a data frame, a row for each protein in input order.
+
+        Parameters
+        ----------
+        library
+            `pandas` or `polars`.
+        include
+            Kinds to take, of all their layers, as far as they are there: `mean`, `bos`, `per_tok`.
+
+        Returns
+        -------
+        pandas.DataFrame or polars.DataFrame
+            Columns `id`, `source`, `length` (embedded residues) and, as in `format=parquet`,
+            ``mean_layer_33``, ``bos_layer_33``, ``per_tok_layer_33``. In pandas each value of these is a
+            float32 array, shape (D,) or (L, D); in polars they are `Array` and `List(Array)`.
+
+        Raises
+        ------
+        ValueError
+            If the library is not installed, or there is no such library or kind.
+
+        Examples
+        --------
+        >>> load("embeddings").to_frame().columns  # doctest: +SKIP
+        Index(['id', 'source', 'length', 'mean_layer_33'], dtype='object')
+        """
+        wrong = [kind for kind in include if kind not in KINDS]
+        if wrong or isinstance(include, str):
+            raise ValueError(f"include={include!r} is no list of kinds: use any of {', '.join(KINDS)}")
+        convert.need_frames(library)
+        values: dict[str, Any] = {}
+        for kind, layers in self.about.kinds.items():
+            for layer in layers if kind in include else ():
+                values[f"{kind}_layer_{layer}"] = (
+                    [self.residues(position, layer) for position in range(len(self))]
+                    if kind == "per_tok"
+                    else self.to_numpy(kind, layer)
+                )
+        about: dict[str, Sequence[Any]] = {"id": self.ids, "source": self.sources, "length": self.lengths}
+        return convert.frame_of(library, about, values, self.about.width)
+
+    def to_anndata(self) -> Any:
+        """Read a run into an AnnData, for scanpy.
+
+        Returns
+        -------
+        anndata.AnnData
+            N observations of D variables: `X` is the mean over residues of the last requested layer, float32.
+            `obs_names` are the ids, made unique where one comes more than once (``P1``, ``P1-1``). `obs` has
+            `id`, `length` (embedded residues) and `source`; `obsm` has the other means and the `bos`, as
+            ``bos_layer_33``; ``uns["provenance"]`` has what the numbers depend on, as JSON.
+
+        Raises
+        ------
+        ValueError
+            If anndata is not installed.
+
+        Examples
+        --------
+        >>> load("embeddings").to_anndata().shape  # doctest: +SKIP
+        (28, 1280)
+        """
+        convert.need_anndata()
+        about: dict[str, Sequence[Any]] = {"id": self.ids, "source": self.sources, "length": self.lengths}
+        others = {
+            f"{kind}_layer_{layer}": self.to_numpy(kind, layer)
+            for kind, layers in self.about.kinds.items()
+            for layer in layers
+            if kind != "per_tok" and (kind, layer) != ("mean", self.about.main_layer)
+        }
+        return convert.anndata_of(self.to_numpy(), about, others, self.provenance)
 
     def _check(self, kind: str, layer: int) -> None:
         kinds = self.about.kinds
@@ -309,49 +372,18 @@ class EmbeddingSet:
                 f"embed with include=[{kind}] and repr_layers=[{layer}]"
             )
 
-    def _find(self, protein: str | SupportsIndex) -> tuple[int, int]:
-        """Find the output of a protein and its position in it."""
+    def _position(self, protein: str | SupportsIndex) -> int:
+        """Return the position of a protein, from 0 to N - 1."""
         if isinstance(protein, str):
-            position = self.positions(protein)[0]
-        else:
-            position = operator.index(protein)
-            if not -len(self) <= position < len(self):
-                raise IndexError(f"position {position} of {len(self)} proteins")
-            position %= len(self)
-        output = int(np.searchsorted(self._starts, position, side="right")) - 1
-        return output, position - int(self._starts[output])
-
-    def _opened(self, output: int) -> Opened:
-        if output not in self._open:
-            self._open[output] = open_output(self._outputs[output])
-            if len(self._open) > MAX_OPEN:
-                self._open.popitem(last=False)
-        self._open.move_to_end(output)
-        return self._open[output]
+            found = self._by_id.first(protein)
+            if found is None:
+                raise KeyError(protein)
+            return found
+        position = operator.index(protein)
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"position {position} of {len(self)} proteins")
+        return position % len(self)
 
     @cached_property
-    def _index(self) -> list[tuple[About, list[str], list[int]]]:
-        """For each output what it says of itself, its ids and its lengths; each is opened once."""
-        index: list[tuple[About, list[str], list[int]]] = []
-        for output, path in enumerate(self._outputs):
-            opened = self._opened(output)
-            about, first = opened.about, index[0][0] if index else opened.about
-            if settings_of(about) != settings_of(first):
-                raise ValueError(
-                    f"{path} and {self._outputs[0]} were made under different settings: load them one by one"
-                )
-            ids, _, lengths = opened.records()
-            index.append((about, list(ids), list(lengths)))
-        return index
-
-    @cached_property
-    def _starts(self) -> NDArray[np.int64]:
-        """Position of the first protein of each output, and N."""
-        return np.cumsum([0, *(len(ids) for _, ids, _ in self._index)])
-
-    @cached_property
-    def _positions(self) -> dict[str, list[int]]:
-        positions: dict[str, list[int]] = {}
-        for position, protein in enumerate(self.ids):
-            positions.setdefault(protein, []).append(position)
-        return positions
+    def _by_id(self) -> Positions:
+        return Positions(self._outputs)

@@ -11,7 +11,8 @@ from dist_esm.atomic import commit_together
 from dist_esm.config import Format
 from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats.write import write_output
-from dist_esm.types import Row
+from dist_esm.outputs.journal import Entry, encode
+from dist_esm.types import Row, Tally, WrittenFile
 from helpers.standin import ALL_KINDS, WIDTH, bos_of, embed_directory, expected, fair_esm_tokens
 
 EVERYTHING = {"include": ALL_KINDS, "repr_layers": [0, 1]}
@@ -111,3 +112,24 @@ def write_table(kind: Format, table: OutputTable, stem: Path) -> Path:
     finally:
         scratch.rmdir()
     return stem.parent / written.path
+
+
+def write_journal(output_dir: Path, *outputs: str) -> None:
+    """What a run leaves that says what is finished, of outputs of one input each."""
+    lines = [
+        Entry(
+            name,
+            f"{name}.fasta",
+            [(0, None)],
+            ["d"],
+            [WrittenFile(name, 1, "s")],
+            Tally(),
+            0,
+            1.0,
+            is_last=True,
+        )
+        for name in outputs
+    ]
+    folder = output_dir / ".dist_esm" / "journal"
+    folder.mkdir(parents=True)
+    (folder / "00000000000000000001.00000.jsonl").write_bytes(b"".join(map(encode, lines)))

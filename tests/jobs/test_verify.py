@@ -152,8 +152,8 @@ CASES = {
     break_ids: "protein 1 is 2, 1 is expected",
     break_lengths: "protein 1 (1) has 4 embedded residues, 5 are expected",
     break_value: "a_ESM.pt: mean of layer 1 has values that are not finite",
-    break_shape: "a_ESM.pt: mean of layer 1 cannot be read: "
-    "could not broadcast input array from shape (2,3) into shape (2,6)",
+    break_shape: "a_ESM.pt: mean of layer 1 cannot be read: a_ESM.pt is damaged: mean of layer 1 has shape "
+    "(2, 3), (2, 6) is expected: embed its input again",
 }
 
 
@@ -173,7 +173,7 @@ def test_an_output_that_was_wrong_when_it_was_written_is_found(tmp_path, fault):
     content = torch.load(path, weights_only=True)
     fault(content)
     torch.save(content, path)
-    assert CASES[fault] in findings()
+    assert CASES[fault] in [finding.replace(str(path), path.name) for finding in findings()]
 
 
 @pytest.mark.parametrize("kind", Format)

@@ -69,7 +69,7 @@ def test_the_embedder_takes_them_too(tuned, checkpoint_8m):
     ours = Embedder("auto", weights=tuned, device="cpu")
     theirs = Embedder("esm2_t6_8M_UR50D", weights=checkpoint_8m, device="cpu")
     np.testing.assert_array_equal(ours.embed(letters), theirs.embed(letters))
-    assert ours.layer == 6
+    assert ours.config.resolved_layers() == [6]
     assert ours.weights.startswith("state dict of esm2_t6_8M_UR50D, under the prefix 'model.esm.'")
 
 

@@ -22,8 +22,6 @@ from safetensors import safe_open
 from dist_esm import load
 from dist_esm.config import Format, Include, SaveDtype
 from dist_esm.outputs.formats.registry import FORMATS
-from dist_esm.outputs.journal import Entry, encode
-from dist_esm.types import Tally, WrittenFile
 from helpers.compare import assert_same
 from helpers.outputs import (
     EVERYTHING,
@@ -36,6 +34,7 @@ from helpers.outputs import (
     expected_mean,
     expected_rows,
     table_of,
+    write_journal,
     write_table,
 )
 from helpers.standin import ALL_KINDS, WIDTH, embed_directory
@@ -213,27 +212,6 @@ def test_a_run_without_outputs_is_empty_and_says_so(tmp_path):
     assert (len(back), back.ids, back.lengths) == (0, [], [])
     with pytest.raises(ValueError, match=r"no outputs.*see failed_files.txt"):
         back.vectors  # noqa: B018 - read for its error
-
-
-def write_journal(output_dir: Path, *outputs: str) -> None:
-    """What a run leaves that says what is finished, of outputs of one input each."""
-    lines = [
-        Entry(
-            name,
-            f"{name}.fasta",
-            [(0, None)],
-            ["d"],
-            [WrittenFile(name, 1, "s")],
-            Tally(),
-            0,
-            1.0,
-            is_last=True,
-        )
-        for name in outputs
-    ]
-    folder = output_dir / ".dist_esm" / "journal"
-    folder.mkdir(parents=True)
-    (folder / "00000000000000000001.00000.jsonl").write_bytes(b"".join(map(encode, lines)))
 
 
 def test_outputs_of_different_code_with_the_same_numerics_are_read_together(tmp_path):

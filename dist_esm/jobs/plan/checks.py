@@ -15,7 +15,7 @@ from dist_esm.planning.units import Plan
 
 
 def problems_of(
-    plan: Plan, output: Output, room: Room, config: Config, setup: Setup, world: World
+    plan: Plan, output: Output, room: Room, config: Config, setup: Setup, world: World, loads_model: bool
 ) -> list[str]:
     """Return why the work that this rank has cannot be done, each reason in one line.
 
@@ -29,19 +29,13 @@ def problems_of(
         Of the run.
     world
         The ranks; those of one host share its memory.
+    loads_model
+        The model is not on the device yet.
     """
     if not (plan.bins[world.rank] or plan.suspects):
         return []
-    arch = architecture(config.model)
-    outcomes = (
-        as_value(refuse_too_little, output, room, config),
-        as_value(
-            refuse_what_does_not_fit,
-            config.model.name,
-            arch,
-            setup.device,
-            setup.dtype,
-            world.local_world_size,
-        ),
-    )
+    outcomes = [as_value(refuse_too_little, output, room, config)]
+    if loads_model:
+        model = config.model.name, architecture(config.model), setup.device, setup.dtype
+        outcomes.append(as_value(refuse_what_does_not_fit, *model, world.local_world_size))
     return [one_line(outcome) for outcome in outcomes if isinstance(outcome, Exception)]

@@ -72,7 +72,7 @@ def plan(config: Config, world: World) -> int:
     world.all_or_none(refuse_linked_folders, config.output_dir, [file.output for file in inputs.files])
     work = work_of(the_plan)
     output, room = output_of(work, config), room_in(config.output_dir, before.reclaimed)
-    own_problems = problems_of(the_plan, output, room, config, setup, world)
+    own_problems = problems_of(the_plan, output, room, config, setup, world, loads_model=True)
     told = world.all_gather(own_problems)
     problems += dict.fromkeys(problem for of_rank in told for problem in of_rank)
     mine = look_ahead(the_plan, config, setup, world, is_possible=not problems)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dist_esm.attempt import as_value
 from dist_esm.outputs.formats.base import Opened
-from dist_esm.outputs.load import open_output
+from dist_esm.outputs.opened import open_output
 
 MAX_OUTPUTS, MAX_POINTS = 64, 1000
 MAX_SECONDS = 5.0
@@ -53,7 +53,7 @@ def read_sample(outputs: Sequence[Path]) -> Sample:
 def add_output(sample: Sample, path: Path, most: int) -> None:
     """Add up to so many proteins of an output to a sample."""
     opened = open_output(path)
-    ids, _, lengths = opened.records()
+    ids, lengths = opened.ids(), opened.lengths()
     places = spread(len(ids), most)
     vectors = vectors_at(opened, places, len(ids))
     sample.num_outputs += 1

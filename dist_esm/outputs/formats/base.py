@@ -68,12 +68,26 @@ class Opened(Protocol):
 
     about: About
 
-    def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Return ids, headers and embedded residues of all proteins."""
+    @property
+    def num_proteins(self) -> int:
+        """N. Formats that can tell it without reading ids do so."""
         ...
 
-    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Return a representation, `mean` or `bos`, of all proteins, shape (N, D)."""
+    def ids(self) -> list[str]:
+        """Read the ids of all proteins."""
+        ...
+
+    def headers(self) -> list[str]:
+        """Read the headers of all proteins."""
+        ...
+
+    def lengths(self) -> list[int]:
+        """Read the embedded residues of all proteins."""
+        ...
+
+    def vectors(self, kind: str, layer: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Return a representation, `mean` or `bos`, of the proteins from `start` up to `stop`, shape (n, D);
+        None: up to the last. What can be mapped is not read."""
         ...
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:

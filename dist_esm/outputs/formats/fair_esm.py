@@ -127,17 +127,27 @@ class OpenedFairEsm:
         _, *lines, _ = (path / MAP).read_bytes().decode().split("\n")
         self._lines: Sequence[list[str]] = [line.split("\t", len(MAP_COLUMNS) - 1) for line in lines]
 
-    def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Return ids, headers and embedded residues of all proteins."""
-        return (
-            [line[1] for line in self._lines],
-            [line[4] for line in self._lines],
-            [int(line[3]) for line in self._lines],
-        )
+    @property
+    def num_proteins(self) -> int:
+        """N."""
+        return len(self._lines)
 
-    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Return one representation of all proteins, shape (N, D)."""
-        rows = [self.vector(kind, layer, position) for position in range(len(self._lines))]
+    def ids(self) -> list[str]:
+        """Return the ids of all proteins."""
+        return [line[1] for line in self._lines]
+
+    def headers(self) -> list[str]:
+        """Return the headers of all proteins."""
+        return [line[4] for line in self._lines]
+
+    def lengths(self) -> list[int]:
+        """Return the embedded residues of all proteins."""
+        return [int(line[3]) for line in self._lines]
+
+    def vectors(self, kind: str, layer: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Read one representation of proteins, shape (n, D)."""
+        positions = range(self.num_proteins)[start:stop]
+        rows = [self.vector(kind, layer, position) for position in positions]
         return np.stack(rows) if rows else np.empty((0, self.about.width), np.float32)
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:

@@ -214,14 +214,32 @@ class OpenedH5:
     def _names(self) -> list[str]:
         return list(self._file)
 
-    def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Return ids, headers and embedded residues of all proteins."""
-        table = json.loads(self._file.attrs["records"])
-        return table["ids"], table["headers"], table["lengths"]
+    @property
+    def num_proteins(self) -> int:
+        """N."""
+        return len(self._file)
 
-    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Return one representation of all proteins, shape (N, D)."""
-        rows = [self.vector(kind, layer, position) for position in range(len(self._names))]
+    @cached_property
+    def _records(self) -> dict[str, list[Any]]:
+        table: dict[str, list[Any]] = json.loads(self._file.attrs["records"])
+        return table
+
+    def ids(self) -> list[str]:
+        """Read the ids of all proteins."""
+        return self._records["ids"]
+
+    def headers(self) -> list[str]:
+        """Read the headers of all proteins."""
+        return self._records["headers"]
+
+    def lengths(self) -> list[int]:
+        """Read the embedded residues of all proteins."""
+        return self._records["lengths"]
+
+    def vectors(self, kind: str, layer: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Read one representation of proteins, shape (n, D)."""
+        positions = range(self.num_proteins)[start:stop]
+        rows = [self.vector(kind, layer, position) for position in positions]
         return np.stack(rows) if rows else np.empty((0, self.about.width), np.float32)
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +86,34 @@ class OpenedNpy:
         self.about = About(**json.loads((path / ABOUT).read_text(encoding="utf-8")))
         self._path = path
         self._mapped: dict[str, NDArray[Any]] = {}
-        with open(path / PROTEINS, encoding="utf-8", newline="") as file, fields_of_any_size():
-            _, *self._lines = csv.reader(file, "excel-tab")
+        self.num_proteins = len(self._matrix("mean", self.about.main_layer))
 
-    def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Return ids, headers and embedded residues of all proteins."""
-        return (
-            [line[0] for line in self._lines],
-            [line[4] for line in self._lines],
-            [int(line[2]) for line in self._lines],
-        )
+    def _column(self, name: str) -> list[str]:
+        """Read a column of the table of proteins."""
+        place = COLUMNS.index(name)
+        with open(self._path / PROTEINS, encoding="utf-8", newline="") as file, fields_of_any_size():
+            return [line[place] for line in islice(csv.reader(file, "excel-tab"), 1, None)]
 
-    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Return one representation of all proteins, shape (N, D)."""
-        return self._matrix(kind, layer)
+    @cached_property
+    def _starts(self) -> list[int]:
+        """First row of each protein's residues, and the number of all."""
+        return [0, *accumulate(self.lengths())]
+
+    def ids(self) -> list[str]:
+        """Read the ids of all proteins."""
+        return self._column("id")
+
+    def headers(self) -> list[str]:
+        """Read the headers of all proteins."""
+        return self._column("header")
+
+    def lengths(self) -> list[int]:
+        """Read the embedded residues of all proteins."""
+        return list(map(int, self._column("length")))
+
+    def vectors(self, kind: str, layer: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Return one representation of proteins, shape (n, D)."""
+        return self._matrix(kind, layer)[start:stop]
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
         """Return one representation of one protein, shape (D,)."""
@@ -106,13 +121,13 @@ class OpenedNpy:
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
         """Return the residues of one protein, shape (L, D)."""
-        length, offset = map(int, self._lines[position][2:4])
-        return self._matrix("per_tok", layer)[offset : offset + length]
+        start, stop = self._starts[position : position + 2]
+        return self._matrix("per_tok", layer)[start:stop]
 
     def _matrix(self, kind: str, layer: int) -> NDArray[Any]:
         name = file_name(kind, layer)
         if name not in self._mapped:
-            self._mapped[name] = np.load(self._path / name, mmap_mode="r")
+            self._mapped[name] = np.asarray(np.load(self._path / name, mmap_mode="r"))
         return self._mapped[name]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dist_esm.atomic import SummedFile
 from dist_esm.outputs.embeddings import OutputTable, little_endian
 from dist_esm.outputs.formats.base import About, Codec, ContentSize
+from dist_esm.outputs.formats.parquet_mapped import MappedColumn, map_column
 from dist_esm.outputs.formats.parquet_pages import NumberColumn, ParquetFile
 from dist_esm.types import Row
 
@@ -154,56 +155,108 @@ def row_groups(table: OutputTable) -> Iterator[tuple[int, int, int, int]]:
 
 
 class OpenedParquet:
-    """An output opened for reading. The column of a row group is read when a row of it is asked for; the last
-    is kept."""
+    """An output opened for reading. Numbers are mapped, and read from disk when they are used. If they are
+    compressed, the column of a row group is read when a row of it is asked for, and the last is kept."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow.parquet as pq
 
         self._file = pq.ParquetFile(path)
-        metadata = {key.decode(): value.decode() for key, value in self._file.schema_arrow.metadata.items()}
+        self._bytes: NDArray[np.uint8] = np.asarray(np.memmap(path, np.uint8, "r"))
+        self._schema = self._file.schema_arrow
+        metadata = {key.decode(): value.decode() for key, value in self._schema.metadata.items()}
         self.about = About.from_text(metadata)
         groups = range(self._file.num_row_groups)
         self._starts = [0, *accumulate(self._file.metadata.row_group(group).num_rows for group in groups)]
+        self._mapped: dict[tuple[int, str], MappedColumn | None] = {}
+        self._offsets: dict[int, list[int]] = {}
+        """Of the residues of the proteins of a row group."""
         self._kept: tuple[tuple[int, str], Any] | None = None
 
-    def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Return ids, headers and embedded residues of all proteins."""
-        table = self._file.read(["id", "header", "embedded"])
-        ids, headers, lengths = (table[name].to_pylist() for name in ("id", "header", "embedded"))
-        return ids, headers, lengths
+    @property
+    def num_proteins(self) -> int:
+        """N."""
+        return int(self._starts[-1])
 
-    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Return one representation of all proteins, shape (N, D)."""
-        groups = [
-            numbers(self._group(group, f"{kind}_layer_{layer}"), self.about.width)
-            for group in range(self._file.num_row_groups)
+    def ids(self) -> list[str]:
+        """Read the ids of all proteins."""
+        return self._column("id")
+
+    def headers(self) -> list[str]:
+        """Read the headers of all proteins."""
+        return self._column("header")
+
+    def lengths(self) -> list[int]:
+        """Read the embedded residues of all proteins."""
+        return self._column("embedded")
+
+    def vectors(self, kind: str, layer: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Return one representation of proteins, shape (n, D), from the row groups that have them."""
+        start, stop, _ = slice(start, stop).indices(self.num_proteins)
+        parts = [
+            self._vectors(group, f"{kind}_layer_{layer}", max(0, start - first), min(stop, end) - first)
+            for group, (first, end) in enumerate(pairwise(self._starts))
+            if first < stop and start < end
         ]
-        return np.concatenate(groups) if groups else np.empty((0, self.about.width), np.float32)
+        if not parts:
+            return np.empty((0, self.about.width), np.float32)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
         """Return one representation of one protein, shape (D,)."""
         group, row = self._find(position)
-        return numbers(self._group(group, f"{kind}_layer_{layer}").slice(row, 1), self.about.width).reshape(
-            -1
-        )
+        return np.asarray(self._vectors(group, f"{kind}_layer_{layer}", row, row + 1)[0])
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
         """Return the residues of one protein, shape (L, D)."""
         group, row = self._find(position)
-        return numbers(self._group(group, f"per_tok_layer_{layer}").slice(row, 1).flatten(), self.about.width)
+        name = f"per_tok_layer_{layer}"
+        mapped = self._map(group, name)
+        if mapped is None:
+            return numbers(self._decoded(group, name).slice(row, 1).flatten(), self.about.width)
+        if group not in self._offsets:
+            lengths = self._file.read_row_group(group, ["embedded"])["embedded"].to_pylist()
+            self._offsets[group] = [0, *accumulate(lengths)]
+        return mapped.vectors(*self._offsets[group][row : row + 2])
 
     def _find(self, position: int) -> tuple[int, int]:
         group = bisect_right(self._starts, position) - 1
         return group, position - self._starts[group]
 
-    def _group(self, group: int, column: str) -> Any:
-        if self._kept is None or self._kept[0] != (group, column):
+    def _column(self, name: str) -> list[Any]:
+        values: list[Any] = self._file.read([name])[name].to_pylist()
+        return values
+
+    def _vectors(self, group: int, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Return rows of a column of vectors, from `start` up to `stop` in their row group."""
+        mapped = self._map(group, name)
+        if mapped is not None:
+            return mapped.vectors(start, stop)
+        return numbers(self._decoded(group, name).slice(start, stop - start), self.about.width)
+
+    def _map(self, group: int, name: str) -> MappedColumn | None:
+        """Map a column of numbers in a row group; None if it must be decoded."""
+        if (group, name) not in self._mapped:
+            self._mapped[group, name] = None
+            row_group = self._file.metadata.row_group(group)
+            chunks = (row_group.column(index) for index in range(row_group.num_columns))
+            chunk = next(chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] == name)
+            if chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page:
+                value_type = self._schema.field(name).type
+                while hasattr(value_type, "value_type"):
+                    value_type = value_type.value_type
+                start = chunk.data_page_offset
+                dtype = np.dtype(value_type.to_pandas_dtype()).newbyteorder("<")
+                stop = start + chunk.total_compressed_size
+                self._mapped[group, name] = map_column(self._bytes, start, stop, dtype, self.about.width)
+        return self._mapped[group, name]
+
+    def _decoded(self, group: int, name: str) -> Any:
+        """Read a column of a row group."""
+        if self._kept is None or self._kept[0] != (group, name):
             self._kept = None  # not two at a time
-            self._kept = (
-                (group, column),
-                self._file.read_row_group(group, [column])[column].combine_chunks(),
-            )
+            values = self._file.read_row_group(group, [name])[name].combine_chunks()
+            self._kept = ((group, name), values)
         return self._kept[1]
 
 

@@ -52,13 +52,26 @@ class OpenedPt:
         self._content: dict[str, Any] = torch.load(path, weights_only=True, mmap=True)
         self.about = About(**{name: self._content[name] for name in About.__dataclass_fields__})
 
-    def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Return ids, headers and embedded residues of all proteins."""
-        return self._content["proteins"], self._content["headers"], self._content["lengths"]
+    @property
+    def num_proteins(self) -> int:
+        """N."""
+        return len(self._content["proteins"])
 
-    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Return one representation of all proteins, shape (N, D)."""
-        rows = self._rows(kind, layer)
+    def ids(self) -> list[str]:
+        """Return the ids of all proteins."""
+        return list(self._content["proteins"])
+
+    def headers(self) -> list[str]:
+        """Return the headers of all proteins."""
+        return list(self._content["headers"])
+
+    def lengths(self) -> list[int]:
+        """Return the embedded residues of all proteins."""
+        return list(self._content["lengths"])
+
+    def vectors(self, kind: str, layer: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Return one representation of proteins, shape (n, D)."""
+        rows = self._rows(kind, layer)[start:stop]
         if isinstance(rows, Tensor):
             return np.asarray(rows.numpy())
         return np.asarray(torch.stack(rows).numpy()) if rows else np.empty((0, self.about.width), np.float32)

@@ -51,7 +51,7 @@ FORMATS = {
         OutputFormat("h5", ".h5", "h5py"),
         OutputFormat("parquet", ".parquet", "pyarrow", can_compress=True),
         # Its readers take headers of 100 MB at most, and there is more in one than ids and headers.
-        OutputFormat("safetensors", ".safetensors", "safetensors", max_text=99_000_000),
+        OutputFormat("safetensors", ".safetensors", max_text=99_000_000),
         OutputFormat("npy", ""),
     )
 }

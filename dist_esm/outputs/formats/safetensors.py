@@ -1,5 +1,4 @@
-"""safetensors: a matrix for each kind and layer. The only door to safetensors, which reads what is written
-here by hand."""
+"""safetensors: a matrix for each kind and layer. The format is simple: it is written and mapped by hand."""
 
 from __future__ import annotations
 
@@ -21,6 +20,14 @@ from dist_esm.outputs.formats.base import About, Codec, ContentSize, plain_bytes
 MAX_HEADER = 100_000_000
 """Bytes of a header that the library reads."""
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"),
+}
+BEGIN = b'{"__metadata__": {'
+END_BYTES = 1 << 16
+"""Bytes of either end of a header that are looked at first."""
 
 
 def write_safetensors(table: OutputTable, path: Path) -> str:
@@ -85,35 +92,68 @@ def write_safetensors(table: OutputTable, path: Path) -> str:
 
 
 class OpenedSafetensors:
-    """An output opened for reading. Numbers are read from disk when they are asked for."""
+    """An output opened for reading. The file is mapped: numbers are read from disk when they are used, and of
+    the header, which has all ids in it, only the two ends until ids are asked for."""
 
     def __init__(self, path: Path) -> None:
-        from safetensors import safe_open
+        self._bytes: NDArray[np.uint8] = np.asarray(np.memmap(path, np.uint8, "r"))
+        self._metadata: dict[str, str] | None = None
+        self._data_start = 8 + int.from_bytes(self._bytes[:8].tobytes(), "little")
+        if self._data_start > len(self._bytes):
+            raise ValueError("it ends within its header")
+        text, self._tensors = self._ends_of_header()
+        ends = [entry["data_offsets"][1] for entry in self._tensors.values()]
+        if self._data_start + max(ends) != len(self._bytes):
+            raise ValueError(f"it has {len(self._bytes)} bytes, {self._data_start + max(ends)} are expected")
+        self.about = About.from_text(text)
+        self.num_proteins: int = self._tensors[f"mean.{self.about.main_layer}"]["shape"][0]
 
-        file: Any = safe_open(path, framework="numpy")
-        self._file = file
-        self._metadata: dict[str, str] = file.metadata()
-        self.about = About.from_text(self._metadata)
-        self._offsets = file.get_tensor("offsets") if self.about.kinds["per_tok"] else None
+    def ids(self) -> list[str]:
+        """Read the ids of all proteins."""
+        return self._list("ids")
 
-    def records(self) -> tuple[list[str], list[str], list[int]]:
-        """Return ids, headers and embedded residues of all proteins."""
-        ids, headers, lengths = (json.loads(self._metadata[name]) for name in ("ids", "headers", "lengths"))
-        return ids, headers, lengths
+    def headers(self) -> list[str]:
+        """Read the headers of all proteins."""
+        return self._list("headers")
 
-    def vectors(self, kind: str, layer: int) -> NDArray[Any]:
-        """Return one representation of all proteins, shape (N, D)."""
-        return np.asarray(self._file.get_tensor(f"{kind}.{layer}"))
+    def lengths(self) -> list[int]:
+        """Read the embedded residues of all proteins."""
+        return self._list("lengths")
+
+    def vectors(self, kind: str, layer: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Return one representation of proteins, shape (n, D)."""
+        return self._tensor(f"{kind}.{layer}")[start:stop]
 
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
         """Return one representation of one protein, shape (D,)."""
-        return np.asarray(self._file.get_slice(f"{kind}.{layer}")[position])
+        return np.asarray(self._tensor(f"{kind}.{layer}")[position])
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
         """Return the residues of one protein, shape (L, D)."""
-        assert self._offsets is not None
-        start, stop = self._offsets[position : position + 2].tolist()
-        return np.asarray(self._file.get_slice(f"per_tok.{layer}")[start:stop])
+        start, stop = self._tensor("offsets")[position : position + 2].tolist()
+        return self._tensor(f"per_tok.{layer}")[start:stop]
+
+    def _tensor(self, name: str) -> NDArray[Any]:
+        entry = self._tensors[name]
+        start, stop = (self._data_start + offset for offset in entry["data_offsets"])
+        return self._bytes[start:stop].view(NUMPY_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def _list(self, name: str) -> list[Any]:
+        if self._metadata is None:
+            self._metadata = json.loads(self._bytes[8 : self._data_start].tobytes())["__metadata__"]
+        values: list[Any] = json.loads(self._metadata[name])
+        return values
+
+    def _ends_of_header(self) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+        """Read the metadata up to the ids, and the entries of the tensors, as `write_safetensors` puts them:
+        the former first, the latter last."""
+        header = self._bytes[8 : self._data_start]
+        begin, end = header[:END_BYTES].tobytes(), header[-END_BYTES:].tobytes()
+        stop, start = begin.find(b', "ids": "'), end.rfind(b'"}, "')
+        if begin.startswith(BEGIN) and stop >= 0 and start >= 0:
+            return json.loads(begin[len(BEGIN) - 1 : stop] + b"}"), json.loads(b"{" + end[start + 4 :])
+        entries = json.loads(header.tobytes())
+        return entries.pop("__metadata__"), entries
 
 
 def output_bytes(size: ContentSize) -> int:
