@@ -25,10 +25,11 @@ from dist_esm.model.kernels.choose import (
     choose_kernels,
     what_would_be_faster,
 )
+from dist_esm.model.memory import device_memory, rows_that_fit
 from dist_esm.model.speed import CPU_FLOPS, SMALL_MODEL, SMALL_WIDTH, SOURCE, flops_of
 from dist_esm.model.weights import WeightsId, architecture, check_weights, complete
 from dist_esm.outputs.formats.registry import FORMATS
-from dist_esm.outputs.output_dir import make_output_dir
+from dist_esm.outputs.output_dir import make_output_dir, read_settings
 from dist_esm.planning.inputs import Inputs, fail_long_paths, refuse_nested, search_inputs
 from dist_esm.planning.pipes import spool_pipes
 from dist_esm.progress import Phase
@@ -143,12 +144,54 @@ def setup_on(device: torch.device, weights: WeightsId, config: Config, world: Wo
     kernels = world.all_or_none(choose_kernels, config.attention, config.linear, device, dtype, head_dim)
     if world.is_main and (advice := what_would_be_faster(config.linear, device, dtype, head_dim)):
         log.info("%s", advice)
+    settle_toks_per_batch(config, device, dtype, world)
     numbers = numbers_of(config, dtype, weights.fingerprint)
     provenance = {**numbers, "weights_in_words": weights.words, "dist_esm": code_version()}
     settings = settings_of(config, device, kernels, numbers)
     agree_on_settings(settings, world)
     world.start_process_group(device)
     return Setup(device, dtype, kernels, provenance, settings)
+
+
+def settle_toks_per_batch(config: Config, device: torch.device, dtype: torch.dtype, world: World) -> None:
+    """Make packs smaller than the default, on all ranks, if that does not fit in the free memory of one.
+
+    Raises
+    ------
+    RefusedError
+        On every rank, if one cannot read what the output directory was begun with.
+    """
+    if config.toks_per_batch is not None:
+        return
+    rows = world.all_or_none(rows_that_suit, config, device, dtype)
+    answers = world.exchange_by_name(str(rows))
+    fewest, name = min((int(text), name) for name, text in answers)
+    default = default_toks_per_batch(device.type, config.model.embed_dim)
+    if fewest < default:
+        config.toks_per_batch = fewest
+        if world.is_main:
+            log.warning(
+                "packs of %d tokens, not %d: larger ones do not fit in the free memory of %s, "
+                "or output_dir was begun so",
+                fewest,
+                default,
+                name,
+            )
+
+
+def rows_that_suit(config: Config, device: torch.device, dtype: torch.dtype) -> int:
+    """Return the tokens of a pack that this rank would take.
+
+    On a GPU the bits may depend on it, so a directory that was begun with less than the default goes on with
+    that, however much memory is free now.
+    """
+    default = default_toks_per_batch(device.type, config.model.embed_dim)
+    if device.type != "cuda":
+        return default
+    begun = (read_settings(config.output_dir) or {}).get("toks_per_batch") if config.resume else None
+    if isinstance(begun, int) and 0 < begun < default:
+        return begun
+    return rows_that_fit(architecture(config.model), dtype, device_memory(device).free, default)
 
 
 def warn_of_slow_cpu(config: Config, device: torch.device, inputs: Inputs) -> None:
@@ -290,7 +333,17 @@ def load_engine(config: Config, setup: Setup, world: World) -> Engine:
     if world.is_main:
         log.info("weights: %s", setup.provenance["weights_in_words"])
     world.progress.enter(Phase.compiling)
+    wanted = engine.toks_per_batch
     engine.warm_up()
+    if engine.toks_per_batch < wanted:
+        log.warning(
+            "a pack of %d tokens does not fit in the memory of %s: packs of %d instead; "
+            "toks_per_batch=%d makes that the setting",
+            wanted,
+            describe(setup.device),
+            engine.toks_per_batch,
+            engine.toks_per_batch,
+        )
     engine.startup = {"load_seconds": loaded - began, "kernels_seconds": time.monotonic() - loaded}
     log.info(
         "%s on %s in %s, loaded in %.1f s, kernels ready in %.1f s; %s, packs of %d tokens",

@@ -19,6 +19,12 @@ PACK_NUMBERS = 14
 """Numbers of the model's width that the forward holds for each token of a pack at its largest, about: the
 stream, its norm, and four widths before and after the activation."""
 
+PACKS_IN_MEMORY = 2
+"""Times a pack's need is counted: the allocator keeps blocks that fit no later tensor."""
+SHARE_OF_FREE = 0.95
+LEAST_ROWS = 1024
+"""Of a pack; a protein of 1,022 residues has 1,024 tokens."""
+
 
 class Memory(NamedTuple):
     """Bytes of memory that a device has; None where the system does not say."""
@@ -61,6 +67,26 @@ def parameter_bytes(arch: Architecture, dtype: torch.dtype) -> int:
 def pack_bytes(arch: Architecture, dtype: torch.dtype, num_tokens: int) -> int:
     """Return about the bytes that the forward of one pack needs beside the parameters."""
     return PACK_NUMBERS * arch.embed_dim * dtype.itemsize * num_tokens
+
+
+def rows_that_fit(arch: Architecture, dtype: torch.dtype, free: int | None, num_rows: int) -> int:
+    """Halve the rows of a pack until it fits beside the model, with the memory that kernels need besides.
+
+    Parameters
+    ----------
+    arch, dtype
+        Of the model.
+    free
+        Bytes of the device's memory that are free; None: not known, and nothing is halved.
+    num_rows
+        Rows to begin with.
+    """
+    if free is None:
+        return num_rows
+    room = SHARE_OF_FREE * free - parameter_bytes(arch, dtype)
+    while num_rows >= 2 * LEAST_ROWS and pack_bytes(arch, dtype, PACKS_IN_MEMORY * num_rows) > room:
+        num_rows //= 2
+    return num_rows
 
 
 def refuse_what_does_not_fit(
