@@ -39,10 +39,12 @@ On clusters torchrun starts the ranks: torchrun --nproc_per_node=N -m dist_esm i
 examples:
   dist-esm input=proteins/ output_dir=embeddings/
   dist-esm input=[a.fasta,b.fasta.gz] model=esm2_t33_650M_UR50D repr_layers=33 include=mean,per_tok ranks=2
+  dist-esm input=proteins/ output_dir=embeddings/ job=plan
   dist-esm input=proteins/ model=esm2_t6_8M_UR50D device=cpu job=selfcheck
 
 jobs:
   job=embed      the default: embed the input into output_dir, or go on from what earlier launches finished
+  job=plan       say what that would do, how long it would take and whether it would start; write nothing
   job=selfcheck  compare the numbers of these settings, weights and GPUs with fair-esm's own fp32 model,
                  on a sample of the input
   job=verify     check a finished output_dir against the input

@@ -109,6 +109,7 @@ def run_job(config: Config | None, problem: str | None) -> int:
     gc.disable()  # imports make a million objects and no garbage
     from dist_esm.distributed import LostRankError, RefusedError, World
     from dist_esm.jobs.embed import run
+    from dist_esm.jobs.plan.job import plan
     from dist_esm.jobs.report.job import rebuild
     from dist_esm.jobs.selfcheck.job import selfcheck
     from dist_esm.jobs.verify import verify
@@ -123,7 +124,13 @@ def run_job(config: Config | None, problem: str | None) -> int:
         try:
             world.agree(problem)
             assert config is not None
-            jobs = {Job.embed: run, Job.selfcheck: selfcheck, Job.verify: verify, Job.report: rebuild}
+            jobs = {
+                Job.embed: run,
+                Job.plan: plan,
+                Job.selfcheck: selfcheck,
+                Job.verify: verify,
+                Job.report: rebuild,
+            }
             return jobs[config.job](config, world)
         except LostRankError as lost:
             print_error(f"{lost}: start it again, it goes on from what is done")

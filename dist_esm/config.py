@@ -408,6 +408,7 @@ SYNONYMS = (
     ("pt", "pth", "torch"),
     ("per_tok", "per_token", "per_residue"),
     ("bos", "cls"),
+    ("plan", "dry_run", "dry-run", "dryrun", "estimate"),
 )
 """Words for the same thing; some are spelled like another choice, as `gpu` like `cpu`."""
 
@@ -495,8 +496,6 @@ def check(config: Config) -> None:
     if package and find_spec(package) is None:
         raise ValueError(f"format={config.format.name} needs {package}: pip install 'dist_esm[formats]'")
     check_selfcheck(config.selfcheck)
-    if config.job is Job.plan:
-        raise ValueError("job=plan is not there yet: use job=embed, job=selfcheck or job=verify")
 
 
 def check_layers(config: Config) -> None:

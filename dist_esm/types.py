@@ -99,21 +99,57 @@ class Count:
     """Bytes that ids and headers take in JSON at most; 0 if the format has no limit for them."""
     part_size: int = 0
     """Records of a numbered part that keep within that limit; 0: as many as one wants."""
+    seen: int = 0
+    """Sum over records of the residues that one forward sees."""
+    num_long: int = 0
+    """Records of more residues than one forward sees."""
+    headers: int = 0
+    """Bytes of header lines."""
 
     def flops(self, embed_dim: int) -> int:
-        """Return the floating-point operations of one layer of width D: 24 D^2 for each residue, and 4 D L^2
-        for the attention of L residues."""
-        return 24 * embed_dim**2 * self.residues + 4 * embed_dim * self.squares
+        """Return the floating-point operations of one layer of width D, for what one forward sees of each
+        record: 24 D^2 for each residue, and 4 D L^2 for the attention of L residues."""
+        return 24 * embed_dim**2 * self.seen + 4 * embed_dim * self.squares
 
     def __add__(self, other: Count) -> Count:
         return Count(
-            self.sequences + other.sequences,
-            self.residues + other.residues,
-            self.squares + other.squares,
-            self.lines + other.lines,
-            self.text + other.text,
-            min(filter(None, (self.part_size, other.part_size)), default=0),
+            sequences=self.sequences + other.sequences,
+            residues=self.residues + other.residues,
+            squares=self.squares + other.squares,
+            lines=self.lines + other.lines,
+            text=self.text + other.text,
+            part_size=min(filter(None, (self.part_size, other.part_size)), default=0),
+            seen=self.seen + other.seen,
+            num_long=self.num_long + other.num_long,
+            headers=self.headers + other.headers,
         )
+
+
+LENGTH_EDGES = (1, 50, 100, 200, 300, 400, 500, 700, 1000, 1500, 2000, 3000, 5000, 10_000)
+"""Where the bins of a `LengthHistogram` begin; in front of the first are records without a residue."""
+
+
+@dataclass
+class LengthHistogram:
+    """How long records are, as a scan sees them."""
+
+    bins: list[int] = field(default_factory=lambda: [0] * (len(LENGTH_EDGES) + 1))
+    """Records of fewer residues than the first edge, from the first to below the second, and so on."""
+    longest: int = 0
+    """Residues."""
+
+    def add(self, lengths: NDArray[np.int64]) -> None:
+        """Count records by their residues, shape (records,)."""
+        if len(lengths):
+            places = np.searchsorted(LENGTH_EDGES, lengths, "right")
+            found = np.bincount(places, minlength=len(self.bins)).tolist()
+            self.bins = [mine + other for mine, other in zip(self.bins, found, strict=True)]
+            self.longest = max(self.longest, int(lengths.max()))
+
+    def merge(self, other: LengthHistogram) -> None:
+        """Count what another histogram counted."""
+        self.bins = [mine + theirs for mine, theirs in zip(self.bins, other.bins, strict=True)]
+        self.longest = max(self.longest, other.longest)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,12 @@ def make_work(proteins: Lengths, lengths: Lengths, unit_share: float, width: int
         num_slices = math.ceil(size / unit_bytes)
         for ordinal, own in enumerate(np.array_split(np.arange(stop - num, stop), num_slices)):
             part = slice(own[0], own[-1] + 1)
-            count = Count(len(own), int(lengths[part].sum()), int((kept[part] ** 2).sum()))
+            count = Count(
+                sequences=len(own),
+                residues=int(lengths[part].sum()),
+                squares=int((kept[part] ** 2).sum()),
+                seen=int(kept[part].sum()),
+            )
             units.append(Unit(file, ordinal, Slice(Path()), count, Count(), num_slices == 1))
             unit_flops.append(float(flops[part].sum()))
     return Work(units, unit_flops)

@@ -32,7 +32,6 @@ REFUSED = {
     "input=x progress_seconds=0": r"progress_seconds=0 is no time .*: use 0.5 seconds or more, or verbosity",
     "input=x progress_seconds=nan": r"progress_seconds=nan is no time",
     "input=x verbosity=silent": r"verbosity=silent is no choice: use one of quiet, normal, debug",
-    "input=x job=plan": r"job=plan is not there yet: use job=embed, job=selfcheck or job=verify",
     "input=x selfcheck.proteins=0": r"selfcheck.proteins=0 is too small: use 1 or more",
     "input=x selfcheck.min_cosine=0.99": r"'selfcheck.min_cosine' is no key any more: write "
     r"selfcheck.max_spread_error=0.03, since",

@@ -13,16 +13,22 @@ from bisect import bisect_right
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dist_esm.fasta.blocks import bgzf_index, raw_blocks, text_blocks
 from dist_esm.fasta.header_texts import HeaderTexts
-from dist_esm.types import Count, Slice
+from dist_esm.types import Count, LengthHistogram, Slice
 
 _BORDER = re.compile(rb"[\r\n]>")
 _NEWLINE, _HEADER, _COMMENT = b"\n>;"
 
 
-def count_records(slice_: Slice, max_residues: int | None = None, texts: HeaderTexts | None = None) -> Count:
+def count_records(
+    slice_: Slice,
+    max_residues: int | None = None,
+    texts: HeaderTexts | None = None,
+    histogram: LengthHistogram | None = None,
+) -> Count:
     """Count the records, the bytes of sequence lines, and the lines of a slice.
 
     Parameters
@@ -30,9 +36,11 @@ def count_records(slice_: Slice, max_residues: int | None = None, texts: HeaderT
     slice_
         What to count.
     max_residues
-        Residues that one forward sees of a record, for `Count.squares`; None: all.
+        Residues that one forward sees of a record, for what `Count` says of it; None: all.
     texts
         Is told of the headers.
+    histogram
+        Is told of the records' lengths.
 
     Returns
     -------
@@ -47,7 +55,8 @@ def count_records(slice_: Slice, max_residues: int | None = None, texts: HeaderT
         If the file cannot be read.
     """
     limit = np.iinfo(np.int64).max if max_residues is None else max_residues
-    sequences = residues = squares = num_lines = 0
+    sequences = num_lines = num_header_bytes = 0
+    measured = _Lengths(limit, histogram)
     open_record = 0  # residues so far of the record that the last block ended in
     in_record = False
     # True if the line that the last block ended in holds residues; None if that block ended at a line end.
@@ -75,20 +84,43 @@ def count_records(slice_: Slice, max_residues: int | None = None, texts: HeaderT
         num_lines += len(ends)
         sequences += len(headers)
         total = int(num_residues[-1])
+        num_header_bytes += len(data) - len(ends) - total
         if len(headers):
             if in_record:
-                residues += open_record + int(borders[0])
-                squares += min(open_record + int(borders[0]), limit) ** 2
-            finished = np.diff(borders)
-            residues += int(finished.sum())
-            squares += int((np.minimum(finished, limit) ** 2).sum())
+                borders = np.insert(borders, 0, -open_record)
+            measured.add(np.diff(borders))
             in_record, open_record = True, total - int(borders[-1])
         elif in_record:
             open_record += total
     if in_record:
-        residues += open_record
-        squares += min(open_record, limit) ** 2
-    return Count(sequences, residues, squares, num_lines + (carried is not None))
+        measured.add(np.array([open_record], dtype=np.int64))
+    return Count(
+        sequences=sequences,
+        residues=measured.residues,
+        squares=measured.squares,
+        lines=num_lines + (carried is not None),
+        seen=measured.seen,
+        num_long=measured.num_long,
+        headers=num_header_bytes,
+    )
+
+
+class _Lengths:
+    """Sums over the lengths of records, of which one forward sees at most `limit` residues."""
+
+    def __init__(self, limit: int, histogram: LengthHistogram | None) -> None:
+        self.residues = self.seen = self.squares = self.num_long = 0
+        self._limit = limit
+        self._histogram = histogram
+
+    def add(self, lengths: NDArray[np.int64]) -> None:
+        seen = np.minimum(lengths, self._limit)
+        self.residues += int(lengths.sum())
+        self.seen += int(seen.sum())
+        self.squares += int((seen**2).sum())
+        self.num_long += int((lengths > self._limit).sum())
+        if self._histogram is not None:
+            self._histogram.add(lengths)
 
 
 def cut_slice(slice_: Slice, num_bytes: int, num_slices: int) -> list[Slice]:

@@ -14,11 +14,15 @@ from dist_esm.atomic import commit_together, discard
 from dist_esm.attempt import as_value
 from dist_esm.config import Compression, Config, ReportKind
 from dist_esm.distributed import LostRankError, World
+from dist_esm.jobs.plan.checks import problems_of
+from dist_esm.jobs.plan.room import remark_on_room, room_in
+from dist_esm.jobs.plan.short import short_lines
+from dist_esm.jobs.plan.work import output_of, work_of
 from dist_esm.jobs.progress.ticker import Ticker
 from dist_esm.jobs.report.content import Ending, Report
 from dist_esm.jobs.report.draw import draw_page
 from dist_esm.jobs.report.make import fail_what_vanished, failures_by_file, make_report
-from dist_esm.jobs.report.summary import summary
+from dist_esm.jobs.report.summary import lines_on_nothing, summary
 from dist_esm.jobs.report.write import about_launch, describe_launch, write_report, write_running_report
 from dist_esm.jobs.setup import MakeEngine, Setup, choose_setup, describe, find_inputs, load_engine
 from dist_esm.logs import logging_to
@@ -27,7 +31,7 @@ from dist_esm.outputs.events import start_details
 from dist_esm.outputs.in_hand import acquit, name_of, note_death, notes_of
 from dist_esm.outputs.journal import Entry, entry_of
 from dist_esm.outputs.output_dir import OutputDir, inside
-from dist_esm.outputs.placed import output_of
+from dist_esm.outputs.placed import output_in_making
 from dist_esm.outputs.shards import assemble_output
 from dist_esm.pipeline.worker import Destination, embed_units
 from dist_esm.planning.agree import agree_on_output_dir, agree_on_plan, results_in_journal
@@ -86,7 +90,7 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
     world.progress.enter(Phase.counting)
     with Ticker(config, world) as ticker, ExitStack() as held:
         inputs = find_inputs(config, world)
-        setup = choose_setup(config, world)
+        setup = choose_setup(config, world, inputs)
         words = setup.provenance["weights_in_words"]
         out = held.enter_context(OutputDir.open(config, setup.settings, world, words))
         held.enter_context(keeping_records(out, setup, world))
@@ -98,6 +102,7 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
             remove_leftovers(config.output_dir, inputs.files)
         plan = agree_on_plan(config, inputs.files, out.entries, world, out.deaths)
         ticker.note_plan(plan)
+        say_what_is_to_do(plan, config, setup, world, loads_model=make_engine is load_engine)
         about = about_launch(plan, config, setup, inputs, clock.started)
         world.all_or_none(out.record_inputs, plan.files, about)
         if world.is_main:
@@ -153,6 +158,25 @@ def keeping_records(out: OutputDir, setup: Setup, world: World) -> Iterator[None
             yield
         finally:
             world.progress.on_phase = lambda phase: None
+
+
+def say_what_is_to_do(plan: Plan, config: Config, setup: Setup, world: World, loads_model: bool) -> None:
+    """Log the plan in short, of what is known already. A model that is not loaded has to fit.
+
+    Raises
+    ------
+    RefusedError
+        On every rank, if the outputs cannot have the room that they need, or the model does not fit on one.
+    """
+    work = work_of(plan)
+    output, room = output_of(work, config), room_in(config.output_dir)
+    if world.is_main:
+        for line in short_lines(plan, work, output, room, config, setup, describe(setup.device)):
+            log.info("%s", line)
+    problems = problems_of(plan, output, room, config, setup, world, loads_model)
+    world.agree("; ".join(problems) or None)
+    if world.is_main and (remark := remark_on_room(output, room)):
+        log.warning("%s", remark)
 
 
 def engine_for(
@@ -450,7 +474,7 @@ def join_file(
         is_joined=True,
     )
     out.journal.append([entry])
-    for path in {*paths, *map(output_of, paths)}:
+    for path in {*paths, *map(output_in_making, paths)}:
         discard(path)
     return JoinedFile(written, tally.duplicate_ids)
 
@@ -495,6 +519,8 @@ def conclude(
 
 def tell(report: Report, out: OutputDir, config: Config) -> int:
     """Print the summary, draw the page if it is wanted, and return the exit code."""
+    for line in lines_on_nothing(report):
+        log.warning("%s", line)
     print(summary(report, out.path, config.verbosity), flush=True)
     if config.report is ReportKind.html:
         draw_page(report, out.path)

@@ -11,10 +11,12 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from dist_esm.config import Config, check_layers, plain_values
+from dist_esm.config import Config, ModelConfig, check_layers, model_config, plain_values
 from dist_esm.distributed import RefusedError, World
+from dist_esm.fasta.formats import SUFFIXES as PACKED
+from dist_esm.jobs.progress.lines import duration
 from dist_esm.model import NUMERICS
-from dist_esm.model.checkpoints.locate import RANDOM, fetch
+from dist_esm.model.checkpoints.locate import AUTO, RANDOM, fetch, missing
 from dist_esm.model.engine import Engine, build_engine, default_toks_per_batch, num_cores
 from dist_esm.model.kernels.choose import (
     Kernels,
@@ -23,15 +25,20 @@ from dist_esm.model.kernels.choose import (
     choose_kernels,
     what_would_be_faster,
 )
+from dist_esm.model.memory import device_memory, rows_that_fit
+from dist_esm.model.speed import CPU_FLOPS, SMALL_MODEL, SMALL_WIDTH, SOURCE, flops_of
 from dist_esm.model.weights import WeightsId, architecture, check_weights, complete
 from dist_esm.outputs.formats.registry import FORMATS
-from dist_esm.outputs.output_dir import make_output_dir
+from dist_esm.outputs.output_dir import make_output_dir, read_settings
 from dist_esm.planning.inputs import Inputs, fail_long_paths, refuse_nested, search_inputs
 from dist_esm.planning.pipes import spool_pipes
 from dist_esm.progress import Phase
 from dist_esm.version import code_version
 
 log = logging.getLogger("dist_esm")
+PACKED_RATIO = 2
+"""Bytes of text for each byte of a compressed file, about."""
+NOT_HERE = "not on this machine, a run downloads them first"
 P = ParamSpec("P")
 T = TypeVar("T")
 KEYS_OF_CONTENT = (
@@ -49,22 +56,22 @@ KEYS_OF_CONTENT = (
 """Keys that decide the content of an output, beside those that its numbers depend on."""
 
 
-def find_inputs(config: Config, world: World) -> Inputs:
+def find_inputs(config: Config, world: World, is_dry: bool = False) -> Inputs:
     """Find the input files on every rank.
 
-    Rank 0 copies the pipes among them, and says what a search passed over.
+    Rank 0 copies the pipes among them, and says what a search passed over, unless nothing is to be written.
 
     Raises
     ------
     RefusedError
         On every rank, if an input cannot be taken, or two outputs would get into each other's way.
     """
-    spooled = spool_pipes(config, world)
+    spooled = {} if is_dry else spool_pipes(config, world)
     inputs = world.all_or_none(search_inputs, config.input_list(), spooled, config.output_dir)
     inputs = replace(inputs, files=fail_long_paths(inputs.files, config.output_dir))
     if FORMATS[config.format.name].is_folder:
         world.all_or_none(refuse_nested, inputs.files)
-    if world.is_main and (summary := inputs.summary()):
+    if world.is_main and not is_dry and (summary := inputs.summary()):
         log.warning("%s", summary)
     return inputs
 
@@ -86,8 +93,17 @@ MakeEngine = Callable[[Config, Setup, World], Engine]
 """Makes the model that a rank embeds with; `load_engine` is the one that loads ESM-2."""
 
 
-def choose_setup(config: Config, world: World) -> Setup:
+def choose_setup(config: Config, world: World, inputs: Inputs | None = None) -> Setup:
     """Choose the device and find the weights: all ranks can, or all refuse.
+
+    Parameters
+    ----------
+    config
+        Checked configuration.
+    world
+        The ranks.
+    inputs
+        What is to be embedded: a CPU that will take long for it says so before weights are fetched.
 
     Raises
     ------
@@ -95,21 +111,113 @@ def choose_setup(config: Config, world: World) -> Setup:
         On every rank, if the output directory, the device, the kernels or the weights cannot be had on one.
     """
     world.all_or_none(first_on_host, world, make_output_dir, config.output_dir)
+    device = find_device(config, world, inputs)
+    return setup_on(device, find_weights(config, world), config, world)
+
+
+def find_device(config: Config, world: World, inputs: Inputs | None = None) -> torch.device:
+    """Choose the device of this rank; a CPU that will take long for the inputs says so.
+
+    Raises
+    ------
+    RefusedError
+        On every rank, if one has none.
+    """
     device = world.all_or_none(
         choose_device, config.device, world.local_rank, world.local_world_size, world.host
     )
+    if world.is_main and inputs is not None and config.model.name != AUTO:  # whose size is not known yet
+        warn_of_slow_cpu(config, device, inputs)
+    return device
+
+
+def setup_on(device: torch.device, weights: WeightsId, config: Config, world: World) -> Setup:
+    """Choose dtype and kernels for the device, and start the process group.
+
+    Raises
+    ------
+    RefusedError
+        On every rank, if kernels that are named cannot run on one, or ranks would compute different numbers.
+    """
     dtype = choose_dtype(config.dtype, device)
-    weights = find_weights(config, world)
     head_dim = architecture(config.model).head_dim
     kernels = world.all_or_none(choose_kernels, config.attention, config.linear, device, dtype, head_dim)
     if world.is_main and (advice := what_would_be_faster(config.linear, device, dtype, head_dim)):
         log.info("%s", advice)
+    settle_toks_per_batch(config, device, dtype, world)
     numbers = numbers_of(config, dtype, weights.fingerprint)
     provenance = {**numbers, "weights_in_words": weights.words, "dist_esm": code_version()}
     settings = settings_of(config, device, kernels, numbers)
     agree_on_settings(settings, world)
     world.start_process_group(device)
     return Setup(device, dtype, kernels, provenance, settings)
+
+
+def settle_toks_per_batch(config: Config, device: torch.device, dtype: torch.dtype, world: World) -> None:
+    """Make packs smaller than the default, on all ranks, if that does not fit in the free memory of one.
+
+    Raises
+    ------
+    RefusedError
+        On every rank, if one cannot read what the output directory was begun with.
+    """
+    if config.toks_per_batch is not None:
+        return
+    rows = world.all_or_none(rows_that_suit, config, device, dtype)
+    answers = world.exchange_by_name(str(rows))
+    fewest, name = min((int(text), name) for name, text in answers)
+    default = default_toks_per_batch(device.type, config.model.embed_dim)
+    if fewest < default:
+        config.toks_per_batch = fewest
+        if world.is_main:
+            log.warning(
+                "packs of %d tokens, not %d: larger ones do not fit in the free memory of %s, "
+                "or output_dir was begun so",
+                fewest,
+                default,
+                name,
+            )
+
+
+def rows_that_suit(config: Config, device: torch.device, dtype: torch.dtype) -> int:
+    """Return the tokens of a pack that this rank would take.
+
+    On a GPU the bits may depend on it, so a directory that was begun with less than the default goes on with
+    that, however much memory is free now.
+    """
+    default = default_toks_per_batch(device.type, config.model.embed_dim)
+    if device.type != "cuda":
+        return default
+    begun = (read_settings(config.output_dir) or {}).get("toks_per_batch") if config.resume else None
+    if isinstance(begun, int) and 0 < begun < default:
+        return begun
+    return rows_that_fit(architecture(config.model), dtype, device_memory(device).free, default)
+
+
+def warn_of_slow_cpu(config: Config, device: torch.device, inputs: Inputs) -> None:
+    """Say how long a CPU will take with a large model, and which model it would be quick with.
+
+    Nothing is counted yet, so residues are taken to be as many as bytes of the inputs.
+    """
+    arch = architecture(config.model)
+    if device.type == "cuda" or arch.embed_dim <= SMALL_WIDTH:
+        return
+    tokens = sum(
+        file.num_bytes * (PACKED_RATIO if file.path.suffix in PACKED else 1) for file in inputs.files
+    )
+    small = architecture(model_config(SMALL_MODEL))
+    speeds = [num_cores() * CPU_FLOPS / flops_of(which, which.num_layers, 1, 0) for which in (arch, small)]
+    log.warning(
+        "%s on a CPU of %d cores takes about %s for this input, at about %s tokens a second (from %s): "
+        "model=%s would take about %s, and a GPU less",
+        config.model.name,
+        num_cores(),
+        duration(tokens / speeds[0]),
+        f"{speeds[0]:.2g}",
+        SOURCE,
+        SMALL_MODEL,
+        duration(tokens / speeds[1]),
+    )
 
 
 def agree_on_settings(settings: dict[str, Any], world: World) -> None:
@@ -133,22 +241,48 @@ def agree_on_settings(settings: dict[str, Any], world: World) -> None:
             raise RefusedError([f"the ranks would not compute the same numbers: {'; '.join(odd)}: {remedy}"])
 
 
-def find_weights(config: Config, world: World) -> WeightsId:
+def find_weights(config: Config, world: World, is_dry: bool = False) -> WeightsId:
     """Find the weights and check that they are the model's; `model=auto` becomes the model that they are.
 
-    The first rank of each host fetches them and checks their bytes.
+    The first rank of each host fetches them and checks their bytes. If nothing is to be written, it only
+    looks: then weights that would be downloaded have no fingerprint.
 
     Raises
     ------
     RefusedError
         On every rank, if the weights cannot be had on one, or are not those of the model.
     """
-    world.all_or_none(first_on_host, world, fetch, config.model)
+    if is_dry:
+        what = world.all_or_none(first_on_host, world, probe_downloads, config.model)
+        on_hosts = [text for text in world.exchange(what or "") if text]
+        if on_hosts:
+            return WeightsId("", f"{NOT_HERE}: {on_hosts[0]}")
+    else:
+        world.all_or_none(first_on_host, world, fetch, config.model)
     world.all_or_none(complete, config.model)
     world.all_or_none(check_layers, config)
-    checked = world.all_or_none(first_on_host, world, check_weights, config.model)
+    checked = world.all_or_none(first_on_host, world, check_weights, config.model, is_kept=not is_dry)
     answers = [json.loads(text) for text in world.exchange(json.dumps((world.host, checked)))]
     return WeightsId(*next(answer for host, answer in answers if answer and host == world.host))
+
+
+def probe_downloads(config: ModelConfig) -> str:
+    """Say what a run would download first; "" if all is there.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be had, or has to be there before anything is known of the model.
+    """
+    downloads = missing(config)
+    for download in downloads:
+        download.probe()
+    if downloads and config.name == AUTO:
+        raise ValueError(
+            f"model=auto takes the size from the weights, and {downloads[0].what} is not here yet: "
+            "download it first, or name the model"
+        )
+    return ", ".join(download.what for download in downloads)
 
 
 def first_on_host(world: World, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -199,7 +333,17 @@ def load_engine(config: Config, setup: Setup, world: World) -> Engine:
     if world.is_main:
         log.info("weights: %s", setup.provenance["weights_in_words"])
     world.progress.enter(Phase.compiling)
+    wanted = engine.toks_per_batch
     engine.warm_up()
+    if engine.toks_per_batch < wanted:
+        log.warning(
+            "a pack of %d tokens does not fit in the memory of %s: packs of %d instead; "
+            "toks_per_batch=%d makes that the setting",
+            wanted,
+            describe(setup.device),
+            engine.toks_per_batch,
+            engine.toks_per_batch,
+        )
     engine.startup = {"load_seconds": loaded - began, "kernels_seconds": time.monotonic() - loaded}
     log.info(
         "%s on %s in %s, loaded in %.1f s, kernels ready in %.1f s; %s, packs of %d tokens",

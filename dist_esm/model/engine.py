@@ -23,6 +23,7 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 
+from dist_esm.attempt import as_value
 from dist_esm.config import Config, Include
 from dist_esm.fasta.tokens import token_table, tokenize
 from dist_esm.model.esm2 import ESM2
@@ -194,10 +195,24 @@ class Engine:
         return self.submit(pack, num_rows).result()
 
     def warm_up(self) -> None:
-        """Compile the kernels, or load them, before the first pack."""
-        if self.is_gpu:
-            self.run(Pack((Segment(0, 0, tokenize(b"M"), (0, 1)),)), self.toks_per_batch)
-            self._last = None
+        """Compile the kernels, or load them, before the first pack.
+
+        `toks_per_batch` is halved until a pack fits in memory.
+
+        Raises
+        ------
+        Exception
+            Any error of the forward; that it is out of memory, if the smallest pack does not fit either.
+        """
+        if not self.is_gpu:
+            return
+        pack = Pack((Segment(0, 0, tokenize(b"M"), (0, 1)),))
+        while isinstance(answer := as_value(self.run, pack, self.toks_per_batch), Exception):
+            if not is_out_of_memory(answer) or self.toks_per_batch < 2 * FEWEST_ROWS:
+                raise answer
+            self.toks_per_batch //= 2
+            self.free_memory()
+        self._last = None
 
     def recompute(self, segment: Segment) -> SegmentEmbedding:
         """Embed one segment in the next wider dtype.

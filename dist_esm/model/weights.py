@@ -79,8 +79,10 @@ def open_weights(config: ModelConfig) -> Checkpoint:
     return checkpoint if adapter is None else with_adapter(checkpoint, adapter)
 
 
-def check_weights(config: ModelConfig) -> WeightsId:
+def check_weights(config: ModelConfig, is_kept: bool = True) -> WeightsId:
     """Check the bytes of the weights, and return what they are. All are read: once for a host is enough.
+
+    What takes long to find out is kept for the next launch, unless nothing is to be written.
 
     Raises
     ------
@@ -104,7 +106,7 @@ def check_weights(config: ModelConfig) -> WeightsId:
         together = hashlib.sha256(repr((prints, str(checkpoint.arch))).encode()).hexdigest()[:32]
         return WeightsId(together, f"{checkpoint.words}, from {place}")
     name = KNOWN.get(checkpoint.arch, "")
-    if is_official(checkpoint.files[0], name, prints[0]):
+    if is_official(checkpoint.files[0], name, prints[0], is_kept):
         return WeightsId(prints[0], f"fair-esm's own {name} (sha256 verified)")
     caveat = ", not one of fair-esm's own files" if name in OFFICIAL else ""
     return WeightsId(prints[0], f"{checkpoint.words}{caveat}, from {place}")

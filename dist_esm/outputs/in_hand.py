@@ -205,6 +205,24 @@ def collect(output_dir: Path, was_restarted: bool) -> dict[str, Deaths]:
     was_restarted
         torchrun has started this launch again: it saw the processes of the last one end.
     """
+    records, is_news = known_deaths(output_dir, was_restarted)
+    if is_news:
+        write_records(output_dir, records)
+    for path in (output_dir / FOLDER).glob("*"):
+        discard(path)
+    return records
+
+
+def known_deaths(output_dir: Path, was_restarted: bool) -> tuple[dict[str, Deaths], bool]:
+    """Return the record of deaths with what the notes of dead processes say, and whether they say anything.
+
+    Nothing is written or removed.
+
+    Parameters
+    ----------
+    output_dir, was_restarted
+        As of `collect`.
+    """
     records = read_records(output_dir)
     notes = sorted((output_dir / FOLDER).glob("*.jsonl"))
     last_launch = notes[-1].name.partition(".")[0] if notes else ""
@@ -223,11 +241,7 @@ def collect(output_dir: Path, was_restarted: bool) -> dict[str, Deaths]:
             record.unseen_alone += not is_seen and is_alone
             record.how = how or record.how
             record.protein = protein or record.protein
-    if notes:
-        write_records(output_dir, records)
-    for path in (output_dir / FOLDER).glob("*"):
-        discard(path)
-    return records
+    return records, bool(notes)
 
 
 def read_records(output_dir: Path) -> dict[str, Deaths]:

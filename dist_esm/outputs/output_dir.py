@@ -16,6 +16,8 @@ Below it, ``.dist_esm`` holds what is not an output:
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -39,7 +41,7 @@ from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, read_json, v
 from dist_esm.outputs.formats.registry import FORMATS, format_at
 from dist_esm.outputs.in_hand import Deaths, InHand
 from dist_esm.outputs.journal import Entry, Journal
-from dist_esm.outputs.placed import SUFFIX, output_of, part_from_finished
+from dist_esm.outputs.placed import SUFFIX, output_in_making, part_from_finished
 from dist_esm.outputs.trust import LOOSE, SHARDS, is_file_of, refuse_linked_folders, refuse_strange_files
 from dist_esm.types import FastaFile, WrittenFile
 from dist_esm.wire import decode, encode
@@ -187,9 +189,46 @@ def make_output_dir(output_dir: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ValueError(
-            f"output_dir={output_dir} cannot be written to ({error.strerror}): name a directory that can"
-        ) from None
+        raise ValueError(unwritable(output_dir, error.strerror)) from None
+
+
+def nearest_folder(output_dir: Path) -> Path:
+    """Return the directory, or what is there of the path to it."""
+    path = output_dir.absolute()
+    return next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+
+
+def refuse_unwritable(output_dir: Path) -> None:
+    """Make sure that `make_output_dir` can do its work, without doing it, and that no run holds the
+    directory.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be written to, is not as runs leave it, or is in use.
+    """
+    refuse_strange_files(output_dir)
+    path = inside(output_dir) if inside(output_dir).is_dir() else nearest_folder(output_dir)
+    number = 0 if path.is_dir() else errno.ENOTDIR
+    if not number and not os.access(path, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY else errno.EACCES
+    if number:
+        raise ValueError(unwritable(output_dir, os.strerror(number)))
+    with suppress(FileNotFoundError), open(inside(output_dir) / "lock", "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(in_use(output_dir)) from None
+
+
+def unwritable(output_dir: Path, reason: str | None) -> str:
+    """Say that the directory cannot be written to."""
+    return f"output_dir={output_dir} cannot be written to ({reason}): name a directory that can"
+
+
+def in_use(output_dir: Path) -> str:
+    """Say that another run holds the directory."""
+    return f"output_dir={output_dir} is in use by another run: wait for its end, or name another output_dir"
 
 
 class Prepared(NamedTuple):
@@ -245,9 +284,7 @@ def lock(output_dir: Path) -> Iterator[None]:
         held = FileLock(inside(output_dir) / "lock", timeout=LOCK_SECONDS)
         held.acquire()
     except Timeout:
-        raise ValueError(
-            f"output_dir={output_dir} is in use by another run: wait for its end, or name another output_dir"
-        ) from None
+        raise ValueError(in_use(output_dir)) from None
     except NotImplementedError:
         raise ValueError(
             f"output_dir={output_dir} is on a file system without locks: name a directory on another"
@@ -434,7 +471,7 @@ def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
             if is_leftover(path, names):
                 discard(path)
     kept = {output_dir / path for path in _shards_to_join(output_dir, entries)}
-    outputs = {output_of(shard) for shard in kept}
+    outputs = {output_in_making(shard) for shard in kept}
     for folder in (inside(output_dir) / name for name in SHARDS):
         for path in [path for path in folder.rglob("*.pt") if path not in kept]:
             path.unlink()

@@ -150,7 +150,7 @@ def rows_in(key: Key, extent: Extent) -> int:
     return extent.residues if kind == "per_tok" else extent.proteins
 
 
-def output_of(shard: Path) -> Path:
+def output_in_making(shard: Path) -> Path:
     """Return the path of the output in the making that a shard is a part of, if its numbers are there."""
     return shard.with_name(f"{shard.name.rpartition('.')[0].rpartition('.')[0]}{SUFFIX}")
 
@@ -301,7 +301,7 @@ def read_placed_shard(path: Path) -> PlacedShard | None:
         tsv_lines=unpacked(content["tsv_lines"]),
         **numbers,
     )
-    return PlacedShard(output_of(path), table, dtype, width, regions, files, pieces)
+    return PlacedShard(output_in_making(path), table, dtype, width, regions, files, pieces)
 
 
 def shapes(keys: Sequence[Key], rows: Sequence[Row], dtype: np.dtype[Any], width: int) -> dict[str, Any]:

@@ -10,17 +10,17 @@ import hashlib
 import os
 import queue
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from dist_esm.attempt import as_value
-from dist_esm.config import Config, Include
+from dist_esm.config import Config
 from dist_esm.fasta.blocks import CHANGED, FastaError
 from dist_esm.fasta.parser import read_proteins
 from dist_esm.fasta.segments import apply_length_policy, make_segments, num_embedded
 from dist_esm.outputs.in_hand import InHand, name_of
 from dist_esm.pipeline.collector import Collector
+from dist_esm.pipeline.duplicates import Duplicates
 from dist_esm.pipeline.failures import Failures
 from dist_esm.pipeline.packer import Packer
 from dist_esm.pipeline.threads import LOOK_SECONDS, DeadThreadError, Service, get, put
@@ -28,10 +28,6 @@ from dist_esm.stop import Stop
 from dist_esm.types import FastaFile, Pack, Protein, RecordRead, Segment, TakenUnit, Unit
 
 PACKS_AHEAD = 4
-DEDUPE_BYTES = 256 << 20
-"""Bytes of embeddings that are kept for identical sequences."""
-KEPT_BYTES = 1024
-"""Bytes that keeping one embedding costs beside its numbers."""
 MAX_HELD = 1 << 14
 """Flush open packs after this many records: a stretch of duplicates would never fill them."""
 MAX_TOLD_APART = 2000
@@ -95,9 +91,7 @@ class Reader(Service):
         self._packer = Packer(toks_per_batch)
         self._batch: list[RecordRead] = []
         self._next_index = 0
-        self._first_of: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
-        """Digest of residues to the protein that had them first, and the bytes that its embedding takes."""
-        self._kept_bytes = 0
+        self._duplicates = Duplicates(config)
         self._num_held = 0
         self._is_closing = False
 
@@ -205,8 +199,8 @@ class Reader(Service):
         num_residues = num_embedded(spans)
         duplicate_of = None
         if spans and self._config.dedupe:
-            duplicate_of = self._first(index, protein.residues[:num_residues], len(spans))
-        evicted = tuple(self._evicted())
+            duplicate_of = self._duplicates.first(index, protein.residues[:num_residues], len(spans))
+        evicted = tuple(self._duplicates.evicted())
         self._batch.append(
             RecordRead(index, key, protein, outcome, num_residues, len(spans), duplicate_of, evicted)
         )
@@ -214,30 +208,6 @@ class Reader(Service):
             self._flush_batch()
         if duplicate_of in (None, index):
             yield from make_segments(index, protein.residues, spans)
-
-    def _first(self, index: int, residues: bytes, num_segments: int) -> int | None:
-        """The first protein with the same residues, perhaps this one; None if its embedding is too large to
-        keep."""
-        include, num_layers = self._config.include, len(self._config.repr_layers)
-        num_rows = sum(len(residues) if kind is Include.per_tok else 1 for kind in include)
-        num_bytes = KEPT_BYTES + 4 * self._config.model.embed_dim * num_layers * num_rows
-        if num_bytes > DEDUPE_BYTES // 16:
-            return None
-        salt = num_segments.to_bytes(8, "little")
-        digest = hashlib.blake2b(residues, digest_size=16, salt=salt).digest()
-        if digest in self._first_of:
-            self._first_of.move_to_end(digest)
-            return self._first_of[digest][0]
-        self._first_of[digest] = (index, num_bytes)
-        self._kept_bytes += num_bytes
-        return index
-
-    def _evicted(self) -> Iterator[int]:
-        """Proteins whose embeddings make room for newer ones, the least recently asked for first."""
-        while self._kept_bytes > DEDUPE_BYTES:
-            _, (index, num_bytes) = self._first_of.popitem(last=False)
-            self._kept_bytes -= num_bytes
-            yield index
 
     def _emit(self, pack: Pack) -> None:
         self._num_held = 0

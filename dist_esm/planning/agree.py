@@ -27,7 +27,16 @@ from dist_esm.outputs.placed import read_placed_shard
 from dist_esm.planning.assign import assign_to_bins
 from dist_esm.planning.layout import lay_out
 from dist_esm.planning.units import CountedSlice, Plan, count_slice, cut_files, make_plan, make_units
-from dist_esm.types import Count, FastaFile, JoinedFile, Slice, Tally, Unit, UnitResult
+from dist_esm.types import (
+    Count,
+    FastaFile,
+    JoinedFile,
+    LengthHistogram,
+    Slice,
+    Tally,
+    Unit,
+    UnitResult,
+)
 
 log = logging.getLogger("dist_esm")
 
@@ -63,7 +72,7 @@ def agree_on_plan(
     """
     agree_on_inputs(files, world)
     agree_on_journal(entries, world)
-    units, remarks = count_units(config, files, world)
+    units, remarks, lengths = count_units(config, files, world)
     if world.is_main:
         for file, remark in remarks.items():
             log.warning("%s %s", files[file].path, remark)
@@ -79,6 +88,7 @@ def agree_on_plan(
         joined,
         deaths,
         remarks,
+        lengths,
     )
     # Files of the same sizes, of which ranks read other text, are cut or counted otherwise.
     (main, plan_of_main), *others = world.exchange_by_name(plan.digest())
@@ -164,7 +174,7 @@ def agree_on_output_dir(out: OutputDir, world: World) -> None:
 
 def count_units(
     config: Config, files: Sequence[FastaFile], world: World
-) -> tuple[list[Unit], dict[int, str]]:
+) -> tuple[list[Unit], dict[int, str], LengthHistogram]:
     """Cut the files into units and count what is in each; every rank counts its share of the bytes.
 
     Returns
@@ -173,13 +183,15 @@ def count_units(
         Of all files, in their order.
     dict of int to str
         By file, what a person should know of it before it is embedded.
+    LengthHistogram
+        Of all records.
     """
     max_text = FORMATS[config.format.name].max_text
     slices = cut_files(files, config.unit_share)
     sizes = [(slice_.stop or files[file].num_bytes) - slice_.start for file, slice_, _ in slices]
     keys = [(str(files[file].path), index) for index, (file, _, _) in enumerate(slices)]
     cut_into_slices = {file for file, slice_, _ in slices if slice_.stop is not None}
-    own, own_remarks = [], {}
+    own, own_remarks, own_lengths = [], {}, LengthHistogram()
     for index in sorted(assign_to_bins(sizes, keys, world.world_size)[world.rank]):
         file, slice_, unreadable = slices[index]
         if slice_.start == 0 and (remark := look_at_first_records(slice_, config)):
@@ -192,20 +204,25 @@ def count_units(
                 config.max_proteins_per_output,
                 file in cut_into_slices,
                 max_text,
+                own_lengths,
             )
         own += [
             (index, part.start, part.stop, part.seek, list(astuple(count)), unreadable)
             for part, count in counted
         ]
-    told = world.all_gather([own, list(own_remarks.items())])
-    everything = sorted((item for items, _ in told for item in items), key=lambda item: item[:2])
-    remarks = {file: remark for _, pairs in told for file, remark in pairs}
+    told = world.all_gather([own, list(own_remarks.items()), own_lengths], LengthHistogram)
+    everything = sorted((item for items, _, _ in told for item in items), key=lambda item: item[:2])
+    remarks = {file: remark for _, pairs, _ in told for file, remark in pairs}
+    lengths = LengthHistogram()
+    for _, _, of_rank in told:
+        lengths.merge(of_rank)
     merged: list[CountedSlice] = []
     for index, start, stop, seek, counts, unreadable in everything:
         file, slice_, _ = slices[index]
         part = Slice(slice_.path, start, stop, (seek[0], seek[1]), slice_.compression)
         merged.append((file, part, Count(*counts), unreadable))
-    return make_units(merged, config.max_proteins_per_output, max_text), dict(sorted(remarks.items()))
+    units = make_units(merged, config.max_proteins_per_output, max_text)
+    return units, dict(sorted(remarks.items())), lengths
 
 
 def find_done(

@@ -49,6 +49,22 @@ def spool_pipes(config: Config, world: World) -> dict[str, Path]:
     return {item: Path(path) for item, path in json.loads(told).items()}
 
 
+def refuse_pipes(config: Config) -> None:
+    """Refuse inputs that can be read once, for a job that copies nothing.
+
+    Raises
+    ------
+    ValueError
+        If there is one.
+    """
+    for item in config.input_list():
+        if _pipe_name(item) is not None:
+            raise ValueError(
+                f"input={item} is a pipe, which can be read once, and job={config.job.name} copies nothing: "
+                "name a file"
+            )
+
+
 def remove_copies(files: Sequence[FastaFile]) -> None:
     """Remove the copies of pipes, when they are needed no more."""
     for file in files:

@@ -65,7 +65,7 @@ def plan_of(record: Mapping[str, Any], inputs: Sequence[LaunchInput], earlier: S
     units, was_done = [], set()
     for file, rows in by_file.items():
         for ordinal, (_, start, stop, sequences, residues, first_part, is_done) in enumerate(rows):
-            count = Count(sequences, residues)
+            count = Count(sequences=sequences, residues=residues)
             slice_ = Slice(files[file].path, start, stop)
             units.append(Unit(file, ordinal, slice_, count, Count(), len(rows) == 1, first_part))
             if is_done:

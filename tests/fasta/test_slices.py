@@ -18,7 +18,7 @@ from dist_esm.fasta.parser import read_proteins
 from dist_esm.fasta.slices import count_records, cut_slice
 from dist_esm.planning import units
 from dist_esm.planning.assign import count_sequences
-from dist_esm.types import Count, Slice, Unit
+from dist_esm.types import LENGTH_EDGES, Count, LengthHistogram, Slice, Unit
 from helpers.fasta import block_gzip, random_sequence, write
 from helpers.intake import check_output, embed_beside_good, failure_of
 
@@ -31,7 +31,8 @@ def read_records(piece: Slice) -> list[tuple[str, bytes]]:
 @pytest.mark.parametrize("seed", range(6))
 def test_counts_are_those_of_the_parser_wherever_blocks_end(tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
-    records = [(f"r{i} >;x", random_sequence(rng.randrange(40), i)) for i in range(30)]
+    lengths = [rng.choice([rng.randrange(40), rng.randrange(400)]) for _ in range(30)]
+    records = [(f"r{i} >;x", random_sequence(length, i)) for i, length in enumerate(lengths)]
     end = rng.choice(["\n", "\r\n", "\r"])
     width = rng.choice([1, 7, 60])
     text = "".join(
@@ -45,10 +46,21 @@ def test_counts_are_those_of_the_parser_wherever_blocks_end(tmp_path, monkeypatc
     for block in (1, 2, 3, 5, 16, 61, 997, 1 << 20):
         monkeypatch.setattr(blocks, "BLOCK", block)
         for limit in (None, 1, 17):
-            squares = sum(min(length, limit or length) ** 2 for length in lengths)
-            assert count_records(whole_file(path), limit) == Count(
-                len(parsed), sum(lengths), squares, num_lines
+            seen = [min(length, limit or length) for length in lengths]
+            histogram = LengthHistogram()
+            assert count_records(whole_file(path), limit, histogram=histogram) == Count(
+                sequences=len(parsed),
+                residues=sum(lengths),
+                squares=sum(length**2 for length in seen),
+                lines=num_lines,
+                seen=sum(seen),
+                num_long=sum(length > (limit or length) for length in lengths),
+                headers=sum(len(f">{name}") for name, _ in records),
             )
+            assert histogram.longest == max(lengths)
+            edges = [0, *LENGTH_EDGES, 10**9]
+            for bin_, (first, stop) in enumerate(pairwise(edges)):
+                assert histogram.bins[bin_] == sum(first <= length < stop for length in lengths)
         assert count_sequences(path) == len(parsed)
         assert count_sequences(write(tmp_path / "a.fasta.gz", gzip.compress(path.read_bytes()))) == len(
             parsed

@@ -44,3 +44,44 @@ def test_an_engine_is_closed_when_its_run_ends_with_an_error():
     with pytest.raises(ValueError, match="too many"), entered:
         _, _ = entered.run(PACK) * 3
     assert forward_threads() == []
+
+
+class SmallCard:
+    """Stands for a GPU that has room for packs of so many rows; there is none at hand to fill."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.tried = most, []
+
+    def run(self, pack: Pack, num_rows: int) -> list:
+        self.tried.append(num_rows)
+        if num_rows > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return []
+
+
+@pytest.mark.parametrize(("most", "rows"), [(50_000, 25_344), (20_000, 12_672), (1_000, 792), (396, 396)])
+def test_a_pack_that_does_not_fit_at_the_start_is_halved(most, rows):
+    card = SmallCard(most)
+    with engine() as entered:
+        entered.is_gpu, entered.toks_per_batch, entered.run = True, 25_344, card.run
+        entered.warm_up()
+        entered.is_gpu = False
+    assert entered.toks_per_batch == card.tried[-1] == rows
+    assert card.tried == [25_344 >> i for i in range(len(card.tried))]
+
+
+def test_what_is_no_lack_of_memory_or_has_no_remedy_is_an_error():
+    with engine() as entered:
+        entered.is_gpu, entered.toks_per_batch, entered.run = True, 25_344, SmallCard(100).run
+        with pytest.raises(torch.OutOfMemoryError):
+            entered.warm_up()
+        entered.toks_per_batch = 25_344
+
+        def fail(pack: Pack, num_rows: int) -> list:
+            raise RuntimeError("no kernel image")
+
+        entered.run = fail
+        with pytest.raises(RuntimeError, match="no kernel image"):
+            entered.warm_up()
+        assert entered.toks_per_batch == 25_344
+        entered.is_gpu = False

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-import sys
 
 import pytest
 
 from dist_esm.config import Long
-from dist_esm.pipeline.reader import Reader
+from dist_esm.pipeline import duplicates
 from helpers.fasta import random_sequence, write
 from helpers.intake import check_output, embed_beside_good, failure_of
 from helpers.standin import ALL_KINDS, embed_directory
@@ -57,10 +56,8 @@ def test_dedupe_changes_no_bit_and_its_saving_is_counted(tmp_path, overrides):
 
 
 def test_dedupe_forgets_old_answers_and_stays_right(tmp_path, monkeypatch):
-    module = sys.modules[Reader.__module__]
-    monkeypatch.setattr(
-        module, "DEDUPE_BYTES", 16 * (module.KEPT_BYTES + 24)
-    )  # room for 16 answers of one vector of 6 numbers
+    # room for 16 answers of one vector of 6 numbers
+    monkeypatch.setattr(duplicates, "DEDUPE_BYTES", 16 * (duplicates.KEPT_BYTES + 24))
     rng = random.Random(0)
     records = [(f"r{i}", random_sequence(3 + rng.randrange(40))) for i in range(400)]
     done = embed_beside_good(tmp_path, "".join(f">{name}\n{residues}\n" for name, residues in records))

@@ -24,6 +24,9 @@ TIMES = (
     ("join", "joining"),
 )
 """Words for phases of rank 0."""
+EMBEDDED = ("ok", "truncated", "windowed")
+"""Outcomes of records that have an embedding."""
+NOTHING = "nothing was embedded: the inputs hold no protein that the policies let pass"
 INDENT = "    "
 REMEDIES = {
     "FastaError": "mend these files, or leave them out",
@@ -39,9 +42,10 @@ def summary(report: Report, output_dir: Path, verbosity: Verbosity = Verbosity.n
     """Return the run in a few lines, for people; under `quiet` one, if all went well."""
     head = lines_on_files(report, output_dir)
     if verbosity is Verbosity.quiet and report.status == "complete":
-        return in_lines([*head[:1], *lines_on_weights(report)])
+        return in_lines([*head[:1], *lines_on_nothing(report), *lines_on_weights(report)])
     lines = [
         *head,
+        *lines_on_nothing(report),
         *lines_on_letters(report),
         *lines_on_ranks(report),
         *lines_on_time(report),
@@ -93,6 +97,12 @@ def lines_on_files(report: Report, output_dir: Path) -> list[str]:
             "already computed"
         )
     return lines
+
+
+def lines_on_nothing(report: Report) -> list[str]:
+    """Say that a run came to its end and embedded nothing."""
+    embedded = sum(report.records[outcome] for outcome in EMBEDDED)
+    return [NOTHING] if report.status == "complete" and not embedded else []
 
 
 def lines_on_letters(report: Report) -> list[str]:

@@ -41,7 +41,6 @@ from dist_esm.jobs.selfcheck.oracle import (
     compared_representations,
     embed_with_fair_esm,
     free_device,
-    free_memory,
 )
 from dist_esm.jobs.selfcheck.sample import (
     SampledProtein,
@@ -53,6 +52,7 @@ from dist_esm.jobs.selfcheck.sample import (
 from dist_esm.jobs.setup import Setup, choose_setup, describe, find_inputs, load_engine
 from dist_esm.model.checkpoints.locate import RANDOM, locate
 from dist_esm.model.engine import Engine, is_out_of_memory
+from dist_esm.model.memory import meminfo
 from dist_esm.model.pool import combine
 from dist_esm.names import printable
 from dist_esm.pipeline.packer import Packer
@@ -83,7 +83,7 @@ def selfcheck(config: Config, world: World) -> int:
     remove_copies(files)
     began = time.monotonic()
     ours = world.all_or_none(embed_and_check_bits, config, setup, proteins, world)
-    free = world.all_or_none(free_memory)
+    free = world.all_or_none(meminfo, "MemAvailable")
     theirs = world.all_or_none(embed_with_fair_esm, config, setup.device, proteins, world, free)
     seconds = time.monotonic() - began
     mine = world.all_or_none(compare_models, config, setup, proteins, ours, theirs, world, seconds)

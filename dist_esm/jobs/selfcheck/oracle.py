@@ -9,10 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,7 +56,7 @@ def embed_with_fair_esm(
     world
         The ranks, those of one host sharing its memory.
     free
-        `free_memory` before any rank began.
+        Bytes that this host could still give out before any rank began; None if it does not say.
 
     Raises
     ------
@@ -142,13 +140,6 @@ def needed_bytes(arch: Architecture, num_residues: int) -> int:
     """Return the bytes of fair-esm's model in fp32: its parameters, and about four attention matrices."""
     attention = 4 * arch.attention_heads * (num_residues + 2) ** 2
     return 4 * (sum(math.prod(shape) for shape in tensor_shapes(arch).values()) + attention)
-
-
-def free_memory() -> int | None:
-    """Return the bytes that this host can still give out; None where the system does not say."""
-    path = Path("/proc/meminfo")
-    available = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text()) if path.is_file() else None
-    return int(available[1]) << 10 if available else None
 
 
 def refuse_what_does_not_fit(needed: int, free: int | None, longest: int, world: World) -> None:

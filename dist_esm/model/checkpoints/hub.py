@@ -66,6 +66,32 @@ def snapshot(model_id: str) -> Path | None:
     return commits[0] if len(commits) == 1 else None
 
 
+def in_words(model_id: str) -> str:
+    """Say that a model is not at hand."""
+    return f"{model_id} is neither a file or directory nor in the Hugging Face cache {cache_dir()}"
+
+
+def refuse_download(model_id: str) -> None:
+    """Refuse to download a model if the user forbids it or the package huggingface_hub is not installed.
+
+    Raises
+    ------
+    ValueError
+        With the cache and the remedy.
+    """
+    name = model_id.partition("@")[0]
+    if is_offline():
+        raise ValueError(
+            f"{in_words(model_id)}, and HF_HUB_OFFLINE forbids to download it: "
+            f"put it there (hf download {name}), or name a path"
+        )
+    if find_spec("huggingface_hub") is None:
+        raise ValueError(
+            f"{in_words(model_id)}: download it (pip install huggingface_hub, then hf download {name}), "
+            "or name a path"
+        )
+
+
 def download(model_id: str, is_adapter: bool = False) -> None:
     """Download a model into the cache, if the package huggingface_hub is installed and the user lets it.
 
@@ -74,17 +100,8 @@ def download(model_id: str, is_adapter: bool = False) -> None:
     ValueError
         If it cannot be had; the message names the cache and the remedy.
     """
+    refuse_download(model_id)
     name, _, revision = model_id.partition("@")
-    missing = f"{model_id} is neither a file or directory nor in the Hugging Face cache {cache_dir()}"
-    if is_offline():
-        raise ValueError(
-            f"{missing}, and HF_HUB_OFFLINE forbids to download it: "
-            f"put it there (hf download {name}), or name a path"
-        )
-    if find_spec("huggingface_hub") is None:
-        raise ValueError(
-            f"{missing}: download it (pip install huggingface_hub, then hf download {name}), or name a path"
-        )
     from huggingface_hub import snapshot_download
 
     for patterns in (ADAPTER_PATTERNS,) if is_adapter else PATTERNS:
@@ -99,7 +116,7 @@ def download(model_id: str, is_adapter: bool = False) -> None:
         if isinstance(folder, Exception):
             reason = next(iter(str(folder).strip().splitlines()), type(folder).__name__)
             raise ValueError(
-                f"{missing}, and it cannot be downloaded ({reason}): put it there, or name a path"
+                f"{in_words(model_id)}, and it cannot be downloaded ({reason}): put it there, or name a path"
             )
         if any(file.suffix in (".safetensors", ".bin") for file in Path(folder).iterdir()):
             return

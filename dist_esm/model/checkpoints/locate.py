@@ -6,9 +6,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import torch
 
@@ -22,6 +26,7 @@ from dist_esm.model.kernels.kernel_cache import cache_dir, refuse_if_not_ours
 log = logging.getLogger("dist_esm")
 
 URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
+PROBE_SECONDS = 10.0
 RANDOM = "random"
 AUTO = "auto"
 OFFICIAL = {
@@ -71,6 +76,31 @@ def fetch(config: ModelConfig) -> None:
     ValueError
         If a path that was given does not exist, or if the download fails.
     """
+    for download in missing(config):
+        download.start()
+
+
+@dataclass(frozen=True)
+class Download:
+    """Something that is not on this machine yet, and can be had."""
+
+    what: str
+    """What it is and where it comes from, in words."""
+    start: Callable[[], None]
+    """Downloads it; raises ValueError if that fails."""
+    probe: Callable[[], None]
+    """Raises ValueError if it cannot be downloaded, as far as that is known without downloading it."""
+
+
+def missing(config: ModelConfig) -> list[Download]:
+    """Return what `fetch` would download. Nothing is downloaded or written.
+
+    Raises
+    ------
+    ValueError
+        If a path that was given does not exist, or the configuration names no weights.
+    """
+    downloads: list[Download | None] = []
     if config.weights == RANDOM and config.adapter is not None:
         raise ValueError(
             "model.adapter needs the weights that it was trained on, not random ones: set model.weights"
@@ -81,62 +111,74 @@ def fetch(config: ModelConfig) -> None:
             "or name one of the six models"
         )
     if config.adapter is not None:
-        fetch_given("model.adapter", config.adapter, "name a directory that peft wrote", is_adapter=True)
+        remedy = "name a directory that peft wrote"
+        downloads.append(missing_given("model.adapter", config.adapter, remedy, is_adapter=True))
     if config.weights is not None and config.weights != RANDOM:
-        fetch_given(
-            "model.weights",
-            config.weights,
-            "name fair-esm's .pt or a Hugging Face directory, or use null (download) or random",
-        )
+        remedy = "name fair-esm's .pt or a Hugging Face directory, or use null (download) or random"
+        downloads.append(missing_given("model.weights", config.weights, remedy))
     elif config.weights is None:
-        fetch_official(config)
+        downloads.append(missing_official(config))
+    return [download for download in downloads if download is not None]
 
 
-def fetch_given(key: str, text: str, remedy: str, is_adapter: bool = False) -> None:
-    """Make sure that a path exists, or that the model of that id is in the hub's cache.
+def missing_given(key: str, text: str, remedy: str, is_adapter: bool = False) -> Download | None:
+    """Return the download of the model of an id that is not in the hub's cache; None for what is there.
 
     Raises
     ------
     ValueError
-        If it does not, or cannot be had.
+        If it is a path that does not exist.
     """
     path = resolve(text)
     if not hub.is_id(text) or Path(text).expanduser().exists():
         if not path.exists():
             raise ValueError(f"{key}={text} is not a file or directory: {remedy}")
-        return
+        return None
     names = ("adapter_config.json",) if is_adapter else WHOLE
-    if not any((path / name).is_file() for name in names):
-        hub.download(text, is_adapter)
+    if any((path / name).is_file() for name in names):
+        return None
+    return Download(
+        f"{text} from the Hugging Face hub",
+        lambda: hub.download(text, is_adapter),
+        lambda: hub.refuse_download(text),
+    )
 
 
-def fetch_official(config: ModelConfig) -> None:
-    """Download fair-esm's own file into torch hub's cache if it is not there.
-
-    Raises
-    ------
-    ValueError
-        If the download fails.
-    """
+def missing_official(config: ModelConfig) -> Download | None:
+    """Return the download of fair-esm's own file into torch hub's cache; None if it is there."""
     path = locate(config)
     assert path is not None
     if path.is_file():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
+        return None
     url = URL.format(name=config.name)
-    try:
+
+    def start() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), progress=False)
-    except (URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        remedy = "put the file there, or name it with model.weights=PATH"
-        raise ValueError(f"{path} is missing and {url} cannot be downloaded ({reason}): {remedy}") from None
+
+    def probe() -> None:
+        urlopen(Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
+
+    def or_refuse(step: Callable[[], None]) -> None:
+        try:
+            step()
+        except (URLError, OSError) as error:
+            reason = getattr(error, "reason", error)
+            remedy = "put the file there, or name it with model.weights=PATH"
+            raise ValueError(
+                f"{path} is missing and {url} cannot be downloaded ({reason}): {remedy}"
+            ) from None
+
+    num_bytes, _ = OFFICIAL.get(config.name, (0, ""))
+    size = f", {num_bytes / 1e9:.2f} GB" if num_bytes else ""
+    return Download(f"{url}{size}, to {path}", partial(or_refuse, start), partial(or_refuse, probe))
 
 
-def is_official(path: Path, name: str, fingerprint: str) -> bool:
+def is_official(path: Path, name: str, fingerprint: str, is_kept: bool = True) -> bool:
     """Tell whether a file is fair-esm's own of that name, by its sha256.
 
     That is computed once for a machine: the fingerprint, whose checksums were compared with the bytes,
-    recalls it.
+    recalls it. What is not to be kept is computed again by the next launch.
     """
     num_bytes, sha256 = OFFICIAL.get(name, (0, ""))
     if path.stat().st_size != num_bytes:
@@ -144,10 +186,11 @@ def is_official(path: Path, name: str, fingerprint: str) -> bool:
     kept = cache_dir() / "checkpoints" / f"{fingerprint}.json"
     content = as_value(recall, kept)
     if not isinstance(content, dict):
-        log.info("taking the sha256 of %s, once for this machine", path)
+        log.info("taking the sha256 of %s%s", path, ", once for this machine" if is_kept else "")
         with path.open("rb") as file:
             content = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        as_value(keep, kept, content)  # a cache that cannot be written costs the same seconds next time
+        if is_kept:
+            as_value(keep, kept, content)  # a cache that cannot be written costs the same seconds next time
     return content.get("sha256") == sha256
 
 

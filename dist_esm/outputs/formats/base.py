@@ -208,6 +208,46 @@ class Loose(NamedTuple):
     """Reads a protein's file: kind and layer to its numbers, of shape (L, D) or (D,)."""
 
 
+@dataclass(frozen=True)
+class ContentSize:
+    """How much one output holds, as far as its bytes depend on it."""
+
+    proteins: int
+    residues: int
+    """Of all proteins, as they are embedded."""
+    id_bytes: int
+    header_bytes: int
+    include: list[str]
+    """Kinds that were asked for."""
+    kinds: dict[str, list[int]]
+    """mean, bos and per_tok to the layers that are there, as in `About`."""
+    width: int
+    """D."""
+    itemsize: int
+    """Bytes of a number."""
+
+    @property
+    def num_matrices(self) -> int:
+        """Kinds and layers."""
+        return sum(map(len, self.kinds.values()))
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of all numbers."""
+        vectors = self.proteins * (self.num_matrices - len(self.kinds["per_tok"]))
+        return self.width * self.itemsize * (vectors + self.residues * len(self.kinds["per_tok"]))
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of ids and headers."""
+        return self.id_bytes + self.header_bytes
+
+
+def plain_bytes(size: ContentSize) -> int:
+    """Return the bytes of the numbers and the text of an output, which any format has."""
+    return size.number_bytes + size.text_bytes
+
+
 class Codec(NamedTuple):
     """How a format is written and read back: the `CODEC` of its module."""
 
@@ -224,6 +264,10 @@ class Codec(NamedTuple):
     """For a format whose numbers have places that do not depend on its text."""
     loose: Loose | None = None
     """For a format with a file for each protein."""
+    output_bytes: Callable[[ContentSize], int] = plain_bytes
+    """Returns about how many bytes an output will have; within a few percent of what `write` writes."""
+    output_files: Callable[[ContentSize], int] = lambda size: 1
+    """Returns how many files and folders an output is."""
 
 
 def escape(text: str, unsafe: re.Pattern[str]) -> str:

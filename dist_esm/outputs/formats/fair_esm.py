@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_esm.atomic import SummedFolder
 from dist_esm.names import cut
 from dist_esm.outputs.embeddings import OutputTable
-from dist_esm.outputs.formats.base import About, Codec, Loose, Names, escape
+from dist_esm.outputs.formats.base import About, Codec, ContentSize, Loose, Names, escape, plain_bytes
 from dist_esm.outputs.pickling import torch_save
 from dist_esm.types import Row
 
@@ -181,9 +181,21 @@ class OpenedFairEsm:
         return content
 
 
+def output_bytes(size: ContentSize) -> int:
+    """Return about how many bytes an output will have.
+
+    Each protein is an archive of its own, with an entry for each tensor; id and header stand in it and in the
+    map. Constants as measured.
+    """
+    of_protein = 1450 + 252 * size.num_matrices
+    return plain_bytes(size) + size.text_bytes + 550 + of_protein * size.proteins
+
+
 CODEC = Codec(
     write_fair_esm,
     OpenedFairEsm,
     (MAP, ABOUT),
     loose=Loose(names_of, write_protein, write_tables, read_protein),
+    output_bytes=output_bytes,
+    output_files=lambda size: size.proteins + len((MAP, ABOUT)) + 1,
 )

@@ -8,23 +8,33 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from tempfile import SpooledTemporaryFile, gettempdir
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dist_esm.atomic import SummedFile, write_at
-from dist_esm.outputs.embeddings import OutputTable, little_endian, little_endian_blocks, numpy_dtype
-from dist_esm.outputs.formats.base import About, Codec, InPlace, Names, Place, escape
-from dist_esm.types import Extent
+from dist_esm.outputs.embeddings import (
+    ChunkedTensor,
+    OutputTable,
+    little_endian,
+    little_endian_blocks,
+    numpy_dtype,
+)
+from dist_esm.outputs.formats.base import About, Codec, ContentSize, InPlace, Names, Place, escape
+from dist_esm.types import Extent, Row
 
 if TYPE_CHECKING:
     import h5py
 
 BLOCK_BYTES = 1 << 20
+SAMPLE, SAMPLE_BYTES = 32, 1 << 17
+"""Proteins that `output_bytes` writes into memory, and about the most bytes of one's matrix of residues."""
 RESERVED, BEHIND = b"%reserved", b"%behind"
 """Names of datasets that are there for a while; no protein's is such."""
 SPOOL_BYTES = 1 << 28
@@ -381,4 +391,59 @@ class OpenedH5:
         return self.vector("per_tok", layer, position)
 
 
-CODEC = Codec(write_h5, OpenedH5, in_place=InPlace(places, finish_h5))
+def output_bytes(size: ContentSize) -> int:
+    """Return about how many bytes an output will have.
+
+    HDF5 lays out attributes by rules of its own, which cost 400 to 17,000 bytes a protein. So a few proteins
+    of the mean length are written into memory, and what they take beside their numbers is taken for all.
+    """
+    few = sample_of(size)
+    empty, sample = bytes_in_memory(table_like(few, 0)), bytes_in_memory(table_like(few, few.proteins))
+    of_protein = (sample - empty - few.number_bytes) / max(1, few.proteins)
+    return size.number_bytes + empty + round(of_protein * size.proteins)
+
+
+def sample_of(size: ContentSize) -> ContentSize:
+    """Return the size of a few proteins of the mean length and the mean text.
+
+    Attributes of residues are kept small; but HDF5 stores those of more than 64 KiB in another way, and these
+    stay above it.
+    """
+    few = min(SAMPLE, size.proteins)
+    share = few / max(1, size.proteins)
+    longest = -(-SAMPLE_BYTES // (size.width * size.itemsize))
+    residues = few * min(longest, round(size.residues / max(1, size.proteins)))
+    return replace(
+        size,
+        proteins=few,
+        residues=residues,
+        id_bytes=round(size.id_bytes * share),
+        header_bytes=round(size.header_bytes * share),
+    )
+
+
+def table_like(size: ContentSize, num_proteins: int) -> OutputTable:
+    """Return a table of so many of the proteins of a size, all alike, with zeros for their numbers."""
+    all_of_them = max(1, size.proteins)
+    length = size.residues // all_of_them
+    header = "x" * (size.header_bytes // all_of_them)
+    id_length = max(4, size.id_bytes // all_of_them)
+    rows = [
+        Row(f"{place:0{id_length}d}", header, place, length, length, "ok", 0, 0, 0, 0)
+        for place in range(num_proteins)
+    ]
+    dtype = torch.float32 if size.itemsize == 4 else torch.float16
+    zeros = torch.zeros(num_proteins * max(1, length), size.width, dtype=dtype)
+    vectors = {kind: dict.fromkeys(size.kinds[kind], zeros[:num_proteins]) for kind in ("mean", "bos")}
+    per_tok = dict.fromkeys(size.kinds["per_tok"], ChunkedTensor([zeros[: num_proteins * length]]))
+    main_layer = size.kinds["mean"][-1]
+    return OutputTable("", {}, size.include, main_layer, rows, vectors["mean"], vectors["bos"], per_tok, [])
+
+
+def bytes_in_memory(table: OutputTable) -> int:
+    """Return the bytes of an output, all of which but its numbers is written into memory and forgotten."""
+    with Metadata(table, Path(gettempdir())) as metadata:
+        return metadata.num_bytes + len(metadata.hole)
+
+
+CODEC = Codec(write_h5, OpenedH5, in_place=InPlace(places, finish_h5), output_bytes=output_bytes)

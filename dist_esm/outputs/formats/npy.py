@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dist_esm.atomic import SummedFolder, write_at
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks, numpy_dtype
-from dist_esm.outputs.formats.base import About, Codec, InPlace, Place
+from dist_esm.outputs.formats.base import About, Codec, ContentSize, InPlace, Place, plain_bytes
 from dist_esm.types import Extent
 
 PROTEINS = "proteins.tsv"
@@ -174,4 +174,17 @@ class OpenedNpy:
         return self._mapped[name]
 
 
-CODEC = Codec(write_npy, OpenedNpy, (PROTEINS, ABOUT), in_place=InPlace(places, finish_npy))
+def output_bytes(size: ContentSize) -> int:
+    """Return about how many bytes an output will have: numbers, text, a head for each matrix, and three
+    numbers in each line of the table."""
+    return plain_bytes(size) + 530 + 136 * size.num_matrices + 14 * size.proteins
+
+
+CODEC = Codec(
+    write_npy,
+    OpenedNpy,
+    (PROTEINS, ABOUT),
+    in_place=InPlace(places, finish_npy),
+    output_bytes=output_bytes,
+    output_files=lambda size: size.num_matrices + len((PROTEINS, ABOUT)) + 1,
+)

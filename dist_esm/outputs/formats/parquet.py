@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dist_esm.atomic import SummedFile, write_at
 from dist_esm.outputs.embeddings import OutputTable, little_endian, numpy_dtype
-from dist_esm.outputs.formats.base import About, Codec, InPlace, Place
+from dist_esm.outputs.formats.base import About, Codec, ContentSize, InPlace, Place
 from dist_esm.outputs.formats.parquet_mapped import MappedColumn, map_column
 from dist_esm.outputs.formats.parquet_pages import MAGIC, Chunk, Page, ParquetFile, page_header, pages
 from dist_esm.types import Extent, Row
@@ -360,9 +360,22 @@ def numbers(vectors: Any, width: int) -> NDArray[Any]:
     return np.asarray(vectors.flatten().to_numpy(zero_copy_only=True)).reshape(-1, width)
 
 
+def output_bytes(size: ContentSize) -> int:
+    """Return about how many bytes an uncompressed output will have.
+
+    Text is always compressed, to a third or so; each residue has five bytes of levels beside its numbers; a
+    row group has a description of its columns. Constants as measured.
+    """
+    groups = -(-size.number_bytes // GROUP_BYTES)
+    levels = 5 * size.residues * len(size.kinds["per_tok"])
+    of_columns = (groups + 1) * (2500 + 100 * size.num_matrices)
+    return size.number_bytes + levels + size.text_bytes // 3 + of_columns
+
+
 CODEC = Codec(
     write_parquet,
     OpenedParquet,
     write_compressed=partial(write_parquet, is_compressed=True),
     in_place=InPlace(places, finish_parquet, has_lengths=True),
+    output_bytes=output_bytes,
 )

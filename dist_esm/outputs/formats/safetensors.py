@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dist_esm.atomic import SummedFile, write_at
 from dist_esm.outputs.embeddings import OutputTable, little_endian_blocks, numpy_dtype
-from dist_esm.outputs.formats.base import About, Codec, InPlace, Place
+from dist_esm.outputs.formats.base import About, Codec, ContentSize, InPlace, Place, plain_bytes
 from dist_esm.types import Extent, Row
 
 MAX_HEADER = 100_000_000
@@ -221,4 +221,16 @@ class OpenedSafetensors:
         return entries.pop("__metadata__"), entries
 
 
-CODEC = Codec(write_safetensors, OpenedSafetensors, in_place=InPlace(places, finish_safetensors, text_size))
+def output_bytes(size: ContentSize) -> int:
+    """Return about how many bytes an output will have: numbers, text, what the header says of each matrix and
+    protein, and the offsets of residues."""
+    of_protein = 21 + (8 if size.kinds["per_tok"] else 0)
+    return plain_bytes(size) + 620 + 76 * size.num_matrices + of_protein * size.proteins
+
+
+CODEC = Codec(
+    write_safetensors,
+    OpenedSafetensors,
+    in_place=InPlace(places, finish_safetensors, text_size),
+    output_bytes=output_bytes,
+)
