@@ -128,9 +128,11 @@ def signals_as_before() -> Iterator[None]:
         yield
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    num_received = len(_received)
     try:
         yield
     finally:
+        del _received[num_received:]
         for number, handler in previous.items():
             signal.signal(number, handler)
 

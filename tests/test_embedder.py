@@ -21,6 +21,7 @@ from Bio.Seq import Seq
 from Bio.SeqRecord import SeqRecord
 
 from dist_esm import Embedder, load
+from dist_esm.__main__ import main
 from helpers.command import MODEL, environment, run_ranks
 from helpers.compare import digests
 from helpers.data import PROTEINS
@@ -432,6 +433,7 @@ def test_an_interrupted_embed_file_goes_on_and_the_program_lives(embedder, tmp_p
     with pytest.raises(KeyboardInterrupt):  # Ctrl-C is the program's own again
         signal.raise_signal(signal.SIGINT)
     assert len(embedder.embed_file(inputs, tmp_path / "out", verbosity="quiet")) == 320
+    assert main(["--version"]) == 0, "the command in the same program does not take that Ctrl-C for its own"
 
 
 def interrupt_when(output_dir) -> None:

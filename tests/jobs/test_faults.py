@@ -36,7 +36,11 @@ def small_disk(tmp_path):
 def test_a_full_disk_fails_the_files_that_do_not_fit_and_resumes_when_there_is_room(
     small_disk, tmp_path, checkpoint_8m
 ):
-    """One file whose residues are larger than the disk among three that fit."""
+    """One file whose residues are larger than the disk among three that fit.
+
+    When the run starts there is room for all, else it would not start; then others take it.
+    """
+    subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
     (tmp_path / "in").mkdir()
     protein = next(iter(read_sequences(PROTEINS / "large.fasta").values()))
     (tmp_path / "in" / "big.fasta").write_text("".join(f">{i}\n{protein}\n" for i in range(20)))
@@ -49,7 +53,9 @@ def test_a_full_disk_fails_the_files_that_do_not_fit_and_resumes_when_there_is_r
         f"model.weights={checkpoint_8m}",
         "include=[per_tok]",
     ]
-    result = run_ranks(None, *settings)
+    result = run_meanwhile(
+        "dist_esm.jobs.embed:embed_bin", f"mount -o remount,size=1m {small_disk}", *settings
+    )
     assert result.returncode == 2, result.stderr
     report = read_report(small_disk / "out")
     failed = {Path(failure["path"]).name: failure["error_message"] for failure in report["failed"]}
