@@ -197,16 +197,18 @@ class Engine:
     def warm_up(self) -> None:
         """Compile the kernels, or load them, before the first pack.
 
-        `toks_per_batch` is halved until a pack fits in memory.
+        On a GPU `toks_per_batch` is halved until a pack fits in memory. On a CPU the libraries below torch
+        choose their code at the first call, which comes here, before several threads would make it at once.
 
         Raises
         ------
         Exception
             Any error of the forward; that it is out of memory, if the smallest pack does not fit either.
         """
-        if not self.is_gpu:
-            return
         pack = Pack((Segment(0, 0, tokenize(b"M"), (0, 1)),))
+        if not self.is_gpu:
+            self.run(pack)
+            return
         while isinstance(answer := as_value(self.run, pack, self.toks_per_batch), Exception):
             if not is_out_of_memory(answer) or self.toks_per_batch < 2 * FEWEST_ROWS:
                 raise answer
