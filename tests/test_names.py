@@ -165,7 +165,7 @@ def test_ranks_and_their_log_take_any_name(tmp_path):
         ["in\nput\x1b"],
         ["--in\nput\x1b"],
         ["input=.", "model=es\x1bm2"],
-        ["input=.", "model.weights=no\x1b\nsuch\udce9.pt"],
+        ["input=.", "model=esm2_t6_8M_UR50D", "model.weights=no\x1b\nsuch\udce9.pt"],
         ["input=.", "truncation_seq_length=1\x1b0"],
     ],
 )
