@@ -289,6 +289,8 @@ class Embedder:
                 raise ValueError(f"{key} is no key for embed_file: {where}")
         config = with_keys(deepcopy(self.config), keys)
         config = replace(config, input=inputs, output_dir=Path(output_dir).expanduser(), ranks=1)
+        if self.engine.is_gpu:  # it is loaded: what it computes with is the setting, whatever is free now
+            config.toks_per_batch = self.engine.toks_per_batch
         check(config)
 
         def engine_of_run(config: Config, setup: Setup, world: World) -> Engine:
