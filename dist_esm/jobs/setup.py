@@ -25,7 +25,7 @@ from dist_esm.model.kernels.choose import (
     choose_kernels,
     what_would_be_faster,
 )
-from dist_esm.model.memory import device_memory, rows_that_fit
+from dist_esm.model.memory import device_memory, rows_that_fit, size_in_words
 from dist_esm.model.speed import CPU_FLOPS, SMALL_MODEL, SMALL_WIDTH, SOURCE, flops_of
 from dist_esm.model.weights import WeightsId, architecture, check_weights, complete
 from dist_esm.outputs.formats.registry import FORMATS
@@ -163,35 +163,33 @@ def settle_toks_per_batch(config: Config, device: torch.device, dtype: torch.dty
     """
     if config.toks_per_batch is not None:
         return
-    rows = world.all_or_none(rows_that_suit, config, device, dtype)
-    answers = world.exchange_by_name(str(rows))
-    fewest, name = min((int(text), name) for name, text in answers)
+    rows, reason = world.all_or_none(rows_that_suit, config, device, dtype)
+    answers = world.exchange_by_name(json.dumps([rows, reason]))
+    fewest, reason, name = min((*json.loads(text), name) for name, text in answers)
     default = default_toks_per_batch(device.type, config.model.embed_dim)
     if fewest < default:
         config.toks_per_batch = fewest
         if world.is_main:
-            log.warning(
-                "packs of %d tokens, not %d: larger ones do not fit in the free memory of %s, "
-                "or output_dir was begun so",
-                fewest,
-                default,
-                name,
-            )
+            log.warning("packs of %d tokens, not %d: %s (%s)", fewest, default, reason, name)
 
 
-def rows_that_suit(config: Config, device: torch.device, dtype: torch.dtype) -> int:
-    """Return the tokens of a pack that this rank would take.
+def rows_that_suit(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[int, str]:
+    """Return the tokens of a pack that this rank would take, and why they are fewer than the default.
 
     On a GPU the bits may depend on it, so a directory that was begun with less than the default goes on with
     that, however much memory is free now.
     """
     default = default_toks_per_batch(device.type, config.model.embed_dim)
     if device.type != "cuda":
-        return default
+        return default, ""
     begun = (read_settings(config.output_dir) or {}).get("toks_per_batch") if config.resume else None
     if isinstance(begun, int) and 0 < begun < default:
-        return begun
-    return rows_that_fit(architecture(config.model), dtype, device_memory(device).free, default)
+        return begun, "output_dir was begun so"
+    free = device_memory(device).free
+    return (
+        rows_that_fit(architecture(config.model), dtype, free, default),
+        f"larger ones do not fit in the {size_in_words(free or 0)} that are free",
+    )
 
 
 def warn_of_slow_cpu(config: Config, device: torch.device, inputs: Inputs) -> None:

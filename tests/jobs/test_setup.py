@@ -59,10 +59,12 @@ def test_a_directory_goes_on_with_what_it_was_begun_with(tmp_path, monkeypatch, 
     assert settled(config(), 80 * GB, monkeypatch) is None
     assert caplog.records == []
     assert settled(config(), 9 * GB, monkeypatch) == 12_672
-    assert "packs of 12672 tokens, not 25344: larger ones do not fit" in caplog.text
+    fits = "packs of 12672 tokens, not 25344: larger ones do not fit in the 9 GB that are free (rank 0"
+    assert fits in caplog.text
     (tmp_path / ".dist_esm").mkdir()
     recorded = tmp_path / ".dist_esm" / "settings.json"
     recorded.write_text(json.dumps({"format_version": 2, "settings": {"toks_per_batch": 12_672}}))
     assert settled(config(), 80 * GB, monkeypatch) == 12_672
+    assert "packs of 12672 tokens, not 25344: output_dir was begun so (rank 0" in caplog.text
     assert settled(config(resume=False), 80 * GB, monkeypatch) is None
     assert settled(config(toks_per_batch=4096), 9 * GB, monkeypatch) == 4096
