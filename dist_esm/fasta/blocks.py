@@ -173,7 +173,8 @@ def _open_stream(file: BinaryIO, compression: Compression | None) -> tuple[Any, 
         except ImportError:
             return gzip.GzipFile(fileobj=file), (gzip.BadGzipFile, zlib.error)
         new = partial(igzip_lib.IgzipDecompressor, flag=igzip_lib.DECOMP_GZIP)
-        damaged: type[Exception] = igzip_lib.error  # type: ignore[assignment, unused-ignore]  # its stub says less
+        # Its stub says less than that it is an exception.
+        damaged: type[Exception] = igzip_lib.error  # type: ignore[assignment, unused-ignore]
         return _Unpacked(file, new, b"\x1f\x8b"), (gzip.BadGzipFile, damaged)
     if compression == "bz2":
         import bz2

@@ -12,6 +12,7 @@ import io
 import pickle
 import struct
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, NamedTuple
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_esm.atomic import SummedFile
+from dist_esm.atomic import Staged, SummedFile, discard, temporary_path
 
 
 class Storage(NamedTuple):
@@ -118,7 +119,8 @@ class _Pickler:
         )
 
     def _storage(self, tensor: Tensor) -> bytes:
-        return _named_storage(*self.persistent_id(tensor.__reduce_ex__(2)[1][0]))  # type: ignore[no-untyped-call]
+        _, arguments, *_ = tensor.__reduce_ex__(2)  # type: ignore[no-untyped-call]
+        return _named_storage(*self.persistent_id(arguments[0]))
 
     def _view(self, view: StorageView) -> bytes:
         storage = self._once(("storage", view.storage.key), self._placed_storage, view.storage)
@@ -212,8 +214,28 @@ def torch_save(content: dict[str, Any], file: IO[bytes]) -> None:
         raise
 
 
-def save(content: dict[str, Any], path: Path) -> str:
-    """Write a new file with `torch_save`, and return its sha256."""
-    with SummedFile(path) as file:
-        torch_save(content, file)
-    return file.sha256()
+def stage(content: dict[str, Any], path: Path, scratch: Path) -> Staged:
+    """Write content with `torch_save` under a temporary name, to be committed as `path`.
+
+    Parameters
+    ----------
+    content
+        As of `torch_save`.
+    path
+        The final path.
+    scratch
+        A folder of this process alone, on the same file system.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; then nothing is left.
+    """
+    temporary = temporary_path(scratch)
+    with ExitStack() as undo:
+        undo.callback(discard, temporary)
+        with SummedFile(temporary) as file:
+            torch_save(content, file)
+        staged = Staged(path, file.sha256(), [(temporary, path)])
+        undo.pop_all()
+    return staged

@@ -15,7 +15,6 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -26,14 +25,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_esm.atomic import Staged, discard, sync, temporary_path
+from dist_esm.atomic import Staged, sync
 from dist_esm.config import Format
 from dist_esm.names import readable_name
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
 from dist_esm.outputs.formats.base import About, InPlace, Place
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.formats.write import stage_output
-from dist_esm.outputs.pickling import save
+from dist_esm.outputs.pickling import stage
 from dist_esm.outputs.region import Region, WrittenRegion, joined_crc32
 from dist_esm.types import Extent, Layout, Row
 
@@ -207,13 +206,7 @@ def write_placed_shard(
             for (kind, layer), region in regions.items()
         },
     }
-    temporary = temporary_path(scratch)
-    path = target.shard(ordinal)
-    with ExitStack() as undo:
-        undo.callback(discard, temporary)
-        staged = Staged(path, save(content, temporary), [(temporary, path)])
-        undo.pop_all()
-    return staged
+    return stage(content, target.shard(ordinal), scratch)
 
 
 def as_tensor(data: bytes) -> Tensor:

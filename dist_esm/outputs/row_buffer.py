@@ -57,7 +57,8 @@ class NamelessFile:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=str(directory), buffering=0)  # noqa: SIM115 - closed by close()
+        # `close` closes it.
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=str(directory), buffering=0)  # noqa: SIM115
 
     def write(self, offset: int, data: Any) -> None:
         """Write bytes at an offset."""

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_esm.atomic import Staged, discard, temporary_path
+from dist_esm.atomic import Staged
 from dist_esm.config import Format
 from dist_esm.names import readable_name
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.formats.write import write_output
 from dist_esm.outputs.loose import finish_loose, is_loose, read_numbers, write_loose_shard
-from dist_esm.outputs.pickling import save
+from dist_esm.outputs.pickling import stage
 from dist_esm.outputs.placed import finish_placed, read_placed_shard
 from dist_esm.outputs.row_buffer import Memory, NamelessFile, RowBuffer
 from dist_esm.outputs.trust import LOOSE
@@ -47,18 +47,12 @@ def write_shard(table: OutputTable, output_format: Format, stem: Path, scratch: 
     OSError
         If it cannot be written.
     """
-    path = stem.with_name(f"{stem.name}.pt")
     if FORMATS[output_format.name].codec.loose is not None:
         return write_loose_shard(table, output_format, stem.with_name(f"{stem.name}{LOOSE}"), scratch)
     per_tok = {layer: rows[0 : rows.shape[0]] for layer, rows in table.per_tok.items()}
     # Rows go as one text: torch's unpickler takes microseconds for each string.
     content = {**vars(table), "rows": json.dumps(table.rows), "per_tok": per_tok}
-    temporary = temporary_path(scratch)
-    with ExitStack() as undo:
-        undo.callback(discard, temporary)
-        staged = Staged(path, save(content, temporary), [(temporary, path)])
-        undo.pop_all()
-    return staged
+    return stage(content, stem.with_name(f"{stem.name}.pt"), scratch)
 
 
 def read_shard(path: Path) -> OutputTable:

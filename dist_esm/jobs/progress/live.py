@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import PurePath
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -63,7 +64,8 @@ def view_of(overall: Overall, totals: Totals | None, ranks: Sequence[RankProgres
         ("memory", "right", None),
         ("", "right", None),
     ):
-        table.add_column(name, justify=justify, ratio=ratio, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+        looks: dict[str, Any] = {"justify": justify, "ratio": ratio, "no_wrap": True, "overflow": "ellipsis"}
+        table.add_column(name, **looks)
     shown, hidden = ranks_to_show(overall, ranks)
     for rank in shown:
         table.add_row(*map(Text, cells(rank, overall)))

@@ -36,7 +36,8 @@ _DEVICES = r"con|prn|aux|nul|conin\$|conout\$|com[0-9]|lpt[0-9]"
 
 
 _UNSAFE = re.compile(
-    r'[<>:"/\\?*\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|^\.|%(?=[0-9a-f]{2})|~(?=(?:[0-9]+|h[0-9a-f]{16})$)|'
+    r'[<>:"/\\?*\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|^\.|'
+    r"%(?=[0-9a-f]{2})|~(?=(?:[0-9]+|h[0-9a-f]{16})$)|"
     rf"^(?=(?:{_DEVICES})(?:\.|$)).",
     re.IGNORECASE,
 )
