@@ -12,11 +12,12 @@ import termios
 
 import pytest
 
+from dist_esm.progress import Phase
 from helpers.command import MODEL, command, environment, run_ranks
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 LINE = re.compile(
-    r"\d\d:\d\d:\d\d rank 0 INFO (counting proteins|loading the model|compiling kernels|embedding)"
+    rf"\d\d:\d\d:\d\d rank 0 INFO ({'|'.join(phase.value for phase in Phase)})"
     r"( \d+\.\d%, \d of 3 files, [\d,]+ of [\d,]+ proteins)?.* so far"
 )
 
