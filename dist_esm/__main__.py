@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if problem is not None:
             say(f"error: {problem}")
             return 1
-        from dist_esm.command import run_command  # it needs what was looked for
+        from dist_esm.commandline.command import run_command  # it needs what was looked for
 
         try:
             code = run_command(sys.argv[1:] if argv is None else argv)

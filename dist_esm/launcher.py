@@ -1,6 +1,7 @@
 """The launcher's environment: which rank this process is, or one line that says what is wrong.
 
-The launcher is torchrun, or the command itself (`ranks`), which tells its ranks by two variables of its own.
+The launcher is torchrun, or the command itself (`commandline/ranks`), which tells its ranks by two variables
+of its own.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ from benchmarks.peers import PEERS, Means, fair_esm
 from benchmarks.proteins import Protein, as_records, load_proteins, make_packs, make_segments, num_tokens
 from dist_esm.atomic import size_of
 from dist_esm.attempt import as_value
-from dist_esm.cli import compose_config
+from dist_esm.commandline.cli import compose_config
 from dist_esm.config import Format, SaveDtype
 from dist_esm.jobs.selfcheck.yardstick import Distance, measure
 from dist_esm.model.engine import AHEAD, Engine, Submitted, build_engine

@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 
 
-@pytest.mark.parametrize("name", ["dist_esm.cli", "dist_esm.embedder", "dist_esm.version"])
+@pytest.mark.parametrize("name", ["dist_esm.commandline.cli", "dist_esm.embedder", "dist_esm.version"])
 def test_the_examples_of_a_module(name):
     result = doctest.testmod(import_module(name))
     assert result.attempted > 0

@@ -121,7 +121,7 @@ def test_a_download_lands_in_the_cache_once(monkeypatch, tmp_path, checkpoint_8m
 
 
 def test_every_model_of_the_configuration_is_a_known_architecture():
-    from dist_esm.cli import compose_config
+    from dist_esm.commandline.cli import compose_config
 
     for arch, name in KNOWN.items():
         model = compose_config(["input=x", f"model={name}"]).model

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from dist_esm.cli import compose_config
+from dist_esm.commandline.cli import compose_config
 from dist_esm.config import plain_values
 from dist_esm.jobs.report.again import command_again
 

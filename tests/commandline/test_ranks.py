@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_esm.command import wanted_ranks
+from dist_esm.commandline.command import wanted_ranks
 from dist_esm.config import Config, DeviceKind
 from helpers.command import MODEL, command, environment, processes_of, read_report, run_ranks
 from helpers.compare import digests
@@ -209,7 +209,7 @@ def test_max_restarts_finds_out_the_protein_that_kills_its_process_in_one_comman
         "        return submit(self, pack, *args, **options)\n"
         "    Engine.submit = poisoned\n"
     )
-    path = f"{tmp_path}:{Path(__file__).parents[1]}"
+    path = f"{tmp_path}:{Path(__file__).parents[2]}"
     done = run_ranks(None, *settings(inputs, out, "max_restarts=4", "toks_per_batch=500"), PYTHONPATH=path)
     assert done.returncode == 2, done.stderr
     lines = ours(done.stderr)

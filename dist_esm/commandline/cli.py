@@ -25,10 +25,10 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_esm.arguments import read_value, read_words
+from dist_esm.commandline.arguments import read_value, read_words
+from dist_esm.commandline.mistakes import no_key
 from dist_esm.config import Config, Job, by_layers, conf_dir, plain_values, unknown_model
 from dist_esm.keys import is_text, key_types, model_names
-from dist_esm.mistakes import no_key
 
 HELP = """\
 usage: dist-esm input=PATH [key=value ...]

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
+from dist_esm.commandline.mistakes import esm_extract_in_keys, no_key, no_key_value, no_option, shown
 from dist_esm.config import Config, no_choice, unknown_model
 from dist_esm.keys import is_auto_or_number, is_in_brackets, is_text, key_types, model_names
-from dist_esm.mistakes import esm_extract_in_keys, no_key, no_key_value, no_option, shown
 
 EXAMPLES = {
     "toks_per_batch": "8192",

@@ -14,8 +14,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dist_esm.arguments import read_options
-from dist_esm.cli import compose_config, config_text, help_text
+from dist_esm.commandline.arguments import read_options
+from dist_esm.commandline.cli import compose_config, config_text, help_text
 from dist_esm.config import Config, DeviceKind, Job, Verbosity, check
 from dist_esm.launcher import is_main_rank, launch_environment, tell_torchrun
 from dist_esm.logs import setup_logging
@@ -55,7 +55,7 @@ def run_command(words: Sequence[str]) -> int:
         return 1
     assert config is not None
     if num_ranks > 1 or config.max_restarts > 0:
-        from dist_esm.ranks import run_ranks  # it needs torch
+        from dist_esm.commandline.ranks import run_ranks  # it needs torch
 
         return run_ranks(num_ranks, words, config.max_restarts)
     return run_job(config, None)

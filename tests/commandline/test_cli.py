@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dist_esm.__main__ import main
-from dist_esm.cli import compose_config, config_text
+from dist_esm.commandline.cli import compose_config, config_text
 from dist_esm.config import Config, Dtype, Include, check, conf_dir, plain_values
 from dist_esm.keys import key_types
 

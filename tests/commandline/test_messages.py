@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save
 
 from dist_esm.__main__ import main
-from dist_esm.arguments import read_options
-from dist_esm.cli import compose_config
+from dist_esm.commandline.arguments import read_options
+from dist_esm.commandline.cli import compose_config
 from dist_esm.config import Config, DeviceKind, Dtype, Format, Include, Job, SaveDtype, check
 from dist_esm.planning.inputs import find_files
 from helpers.command import run_ranks
