@@ -723,7 +723,7 @@ RUNS = {
     "output_dir=a.fa": r"output_dir=a\.fa cannot be written to \(.*\): name a directory that can",
     "output_dir=/proc/x": r"output_dir=/proc/x cannot be written to \(.*\): name a directory that can",
     "model.weights=no.pt": r"model\.weights=no\.pt is not a file or directory: name fair-esm's \.pt or .*",
-    "model.weights=a.fa": r"a\.fa cannot be read as a checkpoint; .*, or name fair-esm's \.pt, .*",
+    "model.weights=a.fa": r"a\.fa is a FASTA file and no weights \(.*\): proteins are named by input=, .*",
     "model.weights=other.pt": r"other\.pt holds no ESM-2 .*: use an ESM-2, for example model\.weights=null.*",
     "model.weights=other.safetensors": r"other\.safetensors holds no ESM-2 .*: use an ESM-2, .*",
     "model.weights=null": r".*esm2_t6_8M_UR50D\.pt is missing and http://127\.0\.0\.1:9\S* cannot be "

@@ -195,11 +195,15 @@ FILES = {
         b"<html><body>404 Not Found</body></html>",
         "is a web page and no checkpoint (it begins with '<html>",
     ),
+    "FASTA": (
+        b">P1 first\nMKTAYIAKQR\n",
+        "is a FASTA file and no weights (it begins with '>P1 first'): proteins are named by input=",
+    ),
     "git-lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
         "is a pointer of git-lfs and no weights",
     ),
-    "text": (b"not a checkpoint", "cannot be read as a checkpoint"),
+    "text": (b"not a checkpoint", "cannot be read as a checkpoint; name fair-esm's .pt"),
     "TensorFlow": (b"\x89HDF\r\n\x1a\n" + bytes(100), "is an HDF5 file, as TensorFlow writes"),
     "a cut header": (
         struct.pack("<Q", 5000) + b'{"a": ',

@@ -49,6 +49,7 @@ MAX_HEADER_BYTES = 100_000_000
 FIRST_BYTES = (
     (b"version https://git-lfs", "a pointer of git-lfs and no weights", "run `git lfs pull` where it lies"),
     (b"<", "a web page and no checkpoint", AGAIN),
+    (b">", "a FASTA file and no weights", "proteins are named by input=, weights by model.weights="),
     (b"\x89HDF", "an HDF5 file, as TensorFlow writes", "name model.safetensors or pytorch_model.bin"),
     (b"GGUF", "a GGUF file", "name fair-esm's .pt or a Hugging Face directory"),
     (b"\x1f\x8b", "compressed with gzip", "unpack it"),
@@ -167,8 +168,8 @@ def read_torch(path: Path) -> Any:
         # torch's own advice, to load what is not trusted, is left out.
         reason = str(error).splitlines()[0] if is_zip and not isinstance(error, UnpicklingError) else ""
         raise ValueError(
-            f"{path} cannot be read as a checkpoint{': ' + reason if reason else ''}; {AGAIN}, or name "
-            "fair-esm's .pt, a .safetensors or a Hugging Face directory"
+            f"{path} cannot be read as a checkpoint{': ' + reason if reason else ''}; name fair-esm's .pt, a "
+            ".safetensors or a Hugging Face directory, and fetch it again if it should be one"
         ) from None
 
 
