@@ -202,6 +202,8 @@ def refuse_unwritable(output_dir: Path) -> None:
     """Make sure that `make_output_dir` can do its work, without doing it, and that no run holds the
     directory.
 
+    A file system that has no size is tried with a folder that is removed at once; all others are asked.
+
     Raises
     ------
     ValueError
@@ -212,6 +214,13 @@ def refuse_unwritable(output_dir: Path) -> None:
     number = 0 if path.is_dir() else errno.ENOTDIR
     if not number and not os.access(path, os.W_OK | os.X_OK):
         number = errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY else errno.EACCES
+    if not number and not os.statvfs(path).f_blocks:  # such as /proc, which takes nothing, whatever it says
+        probe = path / f"writable.{uuid.uuid4().hex}"
+        try:
+            probe.mkdir()
+            probe.rmdir()
+        except OSError as error:
+            number = error.errno or errno.EIO
     if number:
         raise ValueError(unwritable(output_dir, os.strerror(number)))
     with suppress(FileNotFoundError), open(inside(output_dir) / "lock", "rb") as file:

@@ -283,6 +283,7 @@ def test_a_plan_is_refused_for_what_a_run_is_refused_for(inputs, tmp_path):
     before = tree(inputs)
     out = tmp_path / "out"
     refused_with(make_config(str(tmp_path / "no"), out), "does not exist: name a FASTA file")
+    refused_with(make_config(str(inputs), Path("/proc/out")), r"output_dir=/proc/out cannot be written to")
     refused_with(
         make_config(str(inputs), inputs / "odd.fas" / "out"), r"cannot be written to \(Not a directory\)"
     )
