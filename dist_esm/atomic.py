@@ -113,11 +113,11 @@ class SummedFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._written: list[WrittenFile] = []
 
     def __enter__(self) -> Self:
-        self._path.mkdir()
+        self.path.mkdir()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,9 +126,9 @@ class SummedFolder:
     @contextmanager
     def file(self, name: str) -> Iterator[SummedFile]:
         """Give a new file of this name, for as long as the block runs."""
-        with SummedFile(self._path / name) as file:
+        with SummedFile(self.path / name) as file:
             yield file
-        self._written.append(WrittenFile(name, (self._path / name).stat().st_size, file.sha256()))
+        self._written.append(WrittenFile(name, (self.path / name).stat().st_size, file.sha256()))
 
     @contextmanager
     def text(self, name: str) -> Iterator[TextIO]:

@@ -33,7 +33,7 @@ from dist_esm.outputs.formats.base import About, InPlace, Place
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.formats.write import stage_output
 from dist_esm.outputs.pickling import stage
-from dist_esm.outputs.region import Region, WrittenRegion, joined_crc32
+from dist_esm.outputs.region import OutsideError, Region, WrittenRegion, joined_crc32
 from dist_esm.types import Extent, Layout, Row
 
 log = logging.getLogger("dist_esm")
@@ -67,11 +67,11 @@ class Target:
 
     @classmethod
     def of_output(
-        cls, path: Path, codec: InPlace, table: OutputTable, dtype: np.dtype[Any], extent: Extent
+        cls, path: Path, codec: InPlace, table: OutputTable, dtype: np.dtype[Any], layout: Layout
     ) -> Target:
         """Find the places in an output of one unit alone, which is made at a path."""
-        layout = Layout(Extent(), extent, extent, "")
-        places, width = codec.places(table, extent, dtype, ()), About.of(table).width
+        places = codec.places(table, layout.total, dtype, layout.lengths)
+        width = About.of(table).width
         return cls(path, places, layout, width * dtype.itemsize, codec.has_crc, is_shared=False)
 
     @classmethod
@@ -130,6 +130,61 @@ class Target:
         place = self.places[key]
         start, stop = span(place, key, self.layout.before, self.layout.own, self.row_bytes)
         return Region(self.file(key), start, stop, self.has_crc)
+
+    def row_file(self, key: Key, region: Region) -> Region | RowsInPages:
+        """Return what takes the unit's rows of a kind and layer in any order, and writes them to a region."""
+        place = self.places[key]
+        if place.pages is None:
+            return region
+        first, num_rows = rows_in(key, self.layout.before), rows_in(key, self.layout.own)
+        return RowsInPages(region, place, range(first, first + num_rows), self.row_bytes)
+
+
+class RowsInPages:
+    """A region whose rows stand in pages: takes them as if they followed one another.
+
+    The header of a page is written with its first row.
+
+    Parameters
+    ----------
+    region
+        Where they and the headers between them go.
+    place
+        Of all rows of the output.
+    rows
+        Those of the region.
+    row_bytes
+        Bytes of a row.
+    """
+
+    def __init__(self, region: Region, place: Place, rows: range, row_bytes: int) -> None:
+        self._region = region
+        self._place = place
+        self._rows = rows
+        self._row_bytes = row_bytes
+
+    def write(self, offset: int, data: Any) -> None:
+        """Write whole rows, at an offset that counts from the first one and passes over headers.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        OutsideError
+            If they are not all in the region.
+        """
+        values = np.frombuffer(data, np.uint8).reshape(-1, self._row_bytes)
+        first = self._rows.start + offset // self._row_bytes
+        if first + len(values) > self._rows.stop:
+            raise OutsideError(f"{first + len(values)} rows do not fit where {self._rows.stop} belong")
+        position = self._place.begin(first, self._row_bytes) - self._region.start
+        for block in self._place.blocks(first, [values]):
+            self._region.write(position, block)
+            position += block.nbytes
+
+    def close(self) -> None:
+        """Give the region up."""
+        self._region.close()
 
 
 def file_of(path: Path, place: Place) -> Path:

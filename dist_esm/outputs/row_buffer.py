@@ -39,6 +39,10 @@ class Memory:
     copiers: Executor | None = None
     """Threads that copy large rows, if there are any."""
 
+    def has_room(self, more: int, num_bytes: int) -> bool:
+        """Tell if what takes so many bytes in all may take so many more of memory."""
+        return more <= self.left or num_bytes <= KEPT_BYTES
+
 
 class RowFile(Protocol):
     """Where rows go that find no room in memory."""
@@ -135,10 +139,14 @@ class RowBuffer:
                 first_row * self._row_bytes, np.ascontiguousarray(rows, dtype=self._rows.dtype).data
             )
 
+    def missing(self, num_rows: int) -> int:
+        """Return the bytes of memory that it would take beyond what it has for so many rows."""
+        return max(0, num_rows * self._row_bytes - self._taken)
+
     def _take(self) -> None:
         """Take memory for `num_rows`, or move to a file if there is not enough of it."""
-        more = self.num_bytes - self._taken
-        if more > self._memory.left and self.num_bytes > KEPT_BYTES:
+        more = self.missing(self.num_rows)
+        if not self._memory.has_room(more, self.num_bytes):
             self._finish_copies()
             self._file = self._make_file()
             kept = self._rows[: self._taken // self._row_bytes]

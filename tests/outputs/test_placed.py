@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from dist_esm.config import Chains, Format, Include
 from dist_esm.outputs import builder as builder_module
+from dist_esm.outputs import loose as loose_module
 from dist_esm.outputs import shards as shards_module
 from dist_esm.outputs.journal import Journal
 from dist_esm.outputs.placed import part_from_finished
@@ -224,7 +226,7 @@ def test_outputs_larger_than_memory_are_those_that_find_room_in_it(tmp_path, mon
     embed(path, tmp_path / "small", share=share, **settings)
     monkeypatch.setattr("dist_esm.planning.layout.LARGE_BYTES", 0)
     monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, 300))
-    if kind not in (Format.h5, Format.parquet):  # there, rows have no place, or do not follow one another
+    if kind is not Format.h5:  # there, only the numbers of datasets have places
         monkeypatch.setattr(NamelessFile, "__init__", refuse_file)
     run = embed(path, tmp_path / "large", share=share, **settings)
     assert run.report.status == "complete"
@@ -263,7 +265,7 @@ def test_shards_of_other_kinds_are_joined_with_files_of_proteins(tmp_path, monke
     path.write_text(fasta(poison_at=20))
     embed(path, tmp_path / "uncut", share=1.0, format=Format.fair_esm)
 
-    def write_as_before(table, output_format, stem, scratch):
+    def write_as_before(table, output_format, stem, scratch, early):
         return shards_module.write_shard(table, Format.parquet, stem, scratch)
 
     with monkeypatch.context() as patch:
@@ -272,3 +274,41 @@ def test_shards_of_other_kinds_are_joined_with_files_of_proteins(tmp_path, monke
     assert list((out / ".dist_esm" / "shards").glob("*.pt"))
     assert embed(path, out, format=Format.fair_esm).report.status == "complete"
     assert files_of(out) == files_of(tmp_path / "uncut")
+
+
+@pytest.mark.parametrize("most", [100_000, 7], ids=["one output", "numbered parts"])
+@pytest.mark.parametrize("share", [1.0, 0.2])
+@pytest.mark.parametrize("num_bytes", [0, 300, 2000])
+def test_files_of_proteins_that_find_no_room_in_memory_are_those_that_do(
+    tmp_path, monkeypatch, most, share, num_bytes
+):
+    path = tmp_path / "a.fasta"
+    path.write_text(fasta().replace(">p39 ", ">p0\n>p39 "))
+    settings = {"format": Format.fair_esm, "max_proteins_per_output": most, "chains": Chains.split}
+    embed(path, tmp_path / "small", share=share, **settings)
+    monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, num_bytes))
+    monkeypatch.setattr(NamelessFile, "__init__", refuse_file)
+    run = embed(path, tmp_path / "large", share=share, **settings)
+    assert run.report.status == "complete"
+    assert files_of(tmp_path / "large") == files_of(tmp_path / "small")
+    assert not list((tmp_path / "large" / ".dist_esm").rglob("scratch/*/*"))
+
+
+def test_a_disk_that_was_full_for_a_moment_loses_no_file_of_a_protein(tmp_path, monkeypatch):
+    """The output is written again, with the files that were there before."""
+    path = tmp_path / "a.fasta"
+    path.write_text(fasta())
+    embed(path, tmp_path / "small", share=1.0, format=Format.fair_esm)
+    monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, 0))
+    write_files, calls = loose_module.write_files, []
+
+    def fail_once(*arguments):
+        write_files(*arguments)
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loose_module, "write_files", fail_once)
+    assert embed(path, tmp_path / "large", share=1.0, format=Format.fair_esm).report.status == "complete"
+    assert len(calls) == 2
+    assert files_of(tmp_path / "large") == files_of(tmp_path / "small")
