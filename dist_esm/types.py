@@ -458,6 +458,7 @@ class WrittenFile:
     """Relative to `output_dir`."""
     num_bytes: int
     sha256: str
+    """Its checksum: see `dist_esm.checksum`."""
 
 
 @dataclass(frozen=True)

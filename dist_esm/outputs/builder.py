@@ -22,7 +22,14 @@ from dist_esm.outputs.formats.base import Place
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.formats.write import stage_output, write_output
 from dist_esm.outputs.loose import EarlyFiles, write_loose_output
-from dist_esm.outputs.placed import RowsInPages, Target, in_place, shapes, write_placed_shard
+from dist_esm.outputs.placed import (
+    RowsInPages,
+    Target,
+    checksum_of_output,
+    in_place,
+    shapes,
+    write_placed_shard,
+)
 from dist_esm.outputs.region import OutsideError, Region, WrittenRegion
 from dist_esm.outputs.row_buffer import Memory, NamelessFile, RowBuffer, torch_dtype
 from dist_esm.outputs.shards import write_shard
@@ -292,9 +299,13 @@ class OutputBuilder:
         for key, region in regions.items():
             region.write_ends(target.file(key))
         codec.finish(table, target.path, {key: region.crc32 for key, region in regions.items()})
+        known: dict[str, dict[int, bytes]] = {}
+        for key, region in regions.items():
+            known.setdefault(target.places[key].file, {}).update(region.whole_blocks())
 
-        def rename(path: Path) -> None:
+        def rename(path: Path) -> str:
             os.rename(target.path, path)
+            return checksum_of_output(path, known)
 
         return stage_output(settings.format, table.tsv_lines, stem, settings.scratch, rename, part)
 

@@ -59,7 +59,7 @@ class EarlyFiles:
         path = self._folder / protein_file(place)
         with SummedFile(path) as file:
             self._loose.write_protein(table, 0, file)
-        self._written[place] = WrittenFile(path.name, path.stat().st_size, file.sha256())
+        self._written[place] = WrittenFile(path.name, path.stat().st_size, file.checksum())
 
     def link(self, place: int, path: Path) -> WrittenFile | None:
         """Give the file of the protein at a place a second name; None if it is not here."""
@@ -119,7 +119,7 @@ def write_loose_output(
         with SummedFolder(path) as folder:
             write_files(table, loose, names, folder, early)
             loose.write_tables(table, names, folder)
-        return folder.sha256()
+        return folder.checksum()
 
     return stage_output(output_format, table.tsv_lines, stem, scratch, write, part)
 
@@ -165,7 +165,7 @@ def write_loose_shard(
             }
             with folder.file(ROWS) as file:
                 torch_save(content, file)
-        staged = Staged(path, folder.sha256(), [(temporary, path)], marks=(ROWS,))
+        staged = Staged(path, folder.checksum(), [(temporary, path)], marks=(ROWS,))
         undo.pop_all()
     return staged
 
@@ -254,6 +254,6 @@ def finish_loose(
                 link_output(source, path / name)
                 folder.add(replace(file, path=name))
             loose.write_tables(table, names, folder)
-        return folder.sha256()
+        return folder.checksum()
 
     return stage_output(output_format, tsv_lines, stem, scratch, write), [row.id for row in rows]

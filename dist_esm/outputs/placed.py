@@ -14,8 +14,8 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.atomic import Staged, sync
+from dist_esm.checksum import checksum_of_files, summed
 from dist_esm.config import Format
 from dist_esm.names import readable_name
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
@@ -41,6 +42,7 @@ log = logging.getLogger("dist_esm")
 SUFFIX = ".output"
 """Of the name of an output in the making, a file or a folder."""
 
+DIGEST_BYTES = hashlib.sha256().digest_size
 Key = tuple[str, int]
 """A kind and a layer."""
 
@@ -247,7 +249,7 @@ def write_placed_shard(
         "rows": packed(json.dumps(table.rows)),
         "tsv_lines": packed(json.dumps(table.tsv_lines)),
         "regions": [
-            [*key, target.places[key].file, target.pieces(key), {**asdict(region), "head": "", "tail": ""}]
+            [*key, target.places[key].file, target.pieces(key), region.start, region.stop, region.crc32]
             for key, region in regions.items()
         ],
         "others": {
@@ -257,7 +259,7 @@ def write_placed_shard(
             if (kind, layer) not in regions
         },
         "ends": {
-            f"{kind}.{layer}": [as_tensor(region.head), as_tensor(region.tail)]
+            f"{kind}.{layer}": list(map(as_tensor, (region.head, region.tail, b"".join(region.digests))))
             for (kind, layer), region in regions.items()
         },
     }
@@ -333,10 +335,11 @@ def read_placed_shard(path: Path) -> PlacedShard | None:
     rows = list(map(Row._make, unpacked(content["rows"])))
     ends = {key: [tensor.numpy().tobytes() for tensor in tensors] for key, tensors in content["ends"].items()}
     regions, files, pieces = {}, {}, {}
-    for kind, layer, file, pieces[kind, layer], fields in content["regions"]:
-        head, tail = ends[f"{kind}.{layer}"]
+    for kind, layer, file, pieces[kind, layer], start, stop, crc32 in content["regions"]:
+        head, tail, text = ends[f"{kind}.{layer}"]
+        digests = tuple(text[at : at + DIGEST_BYTES] for at in range(0, len(text), DIGEST_BYTES))
         files[kind, layer] = file
-        regions[kind, layer] = WrittenRegion(**{**fields, "head": head, "tail": tail})
+        regions[kind, layer] = WrittenRegion(start, stop, head, tail, digests, crc32)
     dtype, width = np.dtype(content["dtype"]), content["width"]
     numbers = shapes([(kind, layer) for kind, layer in content["keys"]], rows, dtype, width)
     for kind, layer in content["keys"]:
@@ -417,7 +420,32 @@ def finish_placed(
         for key in places
     }
     codec.finish(table, first.output, crcs)
-    return stage_output(output_format, tsv_lines, stem, scratch, lambda path: link_output(first.output, path))
+    known: dict[str, dict[int, bytes]] = {}
+    for shard in shards:
+        for key, region in shard.regions.items():
+            known.setdefault(shard.files[key], {}).update(region.whole_blocks())
+
+    def name(path: Path) -> str:
+        link_output(first.output, path)
+        return checksum_of_output(path, known)
+
+    return stage_output(output_format, tsv_lines, stem, scratch, name)
+
+
+def checksum_of_output(output: Path, known: Mapping[str, Mapping[int, bytes]]) -> str:
+    """Take the checksum of an output, and read only those blocks that are not known.
+
+    Parameters
+    ----------
+    output
+        A file, or a folder of files.
+    known
+        The sha256 of blocks by number, by the name of the file within the output, "" for a file.
+    """
+    if not output.is_dir():
+        return summed(output, "", known.get("", {})).sha256
+    files = (summed(file, file.name, known.get(file.name, {})) for file in files_in(output))
+    return checksum_of_files(list(files))
 
 
 def numbers_of(

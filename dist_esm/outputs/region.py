@@ -7,7 +7,6 @@ ends, less than a page each, it keeps: who completes the file writes them.
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import zlib
@@ -21,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.atomic import write_all_at, write_at
+from dist_esm.checksum import BlockSums, whole_blocks
 
-BLOCK_BYTES = 1 << 23
+READ_BYTES = 1 << 23
 PAGE_BYTES = mmap.PAGESIZE
 
 
@@ -37,8 +37,8 @@ class WrittenRegion:
     """Its bytes in front of its first whole page."""
     tail: bytes
     """Its bytes behind its last whole page."""
-    sha256: str
-    """Of all of its bytes."""
+    digests: tuple[bytes, ...]
+    """The sha256 of what it has of each block of the file, as of `BlockSums`."""
     crc32: int
     """0 if it was not taken."""
 
@@ -55,13 +55,17 @@ class WrittenRegion:
 
     def is_intact(self, path: Path) -> bool:
         """Tell if the file has the bytes that were written."""
-        checksum = hashlib.sha256()
+        sums = BlockSums(self.start)
         try:
-            for start in range(0, self.num_bytes, BLOCK_BYTES):
-                checksum.update(self.read(path, start, min(self.num_bytes, start + BLOCK_BYTES)))
+            for start in range(0, self.num_bytes, READ_BYTES):
+                sums.add(self.read(path, start, min(self.num_bytes, start + READ_BYTES)))
         except OSError:
             return False
-        return checksum.hexdigest() == self.sha256
+        return tuple(sums.digests()) == self.digests
+
+    def whole_blocks(self) -> dict[int, bytes]:
+        """Return the sha256 of the blocks of the file that lie within it, by number."""
+        return whole_blocks(self.start, self.stop, self.digests)
 
     def read(self, path: Path, start: int, stop: int) -> bytearray:
         """Read bytes of the region; offsets count from its beginning. There are fewer if the file is
@@ -176,7 +180,7 @@ class Region:
 
         Checksums are taken beside writing: each takes about as long as the other.
         """
-        sums, offset = _Sums(self._has_crc), 0
+        sums, offset = _Sums(self.start, self._has_crc), 0
         with ThreadPoolExecutor(1, "checksum") as thread:
             for block in blocks:
                 if not block.nbytes:
@@ -192,10 +196,10 @@ class Region:
 
     def read_back(self) -> WrittenRegion:
         """Take the checksums of a region that was written in any order, and wait until it is on disk."""
-        sums = _Sums(self._has_crc)
-        written = WrittenRegion(self.start, self.stop, bytes(self._head), bytes(self._tail), "", 0)
-        for start in range(0, written.num_bytes, BLOCK_BYTES):
-            sums.add(written.read(self.path, start, min(written.num_bytes, start + BLOCK_BYTES)))
+        sums = _Sums(self.start, self._has_crc)
+        written = WrittenRegion(self.start, self.stop, bytes(self._head), bytes(self._tail), (), 0)
+        for start in range(0, written.num_bytes, READ_BYTES):
+            sums.add(written.read(self.path, start, min(written.num_bytes, start + READ_BYTES)))
         return self._written(sums)
 
     def _written(self, sums: _Sums) -> WrittenRegion:
@@ -204,7 +208,7 @@ class Region:
         if len(self._head) + len(self._tail) < self.stop - self.start:
             os.fsync(self._open())
         head, tail = bytes(self._head), bytes(self._tail)
-        return WrittenRegion(self.start, self.stop, head, tail, sums.sha256.hexdigest(), sums.crc32)
+        return WrittenRegion(self.start, self.stop, head, tail, tuple(sums.blocks.digests()), sums.crc32)
 
     def _open(self) -> int:
         if self._descriptor is None:
@@ -220,16 +224,16 @@ class Region:
 
 
 class _Sums:
-    """Checksums of bytes that come one after another."""
+    """Checksums of bytes that come one after another, from an offset in a file."""
 
-    def __init__(self, has_crc: bool) -> None:
+    def __init__(self, start: int, has_crc: bool) -> None:
         self._has_crc = has_crc
-        self.sha256 = hashlib.sha256()
+        self.blocks = BlockSums(start)
         self.crc32 = 0
         self.num_bytes = 0
 
     def add(self, data: Any) -> None:
-        self.sha256.update(data)
+        self.blocks.add(data)
         if self._has_crc:
             self.crc32 = zlib.crc32(data, self.crc32)
         self.num_bytes += len(data)

@@ -39,10 +39,10 @@ class Wide(StandIn):
         ]
 
 
-def written_so_far() -> int:
-    """Return the bytes that this process gave to the system to write."""
+def so_far(counter: str) -> int:
+    """Return a counter of this process: the bytes that it gave to the system to write, or asked to read."""
     lines = Path("/proc/self/io").read_text().splitlines()
-    return int(dict(line.split(": ") for line in lines)["wchar"])
+    return int(dict(line.split(": ") for line in lines)[counter])
 
 
 def bytes_written(path: Path, output_dir: Path, world: World, **settings) -> int:
@@ -50,9 +50,9 @@ def bytes_written(path: Path, output_dir: Path, world: World, **settings) -> int
     config = make_config(str(path), output_dir, save_dtype=SaveDtype.float16, **settings)
     config = replace(config, model=ModelConfig("stand-in", 1, WIDTH, 20, "random"), dedupe=False)
     wants_rows = Include.per_tok in config.include
-    before = written_so_far()
+    before = so_far("wchar")
     run(config, world, lambda *_: Wide([1], wants_rows, 20_000))  # type: ignore[arg-type, return-value]
-    return written_so_far() - before
+    return so_far("wchar") - before
 
 
 if __name__ == "__main__":

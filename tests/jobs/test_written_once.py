@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from dist_esm.atomic import size_of
-from dist_esm.config import Format, Include
+from dist_esm.config import Format, Include, ReportKind
 from dist_esm.distributed import World
 from dist_esm.outputs.row_buffer import Memory
 from helpers.command import HELPERS, environment
 from helpers.standin import ReportRead
-from helpers.written import bytes_written
+from helpers.written import bytes_written, so_far
 
 MOST = {
     Format.pt: 1.05,
@@ -97,3 +97,13 @@ def test_an_output_larger_than_memory_is_written_once(tmp_path, monkeypatch, kin
     settings = {"include": [Include.per_tok], "format": kind}
     share = share_written(tmp_path, 200, unit_share=unit_share, **settings)
     assert 1 <= share < MOST[kind]
+
+
+@pytest.mark.parametrize("kind", list(Format), ids=name_of)
+def test_what_was_written_is_not_read_again(tmp_path, kind):
+    """Checksums are taken while there is still something to do for the device."""
+    before = so_far("rchar")
+    settings = {"include": [Include.per_tok], "format": kind, "report": ReportKind.json}
+    share_written(tmp_path, 400, unit_share=0.1, **settings)
+    (output,) = (path for path in (tmp_path / "out").iterdir() if path.name.startswith("a_ESM"))
+    assert so_far("rchar") - before < 0.05 * size_of(output)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from dist_esm.checksum import read_back
 from dist_esm.config import Chains, Format, Include
 from dist_esm.outputs import builder as builder_module
+from dist_esm.outputs import journal
 from dist_esm.outputs import loose as loose_module
 from dist_esm.outputs import shards as shards_module
 from dist_esm.outputs.journal import Journal
@@ -26,6 +28,7 @@ POISON = "W" * 31
 def small_units_and_pages(monkeypatch):
     monkeypatch.setattr("dist_esm.planning.units.MIN_UNIT_BYTES", 256)
     monkeypatch.setattr("dist_esm.outputs.region.PAGE_BYTES", 64)
+    monkeypatch.setattr("dist_esm.checksum.BLOCK_BYTES", 128)
     monkeypatch.setattr("dist_esm.outputs.row_buffer.KEPT_BYTES", 0)
     monkeypatch.setattr("dist_esm.outputs.formats.parquet.GROUP_BYTES", 1 << 12)
     monkeypatch.setattr("dist_esm.outputs.formats.parquet_pages.PAGE_BYTES", 1 << 10)
@@ -43,7 +46,12 @@ def fasta(poison_at: int | None = None, first: str = "ACDEFGHIKL") -> str:
 
 
 def embed(path: Path, out: Path, share: float = 0.1, **others) -> Embedded:
-    return embed_directory(path, out, include=ALL_KINDS, dedupe=False, unit_share=share, **others)
+    """Embed a file; what the journal has of its outputs is what they are."""
+    run = embed_directory(path, out, include=ALL_KINDS, dedupe=False, unit_share=share, **others)
+    outputs = [file for entry in journal.read(out) if not entry.is_shard for file in entry.written]
+    for written in {file.path: file for file in outputs}.values():
+        assert read_back(out, Path(written.path)) == written
+    return run
 
 
 def files_of(out: Path) -> dict[str, bytes]:
@@ -120,10 +128,10 @@ def test_a_kill_between_the_name_and_its_line_in_the_journal_loses_nothing(half_
     embed_again, _, out, uncut = half_done
     append = Journal.append
 
-    def refuse_joined(journal, entries):
+    def refuse_joined(self, entries):
         if any(entry.is_joined for entry in entries):
             raise OSError("killed")
-        append(journal, entries)
+        append(self, entries)
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", refuse_joined)
@@ -152,7 +160,7 @@ def test_what_people_see_shares_no_bytes_with_what_is_written_to(half_done, monk
     assert files_of(out) == before
 
 
-def refuse_all(journal, entries) -> None:
+def refuse_all(self, entries) -> None:
     raise OSError("killed")
 
 

@@ -77,7 +77,7 @@ def write_h5(table: OutputTable, path: Path) -> str:
                 file.write(values.data)
         for block in metadata.blocks(metadata.hole.start, metadata.num_bytes):
             file.write(block)
-    return file.sha256()
+    return file.checksum()
 
 
 def root_kind(table: OutputTable) -> str:
