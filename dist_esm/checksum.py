@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dist_esm.types import WrittenFile
 
@@ -23,6 +24,8 @@ BLOCK_BYTES = 1 << 18
 """It stays as it is: the journals of all runs hold checksums of it."""
 MARK = "blocks:"
 """In front of a checksum that depends on how files are cut into blocks."""
+Block = TypeVar("Block")
+Sum = TypeVar("Sum")
 MOST_THREADS = 8
 BLOCKS_AT_ONCE = 32
 """Blocks that a thread reads and sums before it asks for more."""
@@ -76,6 +79,12 @@ def checksum_of_files(files: Sequence[WrittenFile]) -> str:
     return mark + hashlib.sha256(text.encode()).hexdigest()
 
 
+def borders(start: int, stop: int) -> list[tuple[int, int]]:
+    """Return the first byte, and one past the last, of what a part of a file has of each block."""
+    begins = [start, *range((start // BLOCK_BYTES + 1) * BLOCK_BYTES, stop, BLOCK_BYTES)]
+    return list(pairwise([*begins, stop])) if start < stop else []
+
+
 def whole_blocks(start: int, stop: int, digests: Sequence[bytes]) -> dict[int, bytes]:
     """Return the blocks that lie within a part of a file, by number, given what `BlockSums` has of it."""
     return {
@@ -108,20 +117,33 @@ def summed(path: Path, name: str, known: Mapping[int, bytes]) -> WrittenFile:
         num_blocks = -(-num_bytes // BLOCK_BYTES)
         missing = [number for number in range(num_blocks) if number not in known]
 
-        def read(numbers: Sequence[int]) -> list[bytes]:
-            return [hashlib.sha256(_read_block(descriptor, number)).digest() for number in numbers]
+        def digest_of(number: int) -> bytes:
+            return hashlib.sha256(_read_block(descriptor, number)).digest()
 
-        shares = [missing[at : at + BLOCKS_AT_ONCE] for at in range(0, len(missing), BLOCKS_AT_ONCE)]
-        if len(shares) > 1:
-            with ThreadPoolExecutor(min(MOST_THREADS, len(shares)), "checksum") as threads:
-                read_now = [digest for share in threads.map(read, shares) for digest in share]
-        else:
-            read_now = read(missing)
-        digests = {**known, **dict(zip(missing, read_now, strict=True))}
+        digests = {**known, **dict(zip(missing, sum_blocks(digest_of, missing), strict=True))}
         checksum = checksum_of_blocks([digests[number] for number in range(num_blocks)])
         return WrittenFile(name, num_bytes, checksum)
     finally:
         os.close(descriptor)
+
+
+def sum_blocks(sum_block: Callable[[Block], Sum], blocks: Sequence[Block]) -> list[Sum]:
+    """Sum blocks that have to be read, some at a time in threads if there are many.
+
+    Raises
+    ------
+    Exception
+        Whatever `sum_block` raises.
+    """
+
+    def sum_share(share: Sequence[Block]) -> list[Sum]:
+        return list(map(sum_block, share))
+
+    shares = [blocks[at : at + BLOCKS_AT_ONCE] for at in range(0, len(blocks), BLOCKS_AT_ONCE)]
+    if len(shares) < 2:
+        return sum_share(blocks)
+    with ThreadPoolExecutor(min(MOST_THREADS, len(shares)), "checksum") as threads:
+        return [found for share in threads.map(sum_share, shares) for found in share]
 
 
 def _read_block(descriptor: int, number: int) -> bytearray:

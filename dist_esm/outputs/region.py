@@ -7,12 +7,14 @@ ends, less than a page each, it keeps: who completes the file writes them.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.atomic import write_all_at, write_at
-from dist_esm.checksum import BlockSums, whole_blocks
+from dist_esm.checksum import BlockSums, borders, sum_blocks, whole_blocks
 
-READ_BYTES = 1 << 23
 PAGE_BYTES = mmap.PAGESIZE
 
 
@@ -55,13 +56,31 @@ class WrittenRegion:
 
     def is_intact(self, path: Path) -> bool:
         """Tell if the file has the bytes that were written."""
-        sums = BlockSums(self.start)
         try:
-            for start in range(0, self.num_bytes, READ_BYTES):
-                sums.add(self.read(path, start, min(self.num_bytes, start + READ_BYTES)))
+            return self.summed(path, has_crc=False).digests == self.digests
         except OSError:
             return False
-        return tuple(sums.digests()) == self.digests
+
+    def summed(self, path: Path, has_crc: bool) -> WrittenRegion:
+        """Return the region with checksums of what the file has now; its CRC-32 is 0 if it is not wanted.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read.
+        """
+
+        def sum_block(block: tuple[int, int]) -> tuple[bytes, int]:
+            begin, end = block
+            data = self.read(path, begin - self.start, end - self.start)
+            return hashlib.sha256(data).digest(), zlib.crc32(data) if has_crc else 0
+
+        blocks = borders(self.start, self.stop)
+        sums, crc32 = sum_blocks(sum_block, blocks), 0
+        if has_crc:
+            for (begin, end), (_, crc32_of_block) in zip(blocks, sums, strict=True):
+                crc32 = joined_crc32(crc32, crc32_of_block, end - begin)
+        return replace(self, digests=tuple(digest for digest, _ in sums), crc32=crc32)
 
     def whole_blocks(self) -> dict[int, bytes]:
         """Return the sha256 of the blocks of the file that lie within it, by number."""
@@ -192,23 +211,19 @@ class Region:
                 finally:
                     summed.result()
                 offset += len(view)
-        return self._written(sums)
+        if offset != self.stop - self.start:
+            raise ValueError(f"{offset} bytes were written to a region of {self.stop - self.start}")
+        return self._written(sums.blocks.digests(), sums.crc32)
 
     def read_back(self) -> WrittenRegion:
         """Take the checksums of a region that was written in any order, and wait until it is on disk."""
-        sums = _Sums(self.start, self._has_crc)
-        written = WrittenRegion(self.start, self.stop, bytes(self._head), bytes(self._tail), (), 0)
-        for start in range(0, written.num_bytes, READ_BYTES):
-            sums.add(written.read(self.path, start, min(written.num_bytes, start + READ_BYTES)))
-        return self._written(sums)
+        return self._written((), 0).summed(self.path, self._has_crc)
 
-    def _written(self, sums: _Sums) -> WrittenRegion:
-        if sums.num_bytes != self.stop - self.start:
-            raise ValueError(f"{sums.num_bytes} bytes were written to a region of {self.stop - self.start}")
+    def _written(self, digests: Sequence[bytes], crc32: int) -> WrittenRegion:
         if len(self._head) + len(self._tail) < self.stop - self.start:
             os.fsync(self._open())
         head, tail = bytes(self._head), bytes(self._tail)
-        return WrittenRegion(self.start, self.stop, head, tail, tuple(sums.blocks.digests()), sums.crc32)
+        return WrittenRegion(self.start, self.stop, head, tail, tuple(digests), crc32)
 
     def _open(self) -> int:
         if self._descriptor is None:
@@ -230,13 +245,11 @@ class _Sums:
         self._has_crc = has_crc
         self.blocks = BlockSums(start)
         self.crc32 = 0
-        self.num_bytes = 0
 
     def add(self, data: Any) -> None:
         self.blocks.add(data)
         if self._has_crc:
             self.crc32 = zlib.crc32(data, self.crc32)
-        self.num_bytes += len(data)
 
 
 _POLYNOMIAL = 0xEDB88320
@@ -249,6 +262,12 @@ def joined_crc32(first: int, second: int, num_bytes: int) -> int:
     Putting a zero bit behind a text multiplies its CRC by x, as a polynomial over GF(2) modulo that of
     CRC-32, in which the highest bit stands for x to the power of 0.
     """
+    return _product(_shift(num_bytes), first) ^ second
+
+
+@lru_cache(maxsize=64)
+def _shift(num_bytes: int) -> int:
+    """Return what zeros of so many bytes multiply by."""
     power, base = 1 << 31, 1 << 30
     num_bits = 8 * num_bytes
     while num_bits:
@@ -256,7 +275,7 @@ def joined_crc32(first: int, second: int, num_bytes: int) -> int:
             power = _product(base, power)
         base = _product(base, base)
         num_bits >>= 1
-    return _product(power, first) ^ second
+    return power
 
 
 def _product(one: int, other: int) -> int:

@@ -24,7 +24,7 @@ def test_the_crc_of_two_texts_is_known_from_those_of_each(one, other):
 def test_regions_fill_a_file_whoever_writes_them_in_whatever_pieces(tmp_path, monkeypatch, page, borders):
     """Before the ends are written, nobody has touched a page that is not all its own."""
     monkeypatch.setattr(region_module, "PAGE_BYTES", page)
-    monkeypatch.setattr(region_module, "READ_BYTES", 50)
+    monkeypatch.setattr("dist_esm.checksum.BLOCK_BYTES", 50)
     path = tmp_path / "folder" / "a"
     content = np.random.default_rng(0).integers(1, 256, borders[-1], dtype=np.uint8).tobytes()
     written = []
