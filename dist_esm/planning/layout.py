@@ -112,22 +112,14 @@ def read_extents(
     keys = [(str(units[index].file), units[index].ordinal) for index in indices]
     own: list[tuple[int, list[Part]]] = []
     for place in assign_to_bins(sizes, keys, world.world_size)[world.rank]:
-        parts = as_value(rows_of, units[indices[place]], config)
-        outputs = [] if isinstance(parts, Exception) else [part_of(rows, codec) for rows in parts]
-        own.append((indices[place], outputs))
+        parts = as_value(parts_of, units[indices[place]], config, codec)
+        own.append((indices[place], [] if isinstance(parts, Exception) else parts))
     told = (item for share in world.all_gather(own, Part, Extent) for item in share)
     return dict(told)
 
 
-def part_of(rows: Sequence[Row], codec: InPlace) -> Part:
-    """Return how much of an output these rows take."""
-    lengths = [row.embedded for row in rows]
-    extent = Extent(len(rows), sum(lengths), codec.text_size(rows))
-    return Part(extent, lengths if codec.has_lengths else [])
-
-
-def rows_of(unit: Unit, config: Config) -> list[list[Row]]:
-    """Return the rows that the proteins of a unit will have in each of its outputs.
+def parts_of(unit: Unit, config: Config, codec: InPlace) -> list[Part]:
+    """Return how much the proteins of a unit take of each of its outputs.
 
     Raises
     ------
@@ -136,18 +128,27 @@ def rows_of(unit: Unit, config: Config) -> list[list[Row]]:
     OSError
         If it cannot be read.
     """
-    parts: list[list[Row]] = [[]]
     part_size = unit.part_size or config.max_proteins_per_output
+    found: list[Part] = []
+    rows: list[Row] = []
     num_records = -1
     for protein in read_proteins(unit, config):
         num_records += not protein.is_continued
-        if unit.first_part is not None and num_records // part_size == len(parts):
-            parts.append([])
+        if unit.first_part is not None and num_records // part_size > len(found):
+            found.append(part_of(rows, codec))
+            rows = []
         protein, outcome, spans = apply_length_policy(protein, config)
         if outcome is not RecordOutcome.skipped:
             number = unit.before.sequences + num_records
-            parts[-1].append(Row.of(protein, number, num_embedded(spans), outcome))
-    return parts
+            rows.append(Row.of(protein, number, num_embedded(spans), outcome))
+    return [*found, part_of(rows, codec)]
+
+
+def part_of(rows: Sequence[Row], codec: InPlace) -> Part:
+    """Return how much of an output these rows take."""
+    lengths = [row.embedded for row in rows]
+    extent = Extent(len(rows), sum(lengths), codec.text_size(rows))
+    return Part(extent, lengths if codec.has_lengths else [])
 
 
 def layouts_of(parts: Sequence[Part]) -> Iterator[Layout]:
