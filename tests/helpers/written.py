@@ -18,7 +18,7 @@ import numpy as np
 from dist_esm.config import Format, Include, ModelConfig, SaveDtype
 from dist_esm.distributed import World
 from dist_esm.jobs.embed import run
-from dist_esm.types import Pack, SegmentEmbedding
+from dist_esm.types import Pack, Segment, SegmentEmbedding
 from helpers.standin import StandIn, make_config
 
 WIDTH = 1280
@@ -27,16 +27,17 @@ WIDTH = 1280
 class Wide(StandIn):
     """A stand-in whose rows are as wide as those of the 650M model, and compress no better."""
 
-    noise = np.random.default_rng(0).standard_normal((500, WIDTH), dtype=np.float32).astype(np.float16)
+    noise = np.random.default_rng(0).standard_normal((5000, WIDTH), dtype=np.float32).astype(np.float16)
 
     def run(self, pack: Pack, num_rows: int | None = None) -> list[SegmentEmbedding]:
-        """Embed the segments of a pack, in their order."""
-        return [
-            SegmentEmbedding(
-                {1: self.noise[length % 499].astype(np.float32)}, {}, {1: self.noise[:length]} if rows else {}
-            )
-            for length, rows in ((len(segment.tokens) - 2, self.wants_rows) for segment in pack.segments)
-        ]
+        """Embed the segments of a pack, in their order: each is another part of the noise."""
+        return list(map(self.embed, pack.segments))
+
+    def embed(self, segment: Segment) -> SegmentEmbedding:
+        """Embed a segment of at most 500 residues."""
+        first = segment.protein * 487 % 4500
+        rows = self.noise[first : first + len(segment.tokens) - 2]
+        return SegmentEmbedding({1: rows[0].astype(np.float32)}, {}, {1: rows} if self.wants_rows else {})
 
 
 def so_far(counter: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_esm.atomic import size_of
-from dist_esm.config import Format, Include, ReportKind
+from dist_esm.config import Compression, Format, Include, ReportKind
 from dist_esm.distributed import World
 from dist_esm.outputs.row_buffer import Memory
 from helpers.command import HELPERS, environment
@@ -97,6 +97,14 @@ def test_an_output_larger_than_memory_is_written_once(tmp_path, monkeypatch, kin
     settings = {"include": [Include.per_tok], "format": kind}
     share = share_written(tmp_path, 200, unit_share=unit_share, **settings)
     assert 1 <= share < MOST[kind]
+
+
+@pytest.mark.parametrize(("unit_share", "most"), [(1.0, 1.1), (0.1, 2.1)], ids=["uncut", "cut"])
+def test_compressed_numbers_of_a_file_that_is_cut_are_written_twice_and_no_more(tmp_path, unit_share, most):
+    """Where they belong is known when all before them are compressed."""
+    settings = {"format": Format.parquet, "compression": Compression.zstd, "include": [Include.per_tok]}
+    share = share_written(tmp_path, 200, unit_share=unit_share, **settings)
+    assert most - 0.2 < share < most
 
 
 @pytest.mark.parametrize("kind", list(Format), ids=name_of)
