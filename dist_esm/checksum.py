@@ -24,7 +24,8 @@ BLOCK_BYTES = 1 << 18
 """It stays as it is: the journals of all runs hold checksums of it."""
 MARK = "blocks:"
 """In front of a checksum that depends on how files are cut into blocks."""
-Block = TypeVar("Block")
+Block = tuple[int, int]
+"""First byte of a block of a file, or of a part of one, and one past the last."""
 Sum = TypeVar("Sum")
 MOST_THREADS = 8
 BLOCKS_AT_ONCE = 32
@@ -79,9 +80,15 @@ def checksum_of_files(files: Sequence[WrittenFile]) -> str:
     return mark + hashlib.sha256(text.encode()).hexdigest()
 
 
-def borders(start: int, stop: int) -> list[tuple[int, int]]:
-    """Return the first byte, and one past the last, of what a part of a file has of each block."""
-    begins = [start, *range((start // BLOCK_BYTES + 1) * BLOCK_BYTES, stop, BLOCK_BYTES)]
+def block_of(position: int) -> Block:
+    """Return the block in which a byte of a file is."""
+    start = position // BLOCK_BYTES * BLOCK_BYTES
+    return start, start + BLOCK_BYTES
+
+
+def blocks_in(start: int, stop: int) -> list[Block]:
+    """Return what a part of a file has of each block."""
+    begins = [start, *range(block_of(start)[1], stop, BLOCK_BYTES)]
     return list(pairwise([*begins, stop])) if start < stop else []
 
 
@@ -114,15 +121,15 @@ def summed(path: Path, name: str, known: Mapping[int, bytes]) -> WrittenFile:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         num_bytes = os.fstat(descriptor).st_size
-        num_blocks = -(-num_bytes // BLOCK_BYTES)
-        missing = [number for number in range(num_blocks) if number not in known]
+        blocks = list(enumerate(blocks_in(0, num_bytes)))
+        missing = [block for number, block in blocks if number not in known]
 
-        def digest_of(number: int) -> bytes:
-            return hashlib.sha256(_read_block(descriptor, number)).digest()
+        def digest_of(block: Block) -> bytes:
+            return hashlib.sha256(read_at(descriptor, *block)).digest()
 
-        digests = {**known, **dict(zip(missing, sum_blocks(digest_of, missing), strict=True))}
-        checksum = checksum_of_blocks([digests[number] for number in range(num_blocks)])
-        return WrittenFile(name, num_bytes, checksum)
+        found = dict(zip(missing, sum_blocks(digest_of, missing), strict=True))
+        digests = [found[block] if block in found else known[number] for number, block in blocks]
+        return WrittenFile(name, num_bytes, checksum_of_blocks(digests))
     finally:
         os.close(descriptor)
 
@@ -146,11 +153,12 @@ def sum_blocks(sum_block: Callable[[Block], Sum], blocks: Sequence[Block]) -> li
         return [found for share in threads.map(sum_share, shares) for found in share]
 
 
-def _read_block(descriptor: int, number: int) -> bytearray:
-    block, position = bytearray(), number * BLOCK_BYTES
-    while more := os.pread(descriptor, BLOCK_BYTES - len(block), position + len(block)):
-        block += more
-    return block
+def read_at(descriptor: int, start: int, stop: int) -> bytearray:
+    """Read bytes of an open file; there are fewer if it is shorter."""
+    found = bytearray()
+    while more := os.pread(descriptor, stop - start - len(found), start + len(found)):
+        found += more
+    return found
 
 
 def read_back(output_dir: Path, path: Path, is_plain: bool = False) -> WrittenFile | None:

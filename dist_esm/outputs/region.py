@@ -11,20 +11,33 @@ import hashlib
 import mmap
 import os
 import zlib
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.atomic import write_all_at, write_at
-from dist_esm.checksum import BlockSums, borders, sum_blocks, whole_blocks
+from dist_esm.checksum import Block, BlockSums, block_of, blocks_in, read_at, sum_blocks, whole_blocks
 
 PAGE_BYTES = mmap.PAGESIZE
+
+
+class BlockSum(NamedTuple):
+    """Checksums of a block."""
+
+    sha256: bytes
+    crc32: int
+    """0 if it was not taken."""
+
+
+def sum_of(data: Any, has_crc: bool) -> BlockSum:
+    """Take the checksums of a block."""
+    return BlockSum(hashlib.sha256(data).digest(), zlib.crc32(data) if has_crc else 0)
 
 
 @dataclass(frozen=True)
@@ -57,12 +70,21 @@ class WrittenRegion:
     def is_intact(self, path: Path) -> bool:
         """Tell if the file has the bytes that were written."""
         try:
-            return self.summed(path, has_crc=False).digests == self.digests
+            return self.summed(path, has_crc=False, known={}).digests == self.digests
         except OSError:
             return False
 
-    def summed(self, path: Path, has_crc: bool) -> WrittenRegion:
-        """Return the region with checksums of what the file has now; its CRC-32 is 0 if it is not wanted.
+    def summed(self, path: Path, has_crc: bool, known: Mapping[Block, BlockSum]) -> WrittenRegion:
+        """Return the region with checksums of what the file has now.
+
+        Parameters
+        ----------
+        path
+            The file.
+        has_crc
+            Take the CRC-32, too; else it is 0.
+        known
+            What was summed already: it is not read.
 
         Raises
         ------
@@ -70,17 +92,17 @@ class WrittenRegion:
             If the file cannot be read.
         """
 
-        def sum_block(block: tuple[int, int]) -> tuple[bytes, int]:
-            begin, end = block
-            data = self.read(path, begin - self.start, end - self.start)
-            return hashlib.sha256(data).digest(), zlib.crc32(data) if has_crc else 0
+        def sum_block(block: Block) -> BlockSum:
+            start, stop = block
+            return sum_of(self.read(path, start - self.start, stop - self.start), has_crc)
 
-        blocks = borders(self.start, self.stop)
-        sums, crc32 = sum_blocks(sum_block, blocks), 0
-        if has_crc:
-            for (begin, end), (_, crc32_of_block) in zip(blocks, sums, strict=True):
-                crc32 = joined_crc32(crc32, crc32_of_block, end - begin)
-        return replace(self, digests=tuple(digest for digest, _ in sums), crc32=crc32)
+        sums, blocks = dict(known), blocks_in(self.start, self.stop)
+        missing = [block for block in blocks if block not in sums]
+        sums |= zip(missing, sum_blocks(sum_block, missing), strict=True)
+        crc32 = 0
+        for start, stop in blocks if has_crc else []:
+            crc32 = joined_crc32(crc32, sums[start, stop].crc32, stop - start)
+        return replace(self, digests=tuple(sums[block].sha256 for block in blocks), crc32=crc32)
 
     def whole_blocks(self) -> dict[int, bytes]:
         """Return the sha256 of the blocks of the file that lie within it, by number."""
@@ -169,9 +191,10 @@ class Region:
         self._head = bytearray(inner_start - start)
         self._tail = bytearray(stop - inner_stop)
         self._descriptor: int | None = None
+        self._filled: FilledBlocks | None = None
 
     def write(self, offset: int, data: Any) -> None:
-        """Write bytes, at an offset that counts from the beginning of the region.
+        """Write bytes, at an offset that counts from the beginning of the region; each of them once.
 
         Raises
         ------
@@ -180,6 +203,14 @@ class Region:
         OutsideError
             If they do not lie within the region.
         """
+        begin, end = self._write(offset, data)
+        if begin < end:
+            self._filled = self._filled or FilledBlocks(self._open(), self._has_crc)
+            self._filled.add(begin, end)
+
+    def _write(self, offset: int, data: Any) -> tuple[int, int]:
+        """Write bytes, and return which bytes of the file they are, but for those at the ends of the
+        region."""
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         end = offset + len(view)
         if end > self.stop - self.start:
@@ -193,6 +224,7 @@ class Region:
         if end > inner_stop:
             begin = max(offset, inner_stop)
             self._tail[begin - inner_stop : end - inner_stop] = view[begin - offset :]
+        return self.start + first, self.start + last
 
     def write_all(self, blocks: Iterable[NDArray[Any]]) -> WrittenRegion:
         """Write all of it, from its first byte to its last, and wait until it is on disk.
@@ -207,7 +239,7 @@ class Region:
                 view = block.data.cast("B")
                 summed = thread.submit(sums.add, view)
                 try:
-                    self.write(offset, view)
+                    self._write(offset, view)
                 finally:
                     summed.result()
                 offset += len(view)
@@ -216,8 +248,12 @@ class Region:
         return self._written(sums.blocks.digests(), sums.crc32)
 
     def read_back(self) -> WrittenRegion:
-        """Take the checksums of a region that was written in any order, and wait until it is on disk."""
-        return self._written((), 0).summed(self.path, self._has_crc)
+        """Return the checksums of a region that was written in any order, and wait until it is on disk.
+
+        Most of its blocks were summed when they were full.
+        """
+        known = self._filled.sums() if self._filled is not None else {}
+        return self._written((), 0).summed(self.path, self._has_crc, known)
 
     def _written(self, digests: Sequence[bytes], crc32: int) -> WrittenRegion:
         if len(self._head) + len(self._tail) < self.stop - self.start:
@@ -233,9 +269,57 @@ class Region:
 
     def close(self) -> None:
         """Close the file."""
+        if self._filled is not None:
+            self._filled.close()
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+class FilledBlocks:
+    """The sums of the blocks of a file whose bytes come in any order, each once: a thread reads a block as
+    soon as it is full, when the file system still has it in memory.
+
+    Parameters
+    ----------
+    descriptor
+        The open file.
+    has_crc
+        Take the CRC-32, too.
+    """
+
+    def __init__(self, descriptor: int, has_crc: bool) -> None:
+        self._descriptor = descriptor
+        self._has_crc = has_crc
+        self._num_bytes: dict[Block, int] = {}
+        """How many came of each block."""
+        self._sums: dict[Block, Future[BlockSum]] = {}
+        self._thread = ThreadPoolExecutor(1, "checksum")
+
+    def add(self, start: int, stop: int) -> None:
+        """Bytes from start up to stop were written."""
+        for begin, end in blocks_in(start, stop):
+            block = first, last = block_of(begin)
+            self._num_bytes[block] = self._num_bytes.get(block, 0) + end - begin
+            if self._num_bytes[block] == last - first:
+                self._sums[block] = self._thread.submit(self._sum, block)
+
+    def _sum(self, block: Block) -> BlockSum:
+        return sum_of(read_at(self._descriptor, *block), self._has_crc)
+
+    def sums(self) -> dict[Block, BlockSum]:
+        """Wait for the sums of all blocks that are full.
+
+        Raises
+        ------
+        OSError
+            If one cannot be read.
+        """
+        return {block: summed.result() for block, summed in self._sums.items()}
+
+    def close(self) -> None:
+        """End the thread; nobody wants further sums."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 class _Sums:
