@@ -27,6 +27,8 @@ from dist_esm.types import WrittenFile
 SMALL_BYTES = 1 << 20
 SUMMED_BESIDE_BYTES = 1 << 18
 """Bytes whose checksum is worth another thread while they are written."""
+FILE_THREADS = 4
+"""Files of a folder that are written at the same time."""
 SYNC_THREADS = 8
 """Files of a folder that are synced at the same time; on ext4 fifteen times as fast as one after another."""
 _numbers = count()
@@ -54,31 +56,46 @@ class SummedFile(io.BufferedWriter):
     """New file that is written from its first byte to its last, its checksum taken on the way.
 
     Reading a file back takes longer than writing it.
+
+    Parameters
+    ----------
+    path
+        Of the file.
+    is_alone
+        Large blocks are summed in a thread beside writing; else other files are written meanwhile, and it
+        needs none.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._summing = _Summing(path, "wb")
-        super().__init__(self._summing, SMALL_BYTES)
+    def __init__(self, path: Path, is_alone: bool = True) -> None:
+        self._summing = _Summing(path, is_alone)
+        super().__init__(self._summing, SMALL_BYTES if is_alone else SUMMED_BESIDE_BYTES)
 
     def checksum(self) -> str:
         """Return the checksum of the whole file, once it is closed."""
         assert self.closed
         return checksum_of_blocks(self._summing.sums.digests())
 
+    def written(self, name: str) -> WrittenFile:
+        """Return what was written, under a name, once it is closed."""
+        return WrittenFile(name, self._summing.num_bytes, self.checksum())
+
 
 class _Summing(io.FileIO):
     """The raw file of a `SummedFile`. Large blocks are written and summed side by side: each takes about as
     long as the other."""
 
-    def __init__(self, path: Path, mode: str) -> None:
-        super().__init__(path, mode)
+    def __init__(self, path: Path, is_alone: bool) -> None:
+        super().__init__(path, "wb")
         self.sums = BlockSums()
+        self.num_bytes = 0
+        self._is_alone = is_alone
         self._thread: ThreadPoolExecutor | None = None
 
     def write(self, data: Any) -> int:
         """Write all of the bytes, and add them to the checksum."""
         view = memoryview(data).cast("B")
-        if len(view) < SUMMED_BESIDE_BYTES:
+        self.num_bytes += len(view)
+        if not self._is_alone or len(view) < SUMMED_BESIDE_BYTES:
             self.sums.add(view)
             return self._write_all(view)
         self._thread = self._thread or ThreadPoolExecutor(1, "checksum")
@@ -127,7 +144,31 @@ class SummedFolder:
         """Give a new file of this name, for as long as the block runs."""
         with SummedFile(self.path / name) as file:
             yield file
-        self._written.append(WrittenFile(name, (self.path / name).stat().st_size, file.checksum()))
+        self._written.append(file.written(name))
+
+    def add_files(self, write: Callable[[int], WrittenFile], num_files: int) -> None:
+        """Have many files written, some at a time, and count them in order.
+
+        Parameters
+        ----------
+        write
+            Writes the file of a number, from 0, and tells what was written; called in several threads.
+        num_files
+            How many there are.
+
+        Raises
+        ------
+        Exception
+            Whatever `write` raises.
+        """
+        num_threads = min(FILE_THREADS, max(1, num_files))
+
+        def write_share(first: int) -> list[WrittenFile]:
+            return [write(number) for number in range(first, num_files, num_threads)]
+
+        with ThreadPoolExecutor(num_threads, "file") as threads:
+            shares = list(threads.map(write_share, range(num_threads)))
+        self._written += (shares[number % num_threads][number // num_threads] for number in range(num_files))
 
     @contextmanager
     def text(self, name: str) -> Iterator[TextIO]:

@@ -16,6 +16,7 @@ from dist_esm.atomic import (
     SMALL_BYTES,
     Staged,
     SummedFile,
+    SummedFolder,
     atomically,
     commit_together,
     is_leftover,
@@ -229,3 +230,32 @@ def test_what_was_summed_cannot_be_written_over(tmp_path):
         with pytest.raises(io.UnsupportedOperation):
             file.seek(0)
     assert file.checksum() == hashlib.sha256(b"abc").hexdigest()
+
+
+@pytest.mark.parametrize("num_files", [0, 1, 3, 4, 11])
+def test_files_that_threads_write_are_told_in_their_order(tmp_path, num_files):
+    def write(number: int) -> WrittenFile:
+        with SummedFile(tmp_path / "a" / f"{number}.pt", is_alone=False) as file:
+            file.write(b"%d" % number * 100_000 * number)
+        return file.written(f"{number}.pt")
+
+    with SummedFolder(tmp_path / "a") as folder:
+        folder.add_files(write, num_files)
+        with folder.text("tables") as text:
+            text.write("x")
+    names = [f"{number}.pt" for number in range(num_files)]
+    assert [file.path for file in folder.written] == [*names, "tables"]
+    for written in folder.written:
+        assert read_back(tmp_path / "a", Path(written.path)) == written
+    assert read_back(tmp_path, Path("a")).sha256 == folder.checksum()
+
+
+def test_a_file_that_one_of_the_threads_cannot_write_fails_all(tmp_path):
+    def write(number: int) -> WrittenFile:
+        if number == 5:
+            raise OSError("no room")
+        return WrittenFile(f"{number}.pt", 0, "")
+
+    with pytest.raises(OSError, match="no room"), SummedFolder(tmp_path / "a") as folder:
+        folder.add_files(write, 9)
+    assert not folder.written

@@ -6,6 +6,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,7 @@ from dist_esm.jobs.setup import MakeEngine, Setup, choose_setup, describe, find_
 from dist_esm.logs import logging_to
 from dist_esm.model.engine import Engine
 from dist_esm.outputs.events import start_details
+from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.in_hand import acquit, name_of, note_death, notes_of
 from dist_esm.outputs.journal import Entry, entry_of
 from dist_esm.outputs.output_dir import OutputDir, inside
@@ -182,11 +184,17 @@ def say_what_is_to_do(plan: Plan, config: Config, setup: Setup, world: World, lo
 def engine_for(
     plan: Plan, config: Config, setup: Setup, world: World, make_engine: MakeEngine
 ) -> Engine | nullcontext[None]:
-    """The engine of every rank that has work to do; all ranks that need one get it, or all refuse."""
+    """The engine of every rank that has work to do; all ranks that need one get it, or all refuse.
+
+    What the format imports is imported beside the loading of the model.
+    """
 
     def engine_if_needed() -> Engine | nullcontext[None]:
-        has_work = plan.bins[world.rank] or plan.suspects
-        return make_engine(config, setup, world) if has_work else nullcontext()
+        if not plan.bins[world.rank] and not plan.suspects:
+            return nullcontext()
+        with ThreadPoolExecutor(1, "format") as thread:
+            thread.submit(FORMATS[config.format.name].codec.prepare)
+            return make_engine(config, setup, world)
 
     return world.all_or_none(engine_if_needed)
 

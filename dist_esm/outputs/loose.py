@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_esm.atomic import Staged, SummedFile, SummedFolder, discard, temporary_path
+from dist_esm.atomic import Staged, SummedFolder, discard, temporary_path
 from dist_esm.config import Format
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, numpy_dtype
 from dist_esm.outputs.formats.base import Loose
@@ -56,10 +56,7 @@ class EarlyFiles:
             If it cannot be written.
         """
         self._folder.mkdir(exist_ok=True)
-        path = self._folder / protein_file(place)
-        with SummedFile(path) as file:
-            self._loose.write_protein(table, 0, file)
-        self._written[place] = WrittenFile(path.name, path.stat().st_size, file.checksum())
+        self._written[place] = self._loose.write_protein(table, 0, self._folder / protein_file(place))
 
     def link(self, place: int, path: Path) -> WrittenFile | None:
         """Give the file of the protein at a place a second name; None if it is not here."""
@@ -84,13 +81,13 @@ def write_files(
     OSError
         If one cannot be written.
     """
-    for place, name in enumerate(names):
-        written = early.link(place, folder.path / name) if early is not None else None
-        if written is not None:
-            folder.add(written)
-            continue
-        with folder.file(name) as file:
-            loose.write_protein(table, place, file)
+
+    def write(place: int) -> WrittenFile:
+        path = folder.path / names[place]
+        linked = early.link(place, path) if early is not None else None
+        return linked or loose.write_protein(table, place, path)
+
+    folder.add_files(write, len(names))
 
 
 def write_loose_output(

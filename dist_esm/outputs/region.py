@@ -11,7 +11,8 @@ import hashlib
 import mmap
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,9 +23,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.atomic import write_all_at, write_at
-from dist_esm.checksum import Block, BlockSums, block_of, blocks_in, read_at, sum_blocks, whole_blocks
+from dist_esm.checksum import (
+    BLOCK_BYTES,
+    Block,
+    BlockSums,
+    block_of,
+    blocks_in,
+    read_at,
+    sum_blocks,
+    whole_blocks,
+)
 
 PAGE_BYTES = mmap.PAGESIZE
+STRETCH_BYTES = 16 * BLOCK_BYTES
+"""What a thread writes and sums before it asks for more: whole blocks, but for those at the ends."""
+STRETCH_THREADS = 4
+"""Threads that write one region. One sums 0.5 to 1.5 GB/s, so that the last of 150 MB would take 0.1 to 0.4 s
+in which the device has nothing to do."""
 
 
 class BlockSum(NamedTuple):
@@ -229,23 +244,48 @@ class Region:
     def write_all(self, blocks: Iterable[NDArray[Any]]) -> WrittenRegion:
         """Write all of it, from its first byte to its last, and wait until it is on disk.
 
-        Checksums are taken beside writing: each takes about as long as the other.
+        Threads write and sum stretches of it side by side: the device may be waiting for the last one.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        OutsideError
+            If there are more bytes than the region has.
+        ValueError
+            If there are fewer.
         """
-        sums, offset = _Sums(self.start, self._has_crc), 0
-        with ThreadPoolExecutor(1, "checksum") as thread:
-            for block in blocks:
-                if not block.nbytes:
-                    continue
-                view = block.data.cast("B")
-                summed = thread.submit(sums.add, view)
-                try:
-                    self._write(offset, view)
-                finally:
-                    summed.result()
-                offset += len(view)
-        if offset != self.stop - self.start:
-            raise ValueError(f"{offset} bytes were written to a region of {self.stop - self.start}")
-        return self._written(sums.blocks.digests(), sums.crc32)
+        if len(self._head) + len(self._tail) < self.stop - self.start:
+            self._open()  # before threads would do so at once
+        in_hand: deque[Future[_Sums]] = deque()
+        digests: list[bytes] = []
+        crc32 = num_bytes = 0
+
+        def take_oldest() -> None:
+            nonlocal crc32, num_bytes
+            sums = in_hand.popleft().result()
+            digests.extend(sums.blocks.digests())
+            crc32 = joined_crc32(crc32, sums.crc32, sums.num_bytes) if self._has_crc else 0
+            num_bytes += sums.num_bytes
+
+        with ThreadPoolExecutor(STRETCH_THREADS, "checksum") as threads:
+            for start, views in stretches(blocks, self.start):
+                in_hand.append(threads.submit(self._write_stretch, start, views))
+                if len(in_hand) > 2 * STRETCH_THREADS:
+                    take_oldest()
+            while in_hand:
+                take_oldest()
+        if num_bytes != self.stop - self.start:
+            raise ValueError(f"{num_bytes} bytes were written to a region of {self.stop - self.start}")
+        return self._written(digests, crc32)
+
+    def _write_stretch(self, start: int, views: Sequence[memoryview]) -> _Sums:
+        """Write what follows one another from an offset in the file, and return its checksums."""
+        sums = _Sums(start, self._has_crc)
+        for view in views:
+            self._write(start + sums.num_bytes - self.start, view)
+            sums.add(view)
+        return sums
 
     def read_back(self) -> WrittenRegion:
         """Return the checksums of a region that was written in any order, and wait until it is on disk.
@@ -329,11 +369,35 @@ class _Sums:
         self._has_crc = has_crc
         self.blocks = BlockSums(start)
         self.crc32 = 0
+        self.num_bytes = 0
 
-    def add(self, data: Any) -> None:
+    def add(self, data: memoryview) -> None:
+        self.num_bytes += len(data)
         self.blocks.add(data)
         if self._has_crc:
             self.crc32 = zlib.crc32(data, self.crc32)
+
+
+def stretches(blocks: Iterable[NDArray[Any]], start: int) -> Iterator[tuple[int, list[memoryview]]]:
+    """Cut bytes that follow one another, from an offset in a file, at multiples of `STRETCH_BYTES`.
+
+    Yields
+    ------
+    Offset of a stretch in the file, and its bytes in order. Nothing is copied.
+    """
+    first = position = start
+    views: list[memoryview] = []
+    for block in blocks:
+        view = block.data.cast("B") if block.nbytes else memoryview(b"")
+        while len(view):
+            views.append(view[: STRETCH_BYTES - position % STRETCH_BYTES])
+            view = view[len(views[-1]) :]
+            position += len(views[-1])
+            if position % STRETCH_BYTES == 0:
+                yield first, views
+                first, views = position, []
+    if views:
+        yield first, views
 
 
 _POLYNOMIAL = 0xEDB88320

@@ -106,3 +106,37 @@ def test_blocks_that_come_in_any_order_are_summed_when_they_are_full(tmp_path, m
     assert whole.write_all([np.frombuffer(content, np.uint8)]) == written
     assert written.is_intact(tmp_path / "a")
     whole.close()
+
+
+@pytest.mark.parametrize("has_crc", [True, False])
+@pytest.mark.parametrize("threads", [1, 4])
+def test_threads_that_write_stretches_side_by_side_leave_what_one_leaves(
+    tmp_path, monkeypatch, has_crc, threads
+):
+    """Stretches end within blocks that are given, some of which are empty or headers of a few bytes."""
+    monkeypatch.setattr(region_module, "PAGE_BYTES", 16)
+    monkeypatch.setattr("dist_esm.checksum.BLOCK_BYTES", 64)
+    content = np.random.default_rng(0).bytes(6400)
+    at_once = Region(tmp_path / "a", 37, 6437, has_crc)
+    wanted = at_once.write_all([np.frombuffer(content, np.uint8)])
+    monkeypatch.setattr(region_module, "STRETCH_BYTES", 192)
+    monkeypatch.setattr(region_module, "STRETCH_THREADS", threads)
+    borders = [0, 0, 3, 160, 900, 900, 905, 5000, 6400]
+    region = Region(tmp_path / "b", 37, 6437, has_crc)
+    blocks = (np.frombuffer(content[begin:end], np.uint8) for begin, end in pairwise(borders))
+    assert region.write_all(blocks) == wanted
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+    assert (wanted.crc32 == zlib.crc32(content)) is has_crc
+    at_once.close()
+    region.close()
+
+
+def test_a_region_is_neither_left_short_nor_written_beyond(tmp_path, monkeypatch):
+    monkeypatch.setattr(region_module, "PAGE_BYTES", 16)
+    monkeypatch.setattr(region_module, "STRETCH_BYTES", 192)
+    for size, error in ((2000, OutsideError), (900, ValueError)):
+        region = Region(tmp_path / "a", 0, 1000)
+        with pytest.raises(error):
+            region.write_all([np.ones(size, np.uint8)])
+        region.close()
+        assert (tmp_path / "a").stat().st_size <= 1000

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_esm.atomic import SummedFolder
 from dist_esm.outputs.embeddings import OutputTable
-from dist_esm.types import Extent, Row
+from dist_esm.types import Extent, Row, WrittenFile
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,9 @@ class Loose(NamedTuple):
 
     names: Callable[[Sequence[Row]], list[str]]
     """Name of the file of each of these proteins, the first of which is the first in its output."""
-    write_protein: Callable[[OutputTable, int, IO[bytes]], None]
-    """Writes the file of one protein, given its place in the table; its name and place are not in it."""
+    write_protein: Callable[[OutputTable, int, Path], WrittenFile]
+    """Writes the file of one protein, given its place in the table, to exactly this path; its name and place
+    are not in it. Several threads may call it."""
     write_tables: Callable[[OutputTable, Sequence[str], SummedFolder], None]
     """Writes all that stands beside these files, given their names. The table needs no numbers."""
     read_protein: Callable[[Path], dict[tuple[str, int], Tensor]]
@@ -264,6 +265,9 @@ class Codec(NamedTuple):
     """For a format whose numbers have places that do not depend on its text."""
     loose: Loose | None = None
     """For a format with a file for each protein."""
+    prepare: Callable[[], None] = lambda: None
+    """Imports what writing takes, if that may take a second: it is called beside the loading of the model, so
+    that no device waits for it."""
     output_bytes: Callable[[ContentSize], int] = plain_bytes
     """Returns about how many bytes an output will have; within a few percent of what `write` writes."""
     output_files: Callable[[ContentSize], int] = lambda size: 1

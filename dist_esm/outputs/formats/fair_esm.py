@@ -8,19 +8,19 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_esm.atomic import SummedFolder
+from dist_esm.atomic import SummedFile, SummedFolder
 from dist_esm.names import cut
 from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.outputs.formats.base import About, Codec, ContentSize, Loose, Names, escape, plain_bytes
 from dist_esm.outputs.pickling import torch_save
-from dist_esm.types import Row
+from dist_esm.types import Row, WrittenFile
 
 MAP = "ids.tsv"
 MAP_COLUMNS = ("file", "id", "index", "length", "header")
@@ -89,9 +89,7 @@ def write_fair_esm(table: OutputTable, path: Path) -> str:
     """
     names = names_of(table.rows)
     with SummedFolder(path) as folder:
-        for place, name in enumerate(names):
-            with folder.file(name) as file:
-                write_protein(table, place, file)
+        folder.add_files(lambda place: write_protein(table, place, path / names[place]), len(names))
         write_tables(table, names, folder)
     return folder.checksum()
 
@@ -102,7 +100,7 @@ def names_of(rows: Sequence[Row]) -> list[str]:
     return [f"{names.take(label_of(row))}.pt" for row in rows]
 
 
-def write_protein(table: OutputTable, place: int, file: IO[bytes]) -> None:
+def write_protein(table: OutputTable, place: int, path: Path) -> WrittenFile:
     """Write the file of one protein."""
     row, span = table.rows[place], slice(*table.span(place))
     content: dict[str, object] = {"label": label_of(row), "id": row.id}
@@ -111,7 +109,9 @@ def write_protein(table: OutputTable, place: int, file: IO[bytes]) -> None:
     content["mean_representations"] = {layer: alone(rows[place]) for layer, rows in table.mean.items()}
     if table.bos:
         content["bos_representations"] = {layer: alone(rows[place]) for layer, rows in table.bos.items()}
-    torch_save(content, file)
+    with SummedFile(path, is_alone=False) as file:
+        torch_save(content, file)
+    return file.written(path.name)
 
 
 def write_tables(table: OutputTable, names: Sequence[str], folder: SummedFolder) -> None:

@@ -360,6 +360,14 @@ def numbers(vectors: Any, width: int) -> NDArray[Any]:
     return np.asarray(vectors.flatten().to_numpy(zero_copy_only=True)).reshape(-1, width)
 
 
+def prepare() -> None:
+    """Import what writing takes. pyarrow looks for pandas when it is first given a list, which takes longer
+    than all else at the end of a file: so it is given one here."""
+    import pyarrow as pa
+
+    without_numbers(pa.schema([("id", pa.string())]), [], "", is_compressed=False)
+
+
 def output_bytes(size: ContentSize) -> int:
     """Return about how many bytes an uncompressed output will have.
 
@@ -377,5 +385,6 @@ CODEC = Codec(
     OpenedParquet,
     write_compressed=partial(write_parquet, is_compressed=True),
     in_place=InPlace(places, finish_parquet, has_lengths=True),
+    prepare=prepare,
     output_bytes=output_bytes,
 )
