@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,7 +74,7 @@ def checksum_of_blocks(digests: Sequence[bytes]) -> str:
 def checksum_of_files(files: Sequence[WrittenFile]) -> str:
     """Return the checksum of a folder: the sha256 of a list of its files with their checksums, in the order
     of their paths."""
-    text = json.dumps([asdict(file) for file in sorted(files, key=lambda file: Path(file.path))])
+    text = json.dumps([vars(file) for file in sorted(files, key=lambda file: file.path.split("/"))])
     mark = MARK if any(file.sha256.startswith(MARK) for file in files) else ""
     return mark + hashlib.sha256(text.encode()).hexdigest()
 

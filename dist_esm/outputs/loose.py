@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def write_loose_shard(
                 "dtype": numpy_dtype(table.mean[table.main_layer].dtype).name,
                 "rows": packed(json.dumps(table.rows)),
                 "tsv_lines": packed(json.dumps(table.tsv_lines)),
-                "files": packed(json.dumps([asdict(written) for written in folder.written])),
+                "files": packed(json.dumps([vars(written) for written in folder.written])),
             }
             with folder.file(ROWS) as file:
                 torch_save(content, file)
