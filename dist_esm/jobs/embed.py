@@ -193,8 +193,10 @@ def engine_for(
         if not plan.bins[world.rank] and not plan.suspects:
             return nullcontext()
         with ThreadPoolExecutor(1, "format") as thread:
-            thread.submit(FORMATS[config.format.name].codec.prepare)
-            return make_engine(config, setup, world)
+            prepared = thread.submit(FORMATS[config.format.name].codec.prepare)
+            engine = make_engine(config, setup, world)
+            prepared.result()
+            return engine
 
     return world.all_or_none(engine_if_needed)
 
