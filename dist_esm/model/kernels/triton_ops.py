@@ -231,11 +231,17 @@ def _attend(
         result *= scale
         result = tl.where(tl.abs(result) <= LARGEST_E4M3, result, float("nan"))  # the rounding saturates
         low, high = tl.split(tl.reshape(result, [TILE, BLOCK // 2, 2]))
-        low = low.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint16)
-        high = high.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint16)
+        both = tl.inline_asm_elementwise(
+            "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;",
+            "=h,f,f",
+            [low, high],
+            dtype=tl.uint16,
+            is_pure=True,
+            pack=1,
+        )
         pairs = tl.arange(0, BLOCK // 2)[None, :]
         at = out + ((first_query + rows).to(tl.int64)[:, None] * num_heads + head) * (HEAD // 2) + pairs
-        tl.store(at, low | (high << 8), mask=(first_query + rows < stop)[:, None] & (pairs < HEAD // 2))
+        tl.store(at, both, mask=(first_query + rows < stop)[:, None] & (pairs < HEAD // 2))
     else:
         at = out + (first_query + rows).to(tl.int64)[:, None] * num_heads * HEAD + head * HEAD
         tl.store(at + columns[None, :], result.to(out.dtype.element_ty), mask=in_tile)
