@@ -65,6 +65,7 @@ class LinearKind(Enum):
     auto = "auto"
     quack = "quack"
     triton = "triton"
+    cublas = "cublas"
     torch = "torch"
 
 

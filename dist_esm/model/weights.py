@@ -230,6 +230,8 @@ def fill_parameters(
             put(layer.fc2, part, to, get(f"{prefix}.fc2.{part}"))
             put(layer.attention_norm, part, wide, get(f"{prefix}.self_attn_layer_norm.{part}"))
             put(layer.ffn_norm, part, wide, get(f"{prefix}.final_layer_norm.{part}"))
+        for product in (layer.qkv, layer.out, layer.fc1, layer.fc2):
+            ops.prepare(product)
     for part in ("weight", "bias"):
         put(model.final_norm, part, wide, get(f"emb_layer_norm_after.{part}"))
     model.inv_freq = get("layers.0.self_attn.rot_emb.inv_freq").to(wide)

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="compiling needs the package trito
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dist_esm.model.kernels import triton_ops  # noqa: E402
+from dist_esm.model.kernels import triton_ops, triton_products  # noqa: E402
 from dist_esm.model.kernels.attention import TILE  # noqa: E402
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -21,10 +21,21 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 specifications): A100; RTX 3090 and A40; L40S and RTX 4090; H100; B200; RTX 5090."""
 
 
-def build(card: int, kernel, constants: dict, options: dict, **types: str) -> int:
-    """Compile a kernel, and return the bytes of shared memory of a program."""
-    signature = {**types, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+def build(
+    card: int, kernel, constants: dict, options: dict, unaligned: tuple[str, ...] = (), **types: str
+) -> int:
+    """Compile a kernel, and return the bytes of shared memory of a program.
+
+    Addresses and sizes are multiples of 16, as they are in a model, but for those that are unaligned.
+    """
+    kinds = {**types, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: kinds[name] for name in kernel.arg_names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, kind) in enumerate(signature.items())
+        if kind.startswith(("*", "i")) and name not in unaligned
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
     assert f"sm_{card}" in compiled.asm["ptx"]
     assert compiled.asm["cubin"]
@@ -36,18 +47,20 @@ def cold_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "pairs"])
 @pytest.mark.parametrize("card", SHARED_KIB)
 def test_the_passes_between_products_are_compiled_and_fit(card, dtype):
-    values, floats, ints = f"*{dtype}", "*fp32", "*i32"
+    pairs = dtype == "pairs"
+    values, floats, ints = "*fp16" if pairs else f"*{dtype}", "*fp32", "*i32"
+    stream = floats if pairs else "*fp16"
     shared = [
         build(
             card,
             triton_ops._norm,
-            {"ADDS": True, "BLOCK": 8192},  # 15B, the widest
+            {"ADDS": not pairs, "BLOCK": 8192, "PAIRS": pairs},  # 15B, the widest
             {"num_warps": 16},
-            x="*fp16",
-            added=values,
+            x=stream,
+            added=stream if pairs else values,
             weight=floats,
             bias=floats,
             out=values,
@@ -67,10 +80,14 @@ def test_the_passes_between_products_are_compiled_and_fit(card, dtype):
         ),
         build(card, triton_ops._gelu, {"BLOCK": 4096}, {"num_warps": 8}, x=values, size="i32"),
         build(
+            card, triton_ops._to_pairs, {"BLOCK": 1024}, {"num_warps": 4}, x=floats, out="*fp16", width="i32"
+        ),
+        build(
             card,
             triton_ops._segment_sum,
             {"ROWS": 16, "COLUMNS": 128},
             {"num_warps": 4},
+            ("starts", "stops"),
             x=floats,
             starts=ints,
             stops=ints,
@@ -81,19 +98,55 @@ def test_the_passes_between_products_are_compiled_and_fit(card, dtype):
     assert max(shared) <= SHARED_KIB[card] << 10
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("head", [16, 24, 32, 64, 128], ids=["8M", "35M", "150M", "650M-3B", "15B"])
 @pytest.mark.parametrize("card", SHARED_KIB)
-def test_attention_is_compiled_and_fits(card, head):
+def test_attention_is_compiled_and_fits(card, head, dtype):
     block = max(16, triton.next_power_of_2(head))
-    pointers = dict.fromkeys(("q", "k", "v", "out"), "*bf16")
-    numbers = dict.fromkeys(("q_stride", "k_stride", "v_stride", "num_heads"), "i32")
+    pairs = dtype == "fp32"
+    warps, stages = triton_ops.attend_options(block, pairs)
     shared = build(
         card,
         triton_ops._attend,
-        {"HEAD": head, "BLOCK": block, "TILE": TILE},
-        {"num_warps": 4, "num_stages": 3},
-        **pointers,
+        {"HEAD": head, "BLOCK": block, "TILE": TILE, "PAIRS": pairs},
+        {"num_warps": warps, "num_stages": stages},
+        ("tiles", "num_heads"),
+        **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}"),
         tiles="*i32",
-        **numbers,
+        **dict.fromkeys(("q_stride", "k_stride", "v_stride", "num_heads"), "i32"),
+    )
+    assert 0 < shared <= SHARED_KIB[card] << 10
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "pairs"])
+@pytest.mark.parametrize("epilogue", ["gelu", "residual", "rotation"])
+@pytest.mark.parametrize("card", SHARED_KIB)
+def test_products_are_compiled_and_fit(card, epilogue, dtype):
+    pairs = dtype == "pairs"
+    tile = triton_products.tile_for(divmod(card, 10), epilogue, pairs)
+    operand = "fp16" if pairs else dtype
+    out = {"gelu": operand, "residual": "fp32" if pairs else "fp16", "rotation": "fp32" if pairs else dtype}
+    absent = [] if tile.by_tma else ["a_tiles", "weight_tiles"]
+    absent += [] if tile.stores_by_tma else ["out_tiles"]
+    absent += [] if epilogue == "rotation" else ["turn"]
+    constants = triton_products.constants_of(tile, epilogue, 64, pairs, width=1280) | dict.fromkeys(absent)
+    types = {
+        "a": f"*{operand}",
+        "a_tiles": f"tensordesc<{operand}[{tile.rows},{tile.depth}]>",
+        "weight": f"*{operand}",
+        "weight_tiles": f"tensordesc<{operand}[{tile.columns},{tile.depth}]>",
+        "out": f"*{out[epilogue]}",
+        "out_tiles": f"tensordesc<{out[epilogue]}[{tile.rows},{tile.columns // tile.parts}]>",
+        "bias": "*fp32",
+        "turn": "*fp32",
+        **dict.fromkeys(("num_rows", "num_columns", "width"), "i32"),
+    }
+    shared = build(
+        card,
+        triton_products._product,
+        constants,
+        {"num_warps": tile.warps, "num_stages": tile.stages},
+        ("num_rows",),
+        **{name: kind for name, kind in types.items() if name not in absent},
     )
     assert 0 < shared <= SHARED_KIB[card] << 10

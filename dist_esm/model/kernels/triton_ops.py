@@ -20,6 +20,8 @@ A power of two rounds nothing."""
 UNSCALE = tl.constexpr(1 / SCALE)
 RESCALE = tl.constexpr(SCALE)
 LOG2_E = tl.constexpr(1.4426950408889634)
+PAIR_SCALE = tl.constexpr(4.0)
+"""Pairs of fp16 hold activations times this: they reach 16 thousand, to 22 bits or 4e-9."""
 
 
 def to_stream(x_TD: Tensor) -> Tensor:
@@ -33,11 +35,22 @@ def from_stream(x_TD: Tensor) -> Tensor:
 
 
 @triton.jit
-def _norm(x, added, weight, bias, out, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+def pair_of(values):
+    """Return two fp16 numbers whose sum is the fp32 number to 22 bits, or to 3e-8 where it is small."""
+    high = values.to(tl.float16)
+    return high, (values - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _norm(
+    x, added, weight, bias, out, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    values = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32) * UNSCALE
+    values = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    if x.dtype.element_ty == tl.float16:
+        values *= UNSCALE
     if ADDS:
         values += tl.load(added + row * width + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(x + row * width + columns, (values * RESCALE).to(tl.float16), mask=inside)
@@ -46,9 +59,13 @@ def _norm(x, added, weight, bias, out, width, eps, ADDS: tl.constexpr, BLOCK: tl
     rstd = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
     gain = tl.load(weight + columns, mask=inside, other=0.0)
     shift = tl.load(bias + columns, mask=inside, other=0.0)
-    tl.store(
-        out + row * width + columns, (centred * rstd * gain + shift).to(out.dtype.element_ty), mask=inside
-    )
+    normed = centred * rstd * gain + shift
+    if PAIRS:
+        high, low = pair_of(normed * PAIR_SCALE)
+        tl.store(out + row * 2 * width + columns, high, mask=inside)
+        tl.store(out + (row * 2 + 1) * width + columns, low, mask=inside)
+    else:
+        tl.store(out + row * width + columns, normed.to(out.dtype.element_ty), mask=inside)
 
 
 def norm(
@@ -58,13 +75,25 @@ def norm(
     eps: float,
     dtype: torch.dtype,
     added_TD: Tensor | None = None,
+    pairs: bool = False,
 ) -> Tensor:
     """Return the LayerNorm of the residual stream, computed in fp32, rounded once to `dtype`; shape (T, D).
 
-    With `added_TD`, that is first added to the stream, in place.
+    Parameters
+    ----------
+    x_TD
+        The stream: fp32, or scaled fp16.
+    weight_D, bias_D, eps
+        Of the LayerNorm.
+    dtype
+        Of the result.
+    added_TD
+        Is first added to the stream, in place.
+    pairs
+        Return pairs of fp16 as `to_pairs` does, shape (T, 2 D).
     """
     num_rows, width = x_TD.shape
-    out_TD = torch.empty_like(x_TD, dtype=dtype)
+    out_TD = x_TD.new_empty(num_rows, 2 * width if pairs else width, dtype=dtype)
     block = triton.next_power_of_2(width)
     warps = max(1, min(16, block // 512))
     added = x_TD if added_TD is None else added_TD
@@ -78,8 +107,28 @@ def norm(
         eps,
         ADDS=added_TD is not None,
         BLOCK=block,
+        PAIRS=pairs,
         num_warps=warps,
     )
+    return out_TD
+
+
+@triton.jit
+def _to_pairs(x, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    high, low = pair_of(tl.load(x + row * width + columns, mask=inside, other=0.0) * PAIR_SCALE)
+    tl.store(out + row * 2 * width + columns, high, mask=inside)
+    tl.store(out + (row * 2 + 1) * width + columns, low, mask=inside)
+
+
+def to_pairs(x_TD: Tensor) -> Tensor:
+    """Return fp32 values as pairs of fp16 numbers, times `PAIR_SCALE`: shape (T, 2 D), first parts first."""
+    num_rows, width = x_TD.shape
+    out_TD = x_TD.new_empty(num_rows, 2 * width, dtype=torch.float16)
+    block = 1024
+    _to_pairs[(num_rows, triton.cdiv(width, block))](x_TD, out_TD, width, BLOCK=block, num_warps=4)
     return out_TD
 
 
@@ -120,12 +169,17 @@ def rotate_(qkv_TC: Tensor, cos_TH: Tensor, sin_TH: Tensor, num_heads: int) -> N
 
 
 @triton.jit
+def exact_gelu(values):
+    """Return x (1 + erf(x / sqrt 2)) / 2."""
+    return 0.5 * values * (1.0 + tl.erf(values * 0.7071067811865476))
+
+
+@triton.jit
 def _gelu(x, size, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < size
     values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-    result = 0.5 * values * (1.0 + tl.erf(values * 0.7071067811865476))
-    tl.store(x + offsets, result.to(x.dtype.element_ty), mask=inside)
+    tl.store(x + offsets, exact_gelu(values).to(x.dtype.element_ty), mask=inside)
 
 
 def gelu_(x: Tensor) -> Tensor:
@@ -177,6 +231,7 @@ def _attend(
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     head, tile = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     first_query, start, stop = (
@@ -201,14 +256,14 @@ def _attend(
     for _ in range(0, whole, TILE):
         keys = tl.load(keys_at, mask=in_head[:, None], other=0.0)
         values = tl.load(values_at, mask=in_head[None, :], other=0.0)
-        most, total, sums = _attend_to(queries, keys, values, TILE, most, total, sums, MASKS=False)
+        most, total, sums = _attend_to(queries, keys, values, TILE, most, total, sums, PAIRS, MASKS=False)
         keys_at += TILE * k_stride
         values_at += TILE * v_stride
     if whole < length:
         left = length - whole
         keys = tl.load(keys_at, mask=(rows < left)[None, :] & in_head[:, None], other=0.0)
         values = tl.load(values_at, mask=(rows < left)[:, None] & in_head[None, :], other=0.0)
-        most, total, sums = _attend_to(queries, keys, values, left, most, total, sums, MASKS=True)
+        most, total, sums = _attend_to(queries, keys, values, left, most, total, sums, PAIRS, MASKS=True)
     out_rows = (
         out + (first_query + rows).to(tl.int64)[:, None] * num_heads * HEAD + head * HEAD + columns[None, :]
     )
@@ -216,14 +271,25 @@ def _attend(
 
 
 @triton.jit
-def _attend_to(queries, keys, values, left, most, total, sums, MASKS: tl.constexpr):
-    scores = tl.dot(queries, keys) * LOG2_E
+def _dot_of_fp32(a, b):
+    a_high, a_low = pair_of(a)
+    b_high, b_low = pair_of(b)
+    return tl.dot(a_high, b_high, tl.dot(a_high, b_low, tl.dot(a_low, b_high)))
+
+
+@triton.jit
+def _attend_to(queries, keys, values, left, most, total, sums, PAIRS: tl.constexpr, MASKS: tl.constexpr):
+    scores = (_dot_of_fp32(queries, keys) if PAIRS else tl.dot(queries, keys)) * LOG2_E
     if MASKS:
         scores = tl.where((tl.arange(0, keys.shape[1]) < left)[None, :], scores, float("-inf"))
     new_most = tl.maximum(most, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_most[:, None])
+    # Pairs hold 22 bits down to 2**-14: weights up to 1024 instead of 1 keep as many further down.
+    weights = tl.exp2(scores - (new_most - 10 if PAIRS else new_most)[:, None])
     shrinks = tl.exp2(most - new_most)
-    sums = tl.dot(weights.to(values.dtype), values, sums * shrinks[:, None])
+    if PAIRS:
+        sums = sums * shrinks[:, None] + _dot_of_fp32(weights, values)
+    else:
+        sums = tl.dot(weights.to(values.dtype), values, sums * shrinks[:, None])
     return new_most, total * shrinks + tl.sum(weights, 1), sums
 
 
@@ -237,8 +303,8 @@ def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, tiles_C3: Tensor, tile: 
     Parameters
     ----------
     q_TNH, k_TNH, v_TNH
-        bf16 or fp16. The heads of a row lie end to end; the rows may lie further apart. Queries are scaled
-        already.
+        bf16, fp16, or fp32, whose products are those of pairs of fp16. The heads of a row lie end to end; the
+        rows may lie further apart. Queries are scaled already.
     tiles_C3
         Tiles as in `Seqlens`; every row belongs to exactly one.
     tile
@@ -249,6 +315,8 @@ def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, tiles_C3: Tensor, tile: 
     strides = q_TNH.stride(0), k_TNH.stride(0), v_TNH.stride(0)
     block = max(16, triton.next_power_of_2(head))
     grid = (len(tiles_C3) * num_heads,)
+    pairs = q_TNH.dtype is torch.float32
+    warps, stages = attend_options(block, pairs)
     _attend[grid](
         q_TNH,
         k_TNH,
@@ -260,7 +328,13 @@ def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, tiles_C3: Tensor, tile: 
         HEAD=head,
         BLOCK=block,
         TILE=tile,
-        num_warps=4,
-        num_stages=3,
+        PAIRS=pairs,
+        num_warps=warps,
+        num_stages=stages,
     )
     return out_TNH
+
+
+def attend_options(block: int, pairs: bool) -> tuple[int, int]:
+    """Return the warps and stages of attention with heads of a width, in fp32 if it works with pairs."""
+    return (8, 1) if pairs and block > 64 else (4, 3)
