@@ -70,7 +70,7 @@ def test_what_is_named_runs_or_says_what_it_needs(attention, linear, message):
 
 
 def test_heads_that_triton_cannot_load_at_once_are_refused_or_left_to_cublas(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(choose, "is_installed", lambda package: package == "triton")
     monkeypatch.setattr(choose, "load_triton", lambda: sdpa)
     monkeypatch.setattr(choose, "load_linear", lambda name, dtype: LINEAR[name])
@@ -167,11 +167,11 @@ def test_a_gpu_that_cannot_be_used_is_one_line(facts, line, monkeypatch):
         ("P100", (6, 0), torch.float32, "attention=sdpa linear=torch"),
         ("V100", (7, 0), torch.float16, "attention=sdpa linear=torch"),
         ("T4", (7, 5), torch.float16, "attention=sdpa linear=torch"),
-        ("A100", (8, 0), torch.bfloat16, "attention=triton linear=triton"),
-        ("L40S", (8, 9), torch.bfloat16, "attention=triton linear=triton"),
+        ("A100", (8, 0), torch.bfloat16, "attention=triton linear=cublas"),
+        ("L40S", (8, 9), torch.bfloat16, "attention=triton linear=cublas"),
         ("H100", (9, 0), torch.bfloat16, "attention=triton linear=triton"),
         ("B200", (10, 0), torch.bfloat16, "attention=triton linear=cublas"),
-        ("RTX 5090", (12, 0), torch.bfloat16, "attention=triton linear=triton"),
+        ("RTX 5090", (12, 0), torch.bfloat16, "attention=triton linear=cublas"),
     ],
 )
 def test_auto_takes_the_precision_that_a_card_has_tensor_cores_for(
