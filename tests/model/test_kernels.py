@@ -307,8 +307,8 @@ def step_in_fp64(epilogue, product_TC, out_TC, turn_TH, heads):
 def test_on_a_gpu_a_product_and_its_step_have_the_numbers_of_fp64_and_the_same_bits_for_a_row_alone(
     epilogue, dtype, heads_and_head
 ):
-    from dist_esm.model.kernels import triton_ops
-    from dist_esm.model.kernels.triton_products import product, weight_pairs
+    from dist_esm.model.kernels import triton_ops, triton_pairs
+    from dist_esm.model.kernels.triton_products import product
 
     heads, head = heads_and_head
     device, width, num_rows = torch.device("cuda", 0), heads * head, 1000
@@ -325,8 +325,8 @@ def test_on_a_gpu_a_product_and_its_step_have_the_numbers_of_fp64_and_the_same_b
     turn = torch.stack((angles_TH.cos(), angles_TH.sin()), -1).flatten(1) if epilogue == "rotation" else None
     if dtype is torch.float32:
         rounded_a, rounded_weight = a, weight
-        a = triton_ops.to_pairs(a)
-        weight, gain = weight_pairs(weight)
+        a = triton_pairs.to_pairs(a)
+        weight, gain = triton_pairs.weight_pairs(weight)
         parameters, factor, scale = torch.stack((bias, gain)), 1e-6, 1.0
         out = stream.clone() if epilogue == "residual" else None
         shape, kind = (num_rows, columns), torch.float32
@@ -351,7 +351,7 @@ def test_on_a_gpu_a_product_and_its_step_have_the_numbers_of_fp64_and_the_same_b
     product(epilogue, a, weight, parameters, out, turn)
     ours = out.double() * scale
     if dtype is torch.float32 and epilogue == "gelu":
-        ours = (ours[:, :columns] + ours[:, columns:]) / triton_ops.PAIR_SCALE.value
+        ours = (ours[:, :columns] + ours[:, columns:]) / triton_pairs.PAIR_SCALE.value
     assert relative_error(ours, exact) <= factor
     for first, stop in ((0, 1), (5, 133), (999, 1000), (200, 1000)):
         alone = before[first:stop].clone()
@@ -360,6 +360,24 @@ def test_on_a_gpu_a_product_and_its_step_have_the_numbers_of_fp64_and_the_same_b
             epilogue, a[rows].contiguous(), weight, parameters, alone, None if turn is None else turn[rows]
         )
         assert torch.equal(alone, out[rows])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_number_that_fits_no_pair_is_not_finite_and_spoils_its_row_alone():
+    from dist_esm.model.kernels import triton_pairs
+    from dist_esm.model.kernels.triton_products import product
+
+    device = torch.device("cuda", 0)
+    draw = torch.Generator(device).manual_seed(0)
+    a, weight = (torch.randn(shape, generator=draw, device=device) for shape in ((300, 320), (640, 320)))
+    a[7, 5] = 20_000
+    pairs, gain = triton_pairs.weight_pairs(weight)
+    parameters = torch.stack((torch.zeros_like(gain), gain))
+    out = torch.zeros(300, 640, device=device)
+    product("residual", triton_pairs.to_pairs(a), pairs, parameters, out)
+    is_finite = out.isfinite().all(1)
+    assert is_finite.logical_not().nonzero().flatten().tolist() == [7]
+    assert relative_error(out[is_finite].double(), (a.double() @ weight.double().T)[is_finite]) <= 1e-6
 
 
 LAUNCH = """

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="compiling needs the package trito
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dist_esm.model.kernels import triton_ops, triton_products  # noqa: E402
+from dist_esm.model.kernels import triton_ops, triton_pairs, triton_products  # noqa: E402
 from dist_esm.model.kernels.attention import TILE  # noqa: E402
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -47,20 +47,18 @@ def cold_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "pairs"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("card", SHARED_KIB)
 def test_the_passes_between_products_are_compiled_and_fit(card, dtype):
-    pairs = dtype == "pairs"
-    values, floats, ints = "*fp16" if pairs else f"*{dtype}", "*fp32", "*i32"
-    stream = floats if pairs else "*fp16"
+    values, floats, ints = f"*{dtype}", "*fp32", "*i32"
     shared = [
         build(
             card,
             triton_ops._norm,
-            {"ADDS": not pairs, "BLOCK": 8192, "PAIRS": pairs},  # 15B, the widest
+            {"ADDS": True, "BLOCK": 8192},  # 15B, the widest
             {"num_warps": 16},
-            x=stream,
-            added=stream if pairs else values,
+            x="*fp16",
+            added=values,
             weight=floats,
             bias=floats,
             out=values,
@@ -80,9 +78,6 @@ def test_the_passes_between_products_are_compiled_and_fit(card, dtype):
         ),
         build(card, triton_ops._gelu, {"BLOCK": 4096}, {"num_warps": 8}, x=values, size="i32"),
         build(
-            card, triton_ops._to_pairs, {"BLOCK": 1024}, {"num_warps": 4}, x=floats, out="*fp16", width="i32"
-        ),
-        build(
             card,
             triton_ops._segment_sum,
             {"ROWS": 16, "COLUMNS": 128},
@@ -98,8 +93,46 @@ def test_the_passes_between_products_are_compiled_and_fit(card, dtype):
     assert max(shared) <= SHARED_KIB[card] << 10
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("head", [16, 24, 32, 64, 128], ids=["8M", "35M", "150M", "650M-3B", "15B"])
+@pytest.mark.parametrize("card", SHARED_KIB)
+def test_the_passes_in_fp32_are_compiled_and_fit(card):
+    floats, pairs = "*fp32", "*fp16"
+    shared = [
+        build(
+            card,
+            triton_pairs._norm,
+            {"BLOCK": 8192, "PAIRS": is_for_product},
+            {"num_warps": 16},
+            x=floats,
+            weight=floats,
+            bias=floats,
+            out=pairs if is_for_product else floats,
+            width="i32",
+            eps="fp32",
+        )
+        for is_for_product in (False, True)
+    ]
+    shared.append(
+        build(
+            card, triton_pairs._to_pairs, {"BLOCK": 1024}, {"num_warps": 4}, x=floats, out=pairs, width="i32"
+        )
+    )
+    assert max(shared) <= SHARED_KIB[card] << 10
+
+
+@pytest.mark.parametrize(
+    ("head", "dtype"),
+    [
+        (16, "bf16"),
+        (24, "bf16"),
+        (32, "bf16"),
+        (64, "bf16"),
+        (128, "bf16"),
+        (24, "fp32"),
+        (64, "fp32"),
+        (128, "fp32"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("card", SHARED_KIB)
 def test_attention_is_compiled_and_fits(card, head, dtype):
     block = max(16, triton.next_power_of_2(head))

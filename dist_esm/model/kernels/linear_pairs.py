@@ -1,6 +1,6 @@
 """The ``triton`` implementation of a block in fp32: each product as three of fp16, on the tensor cores.
 
-An fp32 number is kept as a pair of fp16 numbers, its first 11 bits and the next 11 (`triton_ops.pair_of`).
+An fp32 number is kept as a pair of fp16 numbers, its first 11 bits and the next 11 (`triton_pairs.pair_of`).
 A product takes the three largest of the four products of pairs (`triton_products`); its error is that of
 fp32. Everything between products is fp32, and so is the residual stream.
 
@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dist_esm.model.kernels import triton_ops
+from dist_esm.model.kernels import triton_ops, triton_pairs
 from dist_esm.model.kernels.linear_triton import rotation_table
-from dist_esm.model.kernels.triton_products import product, weight_pairs
+from dist_esm.model.kernels.triton_products import product
 
 
 class PairsLinear:
@@ -28,7 +28,7 @@ class PairsLinear:
 
     def prepare(self, linear: nn.Linear) -> None:
         """Put pairs in place of a weight, (C, 2 D), and what undoes their scales beside the bias, (2, C)."""
-        pairs, gain = weight_pairs(linear.weight)
+        pairs, gain = triton_pairs.weight_pairs(linear.weight)
         linear.weight = nn.Parameter(pairs, requires_grad=False)
         linear.bias = nn.Parameter(torch.stack((linear.bias, gain)), requires_grad=False)
 
@@ -46,7 +46,7 @@ class PairsLinear:
 
     def norm(self, x_TD: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
         """Apply LayerNorm in one pass; for the products, whose weights are fp16, it writes pairs."""
-        return triton_ops.norm(x_TD, norm.weight, norm.bias, norm.eps, dtype, pairs=dtype is torch.float16)
+        return triton_pairs.norm(x_TD, norm.weight, norm.bias, norm.eps, pairs=dtype is torch.float16)
 
     def qkv(
         self, h_TD: Tensor, linear: nn.Linear, rotary: Tensor, num_heads: int
@@ -69,7 +69,7 @@ class PairsLinear:
     ) -> tuple[Tensor, Tensor]:
         """Add the product to the stream in place, inside the product."""
         if h_TD.dtype is torch.float32:  # attention's answer
-            h_TD = triton_ops.to_pairs(h_TD)
+            h_TD = triton_pairs.to_pairs(h_TD)
         product("residual", h_TD, linear.weight, linear.bias, x_TD)
         return x_TD, x_TD if norm is None else self.norm(x_TD, norm, torch.float16)
 

@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dist_esm.model.kernels.triton_pairs import dot_of_pairs
+
 SCALE = 2.0**-6
 """The residual stream is kept in fp16 times this: it reaches 4 million, with 11 significant bits.
 A power of two rounds nothing."""
 UNSCALE = tl.constexpr(1 / SCALE)
 RESCALE = tl.constexpr(SCALE)
 LOG2_E = tl.constexpr(1.4426950408889634)
-PAIR_SCALE = tl.constexpr(4.0)
-"""Pairs of fp16 hold activations times this: they reach 16 thousand, to 22 bits or 4e-9."""
 
 
 def to_stream(x_TD: Tensor) -> Tensor:
@@ -35,22 +35,11 @@ def from_stream(x_TD: Tensor) -> Tensor:
 
 
 @triton.jit
-def pair_of(values):
-    """Return two fp16 numbers whose sum is the fp32 number to 22 bits, or to 3e-8 where it is small."""
-    high = values.to(tl.float16)
-    return high, (values - high.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def _norm(
-    x, added, weight, bias, out, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr
-):
+def _norm(x, added, weight, bias, out, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    values = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    if x.dtype.element_ty == tl.float16:
-        values *= UNSCALE
+    values = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32) * UNSCALE
     if ADDS:
         values += tl.load(added + row * width + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(x + row * width + columns, (values * RESCALE).to(tl.float16), mask=inside)
@@ -59,13 +48,9 @@ def _norm(
     rstd = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
     gain = tl.load(weight + columns, mask=inside, other=0.0)
     shift = tl.load(bias + columns, mask=inside, other=0.0)
-    normed = centred * rstd * gain + shift
-    if PAIRS:
-        high, low = pair_of(normed * PAIR_SCALE)
-        tl.store(out + row * 2 * width + columns, high, mask=inside)
-        tl.store(out + (row * 2 + 1) * width + columns, low, mask=inside)
-    else:
-        tl.store(out + row * width + columns, normed.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + row * width + columns, (centred * rstd * gain + shift).to(out.dtype.element_ty), mask=inside
+    )
 
 
 def norm(
@@ -75,25 +60,13 @@ def norm(
     eps: float,
     dtype: torch.dtype,
     added_TD: Tensor | None = None,
-    pairs: bool = False,
 ) -> Tensor:
     """Return the LayerNorm of the residual stream, computed in fp32, rounded once to `dtype`; shape (T, D).
 
-    Parameters
-    ----------
-    x_TD
-        The stream: fp32, or scaled fp16.
-    weight_D, bias_D, eps
-        Of the LayerNorm.
-    dtype
-        Of the result.
-    added_TD
-        Is first added to the stream, in place.
-    pairs
-        Return pairs of fp16 as `to_pairs` does, shape (T, 2 D).
+    With `added_TD`, that is first added to the stream, in place.
     """
     num_rows, width = x_TD.shape
-    out_TD = x_TD.new_empty(num_rows, 2 * width if pairs else width, dtype=dtype)
+    out_TD = torch.empty_like(x_TD, dtype=dtype)
     block = triton.next_power_of_2(width)
     warps = max(1, min(16, block // 512))
     added = x_TD if added_TD is None else added_TD
@@ -107,28 +80,8 @@ def norm(
         eps,
         ADDS=added_TD is not None,
         BLOCK=block,
-        PAIRS=pairs,
         num_warps=warps,
     )
-    return out_TD
-
-
-@triton.jit
-def _to_pairs(x, out, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    high, low = pair_of(tl.load(x + row * width + columns, mask=inside, other=0.0) * PAIR_SCALE)
-    tl.store(out + row * 2 * width + columns, high, mask=inside)
-    tl.store(out + (row * 2 + 1) * width + columns, low, mask=inside)
-
-
-def to_pairs(x_TD: Tensor) -> Tensor:
-    """Return fp32 values as pairs of fp16 numbers, times `PAIR_SCALE`: shape (T, 2 D), first parts first."""
-    num_rows, width = x_TD.shape
-    out_TD = x_TD.new_empty(num_rows, 2 * width, dtype=torch.float16)
-    block = 1024
-    _to_pairs[(num_rows, triton.cdiv(width, block))](x_TD, out_TD, width, BLOCK=block, num_warps=4)
     return out_TD
 
 
@@ -271,15 +224,8 @@ def _attend(
 
 
 @triton.jit
-def _dot_of_fp32(a, b):
-    a_high, a_low = pair_of(a)
-    b_high, b_low = pair_of(b)
-    return tl.dot(a_high, b_high, tl.dot(a_high, b_low, tl.dot(a_low, b_high)))
-
-
-@triton.jit
 def _attend_to(queries, keys, values, left, most, total, sums, PAIRS: tl.constexpr, MASKS: tl.constexpr):
-    scores = (_dot_of_fp32(queries, keys) if PAIRS else tl.dot(queries, keys)) * LOG2_E
+    scores = (dot_of_pairs(queries, keys) if PAIRS else tl.dot(queries, keys)) * LOG2_E
     if MASKS:
         scores = tl.where((tl.arange(0, keys.shape[1]) < left)[None, :], scores, float("-inf"))
     new_most = tl.maximum(most, tl.max(scores, 1))
@@ -287,7 +233,7 @@ def _attend_to(queries, keys, values, left, most, total, sums, PAIRS: tl.constex
     weights = tl.exp2(scores - (new_most - 10 if PAIRS else new_most)[:, None])
     shrinks = tl.exp2(most - new_most)
     if PAIRS:
-        sums = sums * shrinks[:, None] + _dot_of_fp32(weights, values)
+        sums = sums * shrinks[:, None] + dot_of_pairs(weights, values)
     else:
         sums = tl.dot(weights.to(values.dtype), values, sums * shrinks[:, None])
     return new_most, total * shrinks + tl.sum(weights, 1), sums

@@ -4,10 +4,9 @@ A program computes a tile of the product, accumulates it in fp32 registers, and 
 values are rounded once, on the way out. Products are not split along their inner dimension, and the tiles are
 fixed for each kind of card. So a row's bits depend neither on its place nor on the number of rows.
 
-fp32 numbers are multiplied as pairs of fp16 numbers (`triton_ops.pair_of`): three products on the tensor
-cores in place of one of fp32. Tensor cores cut off what they add, where fp32 rounds; so they add a few steps
-alone, and the sums of these are added in fp32. Source: Ootomo and Yokota 2022,
-doi:10.1177/10943420221090256.
+fp32 numbers are multiplied as pairs of fp16 numbers (`triton_pairs`): three products on the tensor cores in
+place of one of fp32. Tensor cores cut off what they add, where fp32 rounds; so they add a few steps alone,
+and the sums of these are added in fp32.
 """
 
 # mypy: ignore-errors
@@ -24,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dist_esm.model.kernels.triton_ops import LOG2_E, PAIR_SCALE, RESCALE, exact_gelu, pair_of
+from dist_esm.model.kernels.triton_ops import LOG2_E, RESCALE, exact_gelu
+from dist_esm.model.kernels.triton_pairs import PAIR_SCALE, pair_of
 
 
 class Tile(NamedTuple):
@@ -294,9 +294,9 @@ def product(
         "rotation": queries and keys, the first two thirds of the columns, are rotated; "gelu"; or "residual":
         the product is added to `out`, which is the stream: scaled fp16, or fp32 with pairs.
     a : Tensor, shape (T, K)
-        bf16 or fp16; or pairs as `triton_ops.to_pairs` makes them, (T, 2 K).
+        bf16 or fp16; or pairs as `triton_pairs.to_pairs` makes them, (T, 2 K).
     weight : Tensor, shape (C, K)
-        Of the same dtype; or pairs as `weight_pairs` makes them, (C, 2 K).
+        Of the same dtype; or pairs as `triton_pairs.weight_pairs` makes them, (C, 2 K).
     bias : fp32 Tensor, shape (C,)
         For pairs (2, C): below the bias what undoes the scales.
     out : Tensor, shape (T, C)
@@ -356,16 +356,3 @@ def constants_of(
         "PARTS": tile.parts,
         "IS_EVEN": width % tile.depth == 0,
     }
-
-
-def weight_pairs(weight_CD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a weight as pairs, and what undoes their scales and that of the values: (C, 2 D) and (C,).
-
-    A power of two brings the largest of each row to 256 at most, so that small rows lose nothing.
-    """
-    most_C1 = weight_CD.abs().amax(1, keepdim=True).clamp_min(2.0**-60)
-    scale_C1 = torch.exp2(8 - torch.ceil(torch.log2(most_C1)))
-    scaled_CD = weight_CD * scale_C1
-    high_CD = scaled_CD.half()
-    pairs = torch.cat((high_CD, (scaled_CD - high_CD.float()).half()), 1)
-    return pairs, (1 / (scale_C1 * PAIR_SCALE.value)).flatten()
