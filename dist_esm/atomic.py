@@ -7,9 +7,7 @@ it has one file to wait for or sixteen.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -17,12 +15,13 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from dist_esm.attempt import as_value
+from dist_esm.checksum import BlockSums, checksum_of_blocks, checksum_of_files, read_back
 from dist_esm.types import WrittenFile
 
 SMALL_BYTES = 1 << 20
@@ -40,7 +39,7 @@ class Staged:
 
     path: Path
     """The output's final path, a file or a folder of files."""
-    sha256: str | None
+    checksum: str | None
     """Taken while it was written; None: it must be read back."""
     files: list[tuple[Path, Path]]
     """(temporary path, final path) of all that belongs to it, in the order in which they take their names;
@@ -61,10 +60,10 @@ class SummedFile(io.BufferedWriter):
         self._summing = _Summing(path, "wb")
         super().__init__(self._summing, SMALL_BYTES)
 
-    def sha256(self) -> str:
+    def checksum(self) -> str:
         """Return the checksum of the whole file, once it is closed."""
         assert self.closed
-        return self._summing.checksum.hexdigest()
+        return checksum_of_blocks(self._summing.sums.digests())
 
 
 class _Summing(io.FileIO):
@@ -73,17 +72,17 @@ class _Summing(io.FileIO):
 
     def __init__(self, path: Path, mode: str) -> None:
         super().__init__(path, mode)
-        self.checksum = hashlib.sha256()
+        self.sums = BlockSums()
         self._thread: ThreadPoolExecutor | None = None
 
     def write(self, data: Any) -> int:
         """Write all of the bytes, and add them to the checksum."""
         view = memoryview(data).cast("B")
         if len(view) < SUMMED_BESIDE_BYTES:
-            self.checksum.update(view)
+            self.sums.add(view)
             return self._write_all(view)
         self._thread = self._thread or ThreadPoolExecutor(1, "checksum")
-        summed = self._thread.submit(self.checksum.update, view)
+        summed = self._thread.submit(self.sums.add, view)
         try:
             return self._write_all(view)
         finally:
@@ -113,11 +112,11 @@ class SummedFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._written: list[WrittenFile] = []
 
     def __enter__(self) -> Self:
-        self._path.mkdir()
+        self.path.mkdir()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,9 +125,9 @@ class SummedFolder:
     @contextmanager
     def file(self, name: str) -> Iterator[SummedFile]:
         """Give a new file of this name, for as long as the block runs."""
-        with SummedFile(self._path / name) as file:
+        with SummedFile(self.path / name) as file:
             yield file
-        self._written.append(WrittenFile(name, (self._path / name).stat().st_size, file.sha256()))
+        self._written.append(WrittenFile(name, (self.path / name).stat().st_size, file.checksum()))
 
     @contextmanager
     def text(self, name: str) -> Iterator[TextIO]:
@@ -145,7 +144,7 @@ class SummedFolder:
         """Count a file that was put there otherwise."""
         self._written.append(written)
 
-    def sha256(self) -> str:
+    def checksum(self) -> str:
         """Return the checksum of the whole folder, as `read_back` takes it."""
         return checksum_of_files(self._written)
 
@@ -370,48 +369,6 @@ def sync_all(paths: Sequence[Path]) -> None:
             pass
 
 
-def read_back(output_dir: Path, path: Path) -> WrittenFile | None:
-    """Read an output, and return its size and sha256.
-
-    Parameters
-    ----------
-    output_dir
-        What `path` is relative to.
-    path
-        A file, or a folder of files; a folder's sha256 is that of a list of its files with their checksums.
-
-    Returns
-    -------
-    WrittenFile or None
-        None if it is not there, or is neither, as a pipe.
-    """
-    full = output_dir / path
-    if full.exists() and not (full.is_file() or full.is_dir()):
-        return None
-    if full.is_dir():
-        files = [
-            read_back(full, file.relative_to(full)) for file in sorted(full.rglob("*")) if file.is_file()
-        ]
-        parts = [file for file in files if file is not None]
-        return WrittenFile(str(path), sum(file.num_bytes for file in parts), checksum_of_files(parts))
-    try:
-        with open(full, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size <= SMALL_BYTES:
-                checksum = hashlib.sha256(file.read(size))
-            else:
-                checksum = hashlib.file_digest(file, "sha256")
-            return WrittenFile(str(path), size, checksum.hexdigest())
-    except FileNotFoundError:
-        return None
-
-
-def checksum_of_files(files: Sequence[WrittenFile]) -> str:
-    """Return the sha256 of a list of files with their checksums, in the order of their paths."""
-    text = json.dumps([asdict(file) for file in sorted(files, key=lambda file: Path(file.path))])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def size_of(path: Path) -> int:
     """Return the bytes of a file, or of all files below a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
@@ -427,8 +384,8 @@ def _written_file(output_dir: Path, output: Staged) -> WrittenFile:
         If it is gone already.
     """
     path = output.path.relative_to(output_dir)
-    if output.sha256 is not None and output.path.exists():
-        return WrittenFile(str(path), size_of(output.path), output.sha256)
+    if output.checksum is not None and output.path.exists():
+        return WrittenFile(str(path), size_of(output.path), output.checksum)
     written = read_back(output_dir, path)
     if written is None:
         raise FileNotFoundError(f"{output.path} vanished as soon as it was written: was output_dir removed?")

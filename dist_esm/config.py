@@ -41,6 +41,14 @@ class Dtype(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+    fp8 = "fp8"
+
+
+class Fp8(Enum):
+    """Which matrix products multiply 8-bit numbers under `dtype=fp8`."""
+
+    all = "all"
+    ffn = "ffn"
 
 
 class DeviceKind(Enum):
@@ -215,11 +223,12 @@ class SelfcheckConfig:
 
     proteins: int = 200
     """Proteins in the sample: the shortest, the longest, and others spread over the lengths between."""
-    max_spread_error: float = 0.03
+    max_spread_error: float | None = None
     """Largest |ours - fair-esm's| of a mean, as a share of the spread: of the root mean square of the
-    distance of fair-esm's means from the mean of all of them."""
-    min_neighbours_kept: float = 0.99
-    """Least share of the proteins' 10 nearest neighbours, by fair-esm's means, that are so by ours."""
+    distance of fair-esm's means from the mean of all of them; null: 0.1 in fp8, else 0.03."""
+    min_neighbours_kept: float | None = None
+    """Least share of the proteins' 10 nearest neighbours, by fair-esm's means, that are so by ours; null:
+    0.98 in fp8, else 0.99."""
     max_relative_error: float | None = None
     """Largest |ours - fair-esm's| / |fair-esm's| of a mean; null: 1e-5 in fp32, else no limit."""
 
@@ -264,7 +273,10 @@ class Config:
     """Tokens in a pack; null: the default for the device."""
     dtype: Dtype = Dtype.auto
     """Precision of parameters and matrix products; auto: bf16 where the GPU has it, fp16 on a V100 or
-    T4, else fp32."""
+    T4, else fp32. fp8 is for Hopper GPUs: faster and less exact, see job=selfcheck."""
+    fp8: Fp8 = Fp8.all
+    """Products of 8-bit numbers under dtype=fp8: those of attention's input and of the feed-forward layers
+    (all), or those of the feed-forward layers alone (ffn), which is more exact."""
     device: DeviceKind = DeviceKind.auto
     """Where to run; auto: a GPU if there is one."""
     ranks: int | str = "auto"
@@ -405,6 +417,7 @@ SYNONYMS = (
     ("fp32", "float32", "float"),
     ("fp16", "float16", "half"),
     ("bf16", "bfloat16"),
+    ("fp8", "float8", "e4m3", "float8_e4m3fn"),
     ("h5", "hdf5"),
     ("pt", "pth", "torch"),
     ("per_tok", "per_token", "per_residue"),
@@ -520,7 +533,7 @@ def check_selfcheck(config: SelfcheckConfig) -> None:
     """Refuse values of `selfcheck.*` that the schema's types let through."""
     if config.proteins < 1:
         raise ValueError(f"selfcheck.proteins={config.proteins} is too small: use 1 or more")
-    if not 0 <= config.min_neighbours_kept <= 1:
+    if config.min_neighbours_kept is not None and not 0 <= config.min_neighbours_kept <= 1:
         raise ValueError(
             f"selfcheck.min_neighbours_kept={config.min_neighbours_kept} is no share: "
             "use 0 to 1, for example 0.99"

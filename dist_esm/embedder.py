@@ -23,6 +23,7 @@ from dist_esm.config import (
     Config,
     DeviceKind,
     Dtype,
+    Fp8,
     Include,
     LinearKind,
     Long,
@@ -40,7 +41,7 @@ from dist_esm.keys import with_keys
 from dist_esm.logs import logging_to_terminal
 from dist_esm.model.checkpoints.locate import fetch
 from dist_esm.model.engine import AHEAD, Engine, Submitted, build_engine
-from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels
+from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels, quantized_products
 from dist_esm.model.pool import combine
 from dist_esm.model.weights import architecture, check_weights, complete
 from dist_esm.outputs.convert import frame_of, need_frames
@@ -55,7 +56,7 @@ BAR_SECONDS = 3.0
 MOST_NAMED = 5
 """Files that an error names."""
 OWN_KEYS = (
-    *("model", "device", "dtype", "attention", "linear"),
+    *("model", "device", "dtype", "fp8", "attention", "linear"),
     *("truncation_seq_length", "long", "window_overlap", "toks_per_batch"),
 )
 """Keys of the command line that are settled when an `Embedder` is made."""
@@ -107,6 +108,7 @@ class Embedder:
         repr_layers: SupportsIndex | Sequence[int] = -1,
         device: str = "auto",
         dtype: str = "auto",
+        fp8: str = "all",
         attention: str = "auto",
         linear: str = "auto",
         truncation_seq_length: int | None = 1022,
@@ -120,6 +122,7 @@ class Embedder:
             repr_layers=list_of(repr_layers),
             device=choice(DeviceKind, "device", device),
             dtype=choice(Dtype, "dtype", dtype),
+            fp8=choice(Fp8, "fp8", fp8),
             attention=choice(Attention, "attention", attention),
             linear=choice(LinearKind, "linear", linear),
             truncation_seq_length=truncation_seq_length,
@@ -138,9 +141,8 @@ class Embedder:
         self.repr_layers = repr_layers
         place = choose_device(config.device, 0, 1, "this machine")
         precision = choose_dtype(config.dtype, place)
-        kernels = choose_kernels(
-            config.attention, config.linear, place, precision, architecture(config.model).head_dim
-        )
+        head_dim, products = architecture(config.model).head_dim, quantized_products(config.dtype, config.fp8)
+        kernels = choose_kernels(config.attention, config.linear, place, precision, head_dim, products)
         self.engine = build_engine(config, place, precision, kernels)
 
     def embed(

@@ -205,8 +205,9 @@ class Unit:
     """Why the scan could not read it; reading it will fail with the same reason."""
     layout: Layout | None = None
     """Where its proteins belong, if they are written to their places in the output of a file that was cut."""
-    parts: tuple[Extent, ...] = ()
-    """What each of its outputs takes, if it is no shard and has more to write than waits in memory."""
+    parts: tuple[Layout, ...] = ()
+    """Where its proteins belong in each of its outputs, if it is no shard and has more to write than waits in
+    memory."""
 
     @property
     def is_shard(self) -> bool:
@@ -457,6 +458,7 @@ class WrittenFile:
     """Relative to `output_dir`."""
     num_bytes: int
     sha256: str
+    """Its checksum: see `dist_esm.checksum`."""
 
 
 @dataclass(frozen=True)

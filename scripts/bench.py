@@ -54,7 +54,7 @@ from dist_esm.commandline.cli import compose_config
 from dist_esm.config import Format, SaveDtype
 from dist_esm.jobs.selfcheck.yardstick import Distance, measure
 from dist_esm.model.engine import AHEAD, Engine, Submitted, build_engine
-from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels
+from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels, quantized_products
 from dist_esm.model.weights import architecture, fair_esm_tensors
 from dist_esm.types import Pack
 
@@ -111,8 +111,9 @@ class Bench:
         self.device = choose_device(self.config.device, 0, 1, "this machine")
         self.dtype = choose_dtype(self.config.dtype, self.device)
         head_dim = architecture(self.model).head_dim
+        products = quantized_products(self.config.dtype, self.config.fp8)
         self.kernels = choose_kernels(
-            self.config.attention, self.config.linear, self.device, self.dtype, head_dim
+            self.config.attention, self.config.linear, self.device, self.dtype, head_dim, products
         )
         self.limit: float | None = None
         """Tokens a second of the matrix products alone, once they are measured."""

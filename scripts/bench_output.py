@@ -10,8 +10,8 @@ is a process of its own, whose peak memory shows that a slow disk slows the run 
 
     scripts/bench_output.py --dir /path/on/the/disk --gigabytes 2
 
-With --one-file all proteins are in one file, which is cut into units as by default, and the shards are
-joined at the end. The last line is JSON.
+With --one-file all proteins are in one file, which is cut into units as by default; with --uncut, too, it is
+not, as a file that is compressed. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fasta import random_proteins, write_fasta
-from benchmarks.harness import Table, begin, disk_rates, end, in_child, make_parser, parse_options
+from benchmarks.harness import (
+    Table,
+    Watched,
+    begin,
+    disk_rates,
+    end,
+    in_child,
+    make_parser,
+    parse_options,
+    written_bytes,
+)
 from benchmarks.stand_in import StandInEngine, run_without_model
 from dist_esm.atomic import size_of
 from dist_esm.config import Config, DeviceKind, Format, Include, ModelConfig, SaveDtype
@@ -33,6 +43,8 @@ from dist_esm.types import Segment, SegmentEmbedding
 
 WIDTH = 1280
 LAYER = 33
+MOST_OF_DISK = 4.0
+"""Gigabytes that are written at most to find out the disk's rate."""
 SHORTEST, LONGEST = 100, 570
 """Residues of a protein."""
 
@@ -75,14 +87,21 @@ def measure_run(
         unit_share=unit_share,
         dedupe=False,
     )
-    cost = run_without_model(config, StandInEngine(answer, tokens_per_second))
+    before = written_bytes()
+    with Watched() as most:
+        cost = run_without_model(config, StandInEngine(answer, tokens_per_second))
+    written = written_bytes() - before
     (rank,) = cost.report["ranks"]
     outputs = [config.output_dir / output for file in cost.report["files"] for output in file["outputs"]]
     seconds = cost.report["embedding_seconds"]
+    num_bytes = sum(map(size_of, outputs))
     return {
         "seconds": seconds,
         "joining": max(0.0, seconds - rank["seconds"]),
-        "bytes": sum(map(size_of, outputs)),
+        "bytes": num_bytes,
+        "written_share": written / num_bytes,
+        "threads": most.threads,
+        "files": most.files,
         "waited": rank["waited_for_output"],
         "cpu": cost.cpu_seconds,
         "peak_mib": cost.peak_mib,
@@ -100,6 +119,7 @@ def main() -> None:
     parser.add_argument("--save-dtype", choices=[each.name for each in SaveDtype], default="float32")
     parser.add_argument("--proteins-per-file", type=int, default=100)
     parser.add_argument("--one-file", action="store_true")
+    parser.add_argument("--uncut", action="store_true", help="one rank takes each file whole")
     parser.add_argument(
         "--shares",
         type=float,
@@ -113,7 +133,7 @@ def main() -> None:
     options.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         folder = Path(name)
-        rates = sorted(disk_rates(folder, int(options.gigabytes * 1e9), options.repeats))
+        rates = sorted(disk_rates(folder, int(min(options.gigabytes, MOST_OF_DISK) * 1e9), options.repeats))
         rate = rates[len(rates) // 2]
         spread = f"{rates[0] / 1e6:.0f} to {rates[-1] / 1e6:.0f}"
         disk = f"disk: {rate / 1e6:.0f} MB/s (median of {len(rates)}; {spread})"
@@ -125,6 +145,9 @@ def main() -> None:
             "joining, s",
             "core s/GB",
             "peak MiB",
+            "written for a byte",
+            "threads",
+            "open files",
         )
         table = Table(disk, headings)
         make_inputs(
@@ -141,7 +164,7 @@ def main() -> None:
                 tokens_per_second=None if share is None else rate * share / bytes_per_residue,
                 format_name=options.format,
                 save_dtype=options.save_dtype,
-                unit_share=Config.unit_share if options.one_file else 1.0,
+                unit_share=1.0 if options.uncut or not options.one_file else Config.unit_share,
             )
             shutil.rmtree(folder / "out")
             runs.append({**run, "share": share})
@@ -153,6 +176,9 @@ def main() -> None:
                 f"{run['joining']:.1f}",
                 f"{run['cpu'] / run['bytes'] * 1e9:.2f}",
                 f"{run['peak_mib']:.0f}",
+                f"{run['written_share']:.3f}",
+                str(run["threads"]),
+                str(run["files"]),
             )
     results |= {
         "disk_bytes_per_second": rate,

@@ -70,7 +70,7 @@ HELP_GROUPS = {
         "include",
         "repr_layers",
     ),
-    "model and device": ("model", "ranks", "device", "dtype", "attention", "linear", "toks_per_batch"),
+    "model and device": ("model", "ranks", "device", "dtype", "fp8", "attention", "linear", "toks_per_batch"),
     "proteins": (
         "truncation_seq_length",
         "long",

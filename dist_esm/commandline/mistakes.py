@@ -57,7 +57,7 @@ SYNONYMS = {
     "input": ("fasta", "fasta_file", "file", "files", "in", "path", "i"),
     "output_dir": ("output", "out", "out_dir", "outdir", "o"),
     "truncation_seq_length": ("max_length", "max_len", "max_seq_len", "truncate", "truncation"),
-    "dtype": ("precision", "fp16", "bf16", "half"),
+    "dtype": ("precision", "fp16", "bf16", "half", "quantize", "quantization"),
     "model.weights": ("checkpoint", "ckpt", "model_location", "model_path"),
     "include": ("pool", "pooling", "mean", "per_tok", "embedding"),
     "model": ("model_name", "name"),

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from dist_esm.config import Config, ModelConfig, check_layers, model_config, plain_values
+from dist_esm.config import Config, Dtype, ModelConfig, check_layers, model_config, plain_values
 from dist_esm.distributed import RefusedError, World
 from dist_esm.fasta.formats import SUFFIXES as PACKED
 from dist_esm.jobs.progress.lines import duration
@@ -23,6 +23,8 @@ from dist_esm.model.kernels.choose import (
     choose_device,
     choose_dtype,
     choose_kernels,
+    precision_of,
+    quantized_products,
     what_would_be_faster,
 )
 from dist_esm.model.memory import device_memory, rows_that_fit, size_in_words
@@ -82,11 +84,17 @@ class Setup:
 
     device: torch.device
     dtype: torch.dtype
+    """Of parameters and products; of those that `kernels.quantized` leaves out."""
     kernels: Kernels
     provenance: dict[str, Any]
     """Goes into every output."""
     settings: dict[str, Any]
     """All that one output directory must not mix."""
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype that decides how exact the numbers are."""
+        return precision_of(self.dtype, self.kernels)
 
 
 MakeEngine = Callable[[Config, Setup, World], Engine]
@@ -141,11 +149,14 @@ def setup_on(device: torch.device, weights: WeightsId, config: Config, world: Wo
     """
     dtype = choose_dtype(config.dtype, device)
     head_dim = architecture(config.model).head_dim
-    kernels = world.all_or_none(choose_kernels, config.attention, config.linear, device, dtype, head_dim)
+    products = quantized_products(config.dtype, config.fp8)
+    kernels = world.all_or_none(
+        choose_kernels, config.attention, config.linear, device, dtype, head_dim, products
+    )
     if world.is_main and (advice := what_would_be_faster(config.linear, device, dtype, head_dim)):
         log.info("%s", advice)
     settle_toks_per_batch(config, device, dtype, world)
-    numbers = numbers_of(config, dtype, weights.fingerprint)
+    numbers = numbers_of(config, precision_of(dtype, kernels), weights.fingerprint)
     provenance = {**numbers, "weights_in_words": weights.words, "dist_esm": code_version()}
     settings = settings_of(config, device, kernels, numbers)
     agree_on_settings(settings, world)
@@ -295,6 +306,7 @@ def numbers_of(config: Config, dtype: torch.dtype, weights: str) -> dict[str, An
         "weights": weights,
         "layers": config.resolved_layers(),
         "dtype": str(dtype).removeprefix("torch."),
+        **({"fp8": config.fp8.name} if config.dtype is Dtype.fp8 else {}),
         "save_dtype": config.save_dtype.name,
         "truncation_seq_length": config.truncation_seq_length,
         "long": config.long.name,

@@ -20,8 +20,9 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_esm.atomic import atomically, read_back
+from dist_esm.atomic import atomically
 from dist_esm.attempt import as_value
+from dist_esm.checksum import read_again
 from dist_esm.config import Config, Include
 from dist_esm.distributed import World
 from dist_esm.fasta.blocks import Digests, Tee, whole_file
@@ -238,7 +239,7 @@ def check_file(file: FastaFile, finished: FinishedFile, settings: Config) -> Ite
         Whatever reading the input or an output raises: that is a finding, too.
     """
     for written in finished.written:
-        there = read_back(settings.output_dir, Path(written.path))
+        there = read_again(settings.output_dir, written)
         if there is None:
             yield f"{written.path} is missing"
             return

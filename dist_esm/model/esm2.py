@@ -6,8 +6,8 @@ exactly: the token-dropout factor (1 - 0.15 * 0.8 on the embeddings, and more wh
 positions that start at 0 in each protein with the checkpoint's own ``inv_freq``, erf GELU, pre-norm blocks,
 and the final LayerNorm on the last layer alone.
 
-Precision: matrix products run in ``dtype``; LayerNorm, the rotation and the additions to the residual stream
-run in fp32. How the stream is stored between them stands in `kernels.linear`.
+Precision: matrix products run in the dtype of their weights; LayerNorm, the rotation and the additions to the
+residual stream run in fp32. How the stream is stored between them stands in `kernels.linear`.
 
 Shape suffixes: T tokens of a pack, N heads, H head width, D model width.
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dist_esm.fasta.tokens import token_table
 from dist_esm.model.kernels.attention import Seqlens
 from dist_esm.model.kernels.choose import PLAIN, Kernels
+from dist_esm.model.kernels.quantized import QuantizedLinear
 
 TOKEN_DROPOUT_FACTOR = 1 - 0.15 * 0.8
 """fair-esm scales the embeddings by this where no token is masked: in training 12% are <mask>."""
@@ -57,7 +58,19 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """A LayerNorm that draws no parameters."""
+    """A LayerNorm that draws no parameters.
+
+    Parameters
+    ----------
+    width
+        Width of the rows.
+    rounds_to
+        Dtype of its outputs: that of the product which takes them. `weights` sets it.
+    """
+
+    def __init__(self, width: int, rounds_to: torch.dtype = torch.float32) -> None:
+        super().__init__(width)
+        self.rounds_to = rounds_to
 
     def reset_parameters(self) -> None:
         """Draw nothing."""
@@ -77,11 +90,11 @@ class Layer(nn.Module):
         super().__init__()
         width = arch.embed_dim
         self.attention_norm = LayerNorm(width)
-        self.qkv = Linear(width, 3 * width)
-        self.out = Linear(width, width)
+        self.qkv: Linear | QuantizedLinear = Linear(width, 3 * width)
+        self.out: Linear | QuantizedLinear = Linear(width, width)
         self.ffn_norm = LayerNorm(width)
-        self.fc1 = Linear(width, 4 * width)
-        self.fc2 = Linear(4 * width, width)
+        self.fc1: Linear | QuantizedLinear = Linear(width, 4 * width)
+        self.fc2: Linear | QuantizedLinear = Linear(4 * width, width)
 
 
 class ESM2(nn.Module):
@@ -113,11 +126,6 @@ class ESM2(nn.Module):
         """The device of the parameters."""
         return self.inv_freq.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of matrix products."""
-        return self.layers[0].qkv.weight.dtype  # type: ignore[return-value, union-attr]
-
     def forward(
         self,
         tokens_T: Tensor,
@@ -146,12 +154,7 @@ class ESM2(nn.Module):
         dict of int to Tensor, shape (T, D), of the residual stream's dtype: fp32, or wider if matrix products
         are
         """
-        ops, attend, heads, dtype = (
-            self.kernels.linear,
-            self.kernels.attend,
-            self.arch.attention_heads,
-            self.dtype,
-        )
+        ops = self.kernels.linear
         x_TD = drop_tokens(F.embedding(tokens_T, self.stream_table), kept_T)
         rotary = ops.rotary(positions_T, self.inv_freq)
         last = max(repr_layers)
@@ -159,19 +162,27 @@ class ESM2(nn.Module):
         hidden = {}
         if 0 in repr_layers:
             hidden[0] = drop_tokens(F.embedding(tokens_T, self.embed_tokens.weight), kept_T)
-        h_TD = ops.norm(x_TD, layers[0].attention_norm, dtype)
+        h_TD = ops.norm(x_TD, layers[0].attention_norm)
         for depth, layer in enumerate(layers[:last], start=1):
-            a_TNH = attend(*ops.qkv(h_TD, layer.qkv, rotary, heads), seqlens)
-            x_TD, h_TD = ops.residual(x_TD, a_TNH.flatten(1), layer.out, layer.ffn_norm)
+            scale = layer.out.input_scale if isinstance(layer.out, QuantizedLinear) else None
+            a_TD = self.attended(layer, h_TD, rotary, seqlens, scale)
+            x_TD, h_TD = ops.residual(x_TD, a_TD, layer.out, layer.ffn_norm)
             following = layers[depth].attention_norm if depth < last else None
             x_TD, h_TD = ops.residual(x_TD, ops.gelu(h_TD, layer.fc1), layer.fc2, following)
             if depth in repr_layers:
                 hidden[depth] = (
-                    ops.norm(x_TD, self.final_norm, self.embed_tokens.weight.dtype)
+                    ops.norm(x_TD, self.final_norm)
                     if depth == self.arch.num_layers
                     else ops.from_stream(x_TD)
                 )
         return hidden
+
+    def attended(
+        self, layer: Layer, h_TD: Tensor, rotary: Any, seqlens: Seqlens, scale: float | None = None
+    ) -> Tensor:
+        """Return what attention makes of a block's normalized input, times `scale` in e4m3; shape (T, D)."""
+        q_TNH, k_TNH, v_TNH = self.kernels.linear.qkv(h_TD, layer.qkv, rotary, self.arch.attention_heads)
+        return self.kernels.attend(q_TNH, k_TNH, v_TNH, seqlens, scale).flatten(1)
 
 
 def drop_tokens(x_TD: Tensor, kept_T: Tensor | None) -> Tensor:

@@ -25,6 +25,7 @@ from dist_esm.model.checkpoints.hub import is_id
 from dist_esm.model.checkpoints.locate import AUTO, OFFICIAL, RANDOM, is_official, locate, locate_adapter
 from dist_esm.model.esm2 import ESM2, TOKEN_DROPOUT_FACTOR, Architecture, Layer
 from dist_esm.model.kernels.choose import Kernels
+from dist_esm.model.quantize import quantize_
 
 
 class WeightsId(NamedTuple):
@@ -115,6 +116,8 @@ def check_weights(config: ModelConfig, is_kept: bool = True) -> WeightsId:
 def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, kernels: Kernels) -> ESM2:
     """Return an ESM-2 in eval mode: matrix products in `dtype`, norms and embeddings in fp32 or wider.
 
+    The layers that the kernels want so multiply e4m3 numbers.
+
     Raises
     ------
     ValueError
@@ -123,6 +126,8 @@ def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, ke
     with torch.device("meta"):
         model = ESM2(architecture(config), kernels)
     fill_parameters(model, tensor_source(config, device), device, dtype)
+    if kernels.quantized:
+        quantize_(model, kernels.quantized)
     return model.eval().requires_grad_(False)
 
 
@@ -231,7 +236,11 @@ def fill_parameters(
             put(layer.attention_norm, part, wide, get(f"{prefix}.self_attn_layer_norm.{part}"))
             put(layer.ffn_norm, part, wide, get(f"{prefix}.final_layer_norm.{part}"))
         for product in (layer.qkv, layer.out, layer.fc1, layer.fc2):
+            assert isinstance(product, nn.Linear)
             ops.prepare(product)
+        layer.attention_norm.rounds_to = layer.qkv.weight.dtype
+        layer.ffn_norm.rounds_to = layer.fc1.weight.dtype
+    model.final_norm.rounds_to = wide
     for part in ("weight", "bias"):
         put(model.final_norm, part, wide, get(f"emb_layer_norm_after.{part}"))
     model.inv_freq = get("layers.0.self_attn.rot_emb.inv_freq").to(wide)

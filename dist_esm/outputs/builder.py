@@ -19,8 +19,17 @@ from dist_esm.config import Format, Include
 from dist_esm.fasta.blocks import CHANGED, FastaError
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
 from dist_esm.outputs.formats.base import Place
+from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.formats.write import stage_output, write_output
-from dist_esm.outputs.placed import Target, in_place, shapes, write_placed_shard
+from dist_esm.outputs.loose import EarlyFiles, write_loose_output
+from dist_esm.outputs.placed import (
+    RowsInPages,
+    Target,
+    checksum_of_output,
+    in_place,
+    shapes,
+    write_placed_shard,
+)
 from dist_esm.outputs.region import OutsideError, Region, WrittenRegion
 from dist_esm.outputs.row_buffer import Memory, NamelessFile, RowBuffer, torch_dtype
 from dist_esm.outputs.shards import write_shard
@@ -76,6 +85,24 @@ class OutputSettings:
             **shapes(keys, rows, self.dtype, self.width),
         )
 
+    @property
+    def is_loose(self) -> bool:
+        """An output has a file for each protein."""
+        return FORMATS[self.format.name].codec.loose is not None
+
+    def table_of_one(self, file: FastaFile, row: Row, embedding: ProteinEmbedding) -> OutputTable:
+        """Return the table of one protein."""
+        vectors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}
+        for (kind, layer), rows in embedding.items():
+            numbers = np.ascontiguousarray(rows, dtype=self.dtype).reshape(-1, self.width)
+            vectors[kind][layer] = torch.from_numpy(numbers)
+        return replace(
+            self.table(file, [row]),
+            mean=vectors[Include.mean],
+            bos=vectors[Include.bos],
+            per_tok={layer: ChunkedTensor([rows]) for layer, rows in vectors[Include.per_tok].items()},
+        )
+
     def target(self, file: FastaFile, unit: Unit, part: int) -> Target | None:
         """Return where the numbers of an output of a unit belong, if they can be written to their places."""
         codec = in_place(self.format, self.is_compressed)
@@ -114,6 +141,9 @@ class OutputBuilder:
     tsv_lines: list[str] = field(default_factory=list)
     buffers: dict[tuple[Include, int], RowBuffer] = field(default_factory=dict)
     regions: dict[tuple[Include, int], Region] = field(default_factory=dict)
+    early: EarlyFiles | None = None
+    """Files of proteins that found no room in memory, in a format with a file for each. From the first one on
+    all go there."""
     num_residues: int = 0
     num_embedded: int = 0
     """Proteins whose embedding is in its place."""
@@ -141,6 +171,7 @@ class OutputBuilder:
         embedding: ProteinEmbedding,
         settings: OutputSettings,
         memory: Memory,
+        file: FastaFile,
         unit: Unit,
     ) -> None:
         """Put the embedding of protein `index`, whose residues begin at `first_row`, in its place.
@@ -152,6 +183,11 @@ class OutputBuilder:
         OSError
             If there is no room for it.
         """
+        if settings.is_loose and not self._has_room(index, first_row, embedding, settings, memory):
+            self.early = self.early or EarlyFiles(settings.format, settings.scratch)
+            self.early.write(index, settings.table_of_one(file, self.rows[index], embedding))
+            self.num_embedded += 1
+            return
         for (kind, layer), rows in embedding.items():
             buffer = self.buffers.get((kind, layer))
             if buffer is None:
@@ -161,6 +197,26 @@ class OutputBuilder:
             except OutsideError:
                 raise FastaError(CHANGED) from None
         self.num_embedded += 1
+
+    def _has_room(
+        self,
+        index: int,
+        first_row: int,
+        embedding: ProteinEmbedding,
+        settings: OutputSettings,
+        memory: Memory,
+    ) -> bool:
+        """Tell if an embedding finds room in memory, where those before it did."""
+        if self.early is not None:
+            return False
+        num_bytes = missing = 0
+        for key, rows in embedding.items():
+            kind, _ = key
+            num_rows = first_row + len(rows) if kind is Include.per_tok else index + 1
+            of_all = num_rows * settings.width * settings.dtype.itemsize
+            num_bytes += of_all
+            missing += self.buffers[key].missing(num_rows) if key in self.buffers else of_all
+        return memory.has_room(missing, num_bytes)
 
     def _buffer(
         self, kind: Include, layer: int, settings: OutputSettings, memory: Memory, unit: Unit
@@ -172,10 +228,13 @@ class OutputBuilder:
         own = self.target.layout.own
         num_rows = own.residues if kind is Include.per_tok else own.proteins
         place = self.target.places.get((kind.name, layer))
-        if place is None or place.pages is not None:
+        if place is None:
             return RowBuffer(settings.width, settings.dtype, make_file, memory, num_rows)
-        make_region = partial(self._region, kind, layer, self.target, settings.scratch)
+        make_region = partial(self._row_file, kind, layer, self.target, settings.scratch)
         return RowBuffer(settings.width, settings.dtype, make_region, memory, num_rows)
+
+    def _row_file(self, kind: Include, layer: int, target: Target, scratch: Path) -> Region | RowsInPages:
+        return target.row_file((kind.name, layer), self._region(kind, layer, target, scratch))
 
     def _region(self, kind: Include, layer: int, target: Target, scratch: Path) -> Region:
         require_scratch(scratch)
@@ -189,6 +248,8 @@ class OutputBuilder:
             buffer.close()
         for region in self.regions.values():
             region.close()
+        if self.early is not None:
+            self.early.close()
         if self.target is not None and not self.target.is_shared:
             discard(self.target.path)
 
@@ -198,12 +259,15 @@ class OutputBuilder:
             return self._write_placed_shard(settings, file, unit, self.target)
         if unit.is_shard:
             path = settings.output_dir / SHARDS / f"{shards_name(file)}.{unit.ordinal:06d}"
-            return write_shard(self._table(settings, file), settings.format, path, settings.scratch)
+            table = self._table(settings, file)
+            return write_shard(table, settings.format, path, settings.scratch, self.early)
         stem = settings.output_dir / file.output
         part = "" if unit.first_part is None else f".part{unit.first_part + self.part + 1:05d}"
         if self.target is not None and any(buffer.is_in_place for buffer in self.buffers.values()):
             return self._write_around(settings, file, stem, part, self.target)
         table = self._table(settings, file)
+        if self.early is not None:
+            return write_loose_output(table, settings.format, stem, settings.scratch, part, self.early)
         return write_output(settings.format, table, stem, settings.scratch, part, settings.is_compressed)
 
     def _write_placed_shard(
@@ -235,9 +299,13 @@ class OutputBuilder:
         for key, region in regions.items():
             region.write_ends(target.file(key))
         codec.finish(table, target.path, {key: region.crc32 for key, region in regions.items()})
+        known: dict[str, dict[int, bytes]] = {}
+        for key, region in regions.items():
+            known.setdefault(target.places[key].file, {}).update(region.whole_blocks())
 
-        def rename(path: Path) -> None:
+        def rename(path: Path) -> str:
             os.rename(target.path, path)
+            return checksum_of_output(path, known)
 
         return stage_output(settings.format, table.tsv_lines, stem, settings.scratch, rename, part)
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dist_esm.atomic import read_back
+from dist_esm.checksum import read_again
 from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, check_fields, is_count, version_of
 from dist_esm.outputs.lines import encode as encode_line
 from dist_esm.outputs.lines import whole_lines
@@ -249,4 +249,4 @@ def _missing_in_version_1(content: dict[str, Any]) -> dict[str, Any]:
 
 def is_intact(entry: Entry, output_dir: Path) -> bool:
     """Return whether all outputs of an entry are there with the bytes that were written."""
-    return all(read_back(output_dir, Path(written.path)) == written for written in entry.written)
+    return all(read_again(output_dir, written) == written for written in entry.written)

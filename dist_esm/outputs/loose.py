@@ -1,6 +1,7 @@
-"""Shards of formats with a file for each protein: folders of these files, which get other names at the end.
+"""Formats with a file for each protein, which gets its name in the output at the end.
 
-A protein's file is the same whatever its name and its place in the output, so it is written once.
+A protein's file is the same whatever its name and its place in the output, so it is written once: also in a
+shard, which is a folder of such files, and when its numbers find no room in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_esm.atomic import Staged, SummedFolder, discard, temporary_path
+from dist_esm.atomic import Staged, SummedFile, SummedFolder, discard, temporary_path
 from dist_esm.config import Format
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, numpy_dtype
 from dist_esm.outputs.formats.base import Loose
@@ -30,7 +31,102 @@ ROWS = "rows"
 """The file in it that holds all but the proteins' files."""
 
 
-def write_loose_shard(table: OutputTable, output_format: Format, path: Path, scratch: Path) -> Staged:
+class EarlyFiles:
+    """Files of proteins that found no room in memory, in a folder of their own.
+
+    Parameters
+    ----------
+    output_format
+        The format of the output.
+    scratch
+        A folder of this process alone, on the same file system as the output.
+    """
+
+    def __init__(self, output_format: Format, scratch: Path) -> None:
+        self._loose = layout_of(output_format.name)
+        self._folder = temporary_path(scratch)
+        self._written: dict[int, WrittenFile] = {}
+
+    def write(self, place: int, table: OutputTable) -> None:
+        """Write the file of the protein at a place in its output, given a table of it alone.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        """
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / protein_file(place)
+        with SummedFile(path) as file:
+            self._loose.write_protein(table, 0, file)
+        self._written[place] = WrittenFile(path.name, path.stat().st_size, file.checksum())
+
+    def link(self, place: int, path: Path) -> WrittenFile | None:
+        """Give the file of the protein at a place a second name; None if it is not here."""
+        written = self._written.get(place)
+        if written is None:
+            return None
+        link_output(self._folder / written.path, path)
+        return replace(written, path=path.name)
+
+    def close(self) -> None:
+        """Remove the folder: what has a second name stays."""
+        discard(self._folder)
+
+
+def write_files(
+    table: OutputTable, loose: Loose, names: Sequence[str], folder: SummedFolder, early: EarlyFiles | None
+) -> None:
+    """Write the files of proteins, but for those that are there already, which get second names.
+
+    Raises
+    ------
+    OSError
+        If one cannot be written.
+    """
+    for place, name in enumerate(names):
+        written = early.link(place, folder.path / name) if early is not None else None
+        if written is not None:
+            folder.add(written)
+            continue
+        with folder.file(name) as file:
+            loose.write_protein(table, place, file)
+
+
+def write_loose_output(
+    table: OutputTable, output_format: Format, stem: Path, scratch: Path, part: str, early: EarlyFiles
+) -> Staged:
+    """Write an output of which some proteins have their files already.
+
+    Parameters
+    ----------
+    table
+        All proteins; the numbers of those may be missing in it.
+    output_format, stem, scratch, part
+        As of `stage_output`.
+    early
+        What was written already.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    loose = layout_of(output_format.name)
+
+    def write(path: Path) -> str:
+        names = loose.names(table.rows)
+        with SummedFolder(path) as folder:
+            write_files(table, loose, names, folder, early)
+            loose.write_tables(table, names, folder)
+        return folder.checksum()
+
+    return stage_output(output_format, table.tsv_lines, stem, scratch, write, part)
+
+
+def write_loose_shard(
+    table: OutputTable, output_format: Format, path: Path, scratch: Path, early: EarlyFiles | None = None
+) -> Staged:
     """Write the shard of a unit, a file for each protein and one for all else, under a temporary name.
 
     Parameters
@@ -43,6 +139,8 @@ def write_loose_shard(table: OutputTable, output_format: Format, path: Path, scr
         The shard's final path.
     scratch
         A folder of this process alone, on the same file system.
+    early
+        Files that are there already; the numbers of their proteins may be missing in the table.
 
     Raises
     ------
@@ -53,9 +151,8 @@ def write_loose_shard(table: OutputTable, output_format: Format, path: Path, scr
     with ExitStack() as undo:
         undo.callback(discard, temporary)
         with SummedFolder(temporary) as folder:
-            for place in range(len(table.rows)):
-                with folder.file(protein_file(place)) as file:
-                    loose.write_protein(table, place, file)
+            names = list(map(protein_file, range(len(table.rows))))
+            write_files(table, loose, names, folder, early)
             content = {
                 "format": output_format.name,
                 **{name: getattr(table, name) for name in ("source", "provenance", "include", "main_layer")},
@@ -68,7 +165,7 @@ def write_loose_shard(table: OutputTable, output_format: Format, path: Path, scr
             }
             with folder.file(ROWS) as file:
                 torch_save(content, file)
-        staged = Staged(path, folder.sha256(), [(temporary, path)], marks=(ROWS,))
+        staged = Staged(path, folder.checksum(), [(temporary, path)], marks=(ROWS,))
         undo.pop_all()
     return staged
 
@@ -157,6 +254,6 @@ def finish_loose(
                 link_output(source, path / name)
                 folder.add(replace(file, path=name))
             loose.write_tables(table, names, folder)
-        return folder.sha256()
+        return folder.checksum()
 
     return stage_output(output_format, tsv_lines, stem, scratch, write), [row.id for row in rows]

@@ -236,6 +236,6 @@ def stage(content: dict[str, Any], path: Path, scratch: Path) -> Staged:
         undo.callback(discard, temporary)
         with SummedFile(temporary) as file:
             torch_save(content, file)
-        staged = Staged(path, file.sha256(), [(temporary, path)])
+        staged = Staged(path, file.checksum(), [(temporary, path)])
         undo.pop_all()
     return staged

@@ -14,8 +14,8 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.atomic import Staged, sync
+from dist_esm.checksum import checksum_of_files, summed
 from dist_esm.config import Format
 from dist_esm.names import readable_name
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
@@ -33,7 +34,7 @@ from dist_esm.outputs.formats.base import About, InPlace, Place
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.formats.write import stage_output
 from dist_esm.outputs.pickling import stage
-from dist_esm.outputs.region import Region, WrittenRegion, joined_crc32
+from dist_esm.outputs.region import OutsideError, Region, WrittenRegion, joined_crc32
 from dist_esm.types import Extent, Layout, Row
 
 log = logging.getLogger("dist_esm")
@@ -41,6 +42,7 @@ log = logging.getLogger("dist_esm")
 SUFFIX = ".output"
 """Of the name of an output in the making, a file or a folder."""
 
+DIGEST_BYTES = hashlib.sha256().digest_size
 Key = tuple[str, int]
 """A kind and a layer."""
 
@@ -67,11 +69,11 @@ class Target:
 
     @classmethod
     def of_output(
-        cls, path: Path, codec: InPlace, table: OutputTable, dtype: np.dtype[Any], extent: Extent
+        cls, path: Path, codec: InPlace, table: OutputTable, dtype: np.dtype[Any], layout: Layout
     ) -> Target:
         """Find the places in an output of one unit alone, which is made at a path."""
-        layout = Layout(Extent(), extent, extent, "")
-        places, width = codec.places(table, extent, dtype, ()), About.of(table).width
+        places = codec.places(table, layout.total, dtype, layout.lengths)
+        width = About.of(table).width
         return cls(path, places, layout, width * dtype.itemsize, codec.has_crc, is_shared=False)
 
     @classmethod
@@ -130,6 +132,61 @@ class Target:
         place = self.places[key]
         start, stop = span(place, key, self.layout.before, self.layout.own, self.row_bytes)
         return Region(self.file(key), start, stop, self.has_crc)
+
+    def row_file(self, key: Key, region: Region) -> Region | RowsInPages:
+        """Return what takes the unit's rows of a kind and layer in any order, and writes them to a region."""
+        place = self.places[key]
+        if place.pages is None:
+            return region
+        first, num_rows = rows_in(key, self.layout.before), rows_in(key, self.layout.own)
+        return RowsInPages(region, place, range(first, first + num_rows), self.row_bytes)
+
+
+class RowsInPages:
+    """A region whose rows stand in pages: takes them as if they followed one another.
+
+    The header of a page is written with its first row.
+
+    Parameters
+    ----------
+    region
+        Where they and the headers between them go.
+    place
+        Of all rows of the output.
+    rows
+        Those of the region.
+    row_bytes
+        Bytes of a row.
+    """
+
+    def __init__(self, region: Region, place: Place, rows: range, row_bytes: int) -> None:
+        self._region = region
+        self._place = place
+        self._rows = rows
+        self._row_bytes = row_bytes
+
+    def write(self, offset: int, data: Any) -> None:
+        """Write whole rows, at an offset that counts from the first one and passes over headers.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        OutsideError
+            If they are not all in the region.
+        """
+        values = np.frombuffer(data, np.uint8).reshape(-1, self._row_bytes)
+        first = self._rows.start + offset // self._row_bytes
+        if first + len(values) > self._rows.stop:
+            raise OutsideError(f"{first + len(values)} rows do not fit where {self._rows.stop} belong")
+        position = self._place.begin(first, self._row_bytes) - self._region.start
+        for block in self._place.blocks(first, [values]):
+            self._region.write(position, block)
+            position += block.nbytes
+
+    def close(self) -> None:
+        """Give the region up."""
+        self._region.close()
 
 
 def file_of(path: Path, place: Place) -> Path:
@@ -192,7 +249,7 @@ def write_placed_shard(
         "rows": packed(json.dumps(table.rows)),
         "tsv_lines": packed(json.dumps(table.tsv_lines)),
         "regions": [
-            [*key, target.places[key].file, target.pieces(key), {**asdict(region), "head": "", "tail": ""}]
+            [*key, target.places[key].file, target.pieces(key), region.start, region.stop, region.crc32]
             for key, region in regions.items()
         ],
         "others": {
@@ -202,7 +259,7 @@ def write_placed_shard(
             if (kind, layer) not in regions
         },
         "ends": {
-            f"{kind}.{layer}": [as_tensor(region.head), as_tensor(region.tail)]
+            f"{kind}.{layer}": list(map(as_tensor, (region.head, region.tail, b"".join(region.digests))))
             for (kind, layer), region in regions.items()
         },
     }
@@ -278,10 +335,11 @@ def read_placed_shard(path: Path) -> PlacedShard | None:
     rows = list(map(Row._make, unpacked(content["rows"])))
     ends = {key: [tensor.numpy().tobytes() for tensor in tensors] for key, tensors in content["ends"].items()}
     regions, files, pieces = {}, {}, {}
-    for kind, layer, file, pieces[kind, layer], fields in content["regions"]:
-        head, tail = ends[f"{kind}.{layer}"]
+    for kind, layer, file, pieces[kind, layer], start, stop, crc32 in content["regions"]:
+        head, tail, text = ends[f"{kind}.{layer}"]
+        digests = tuple(text[at : at + DIGEST_BYTES] for at in range(0, len(text), DIGEST_BYTES))
         files[kind, layer] = file
-        regions[kind, layer] = WrittenRegion(**{**fields, "head": head, "tail": tail})
+        regions[kind, layer] = WrittenRegion(start, stop, head, tail, digests, crc32)
     dtype, width = np.dtype(content["dtype"]), content["width"]
     numbers = shapes([(kind, layer) for kind, layer in content["keys"]], rows, dtype, width)
     for kind, layer in content["keys"]:
@@ -362,7 +420,32 @@ def finish_placed(
         for key in places
     }
     codec.finish(table, first.output, crcs)
-    return stage_output(output_format, tsv_lines, stem, scratch, lambda path: link_output(first.output, path))
+    known: dict[str, dict[int, bytes]] = {}
+    for shard in shards:
+        for key, region in shard.regions.items():
+            known.setdefault(shard.files[key], {}).update(region.whole_blocks())
+
+    def name(path: Path) -> str:
+        link_output(first.output, path)
+        return checksum_of_output(path, known)
+
+    return stage_output(output_format, tsv_lines, stem, scratch, name)
+
+
+def checksum_of_output(output: Path, known: Mapping[str, Mapping[int, bytes]]) -> str:
+    """Take the checksum of an output, and read only those blocks that are not known.
+
+    Parameters
+    ----------
+    output
+        A file, or a folder of files.
+    known
+        The sha256 of blocks by number, by the name of the file within the output, "" for a file.
+    """
+    if not output.is_dir():
+        return summed(output, "", known.get("", {})).sha256
+    files = (summed(file, file.name, known.get(file.name, {})) for file in files_in(output))
+    return checksum_of_files(list(files))
 
 
 def numbers_of(

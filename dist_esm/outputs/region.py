@@ -11,19 +11,33 @@ import hashlib
 import mmap
 import os
 import zlib
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_esm.atomic import write_all_at, write_at
+from dist_esm.checksum import Block, BlockSums, block_of, blocks_in, read_at, sum_blocks, whole_blocks
 
-BLOCK_BYTES = 1 << 23
 PAGE_BYTES = mmap.PAGESIZE
+
+
+class BlockSum(NamedTuple):
+    """Checksums of a block."""
+
+    sha256: bytes
+    crc32: int
+    """0 if it was not taken."""
+
+
+def sum_of(data: Any, has_crc: bool) -> BlockSum:
+    """Take the checksums of a block."""
+    return BlockSum(hashlib.sha256(data).digest(), zlib.crc32(data) if has_crc else 0)
 
 
 @dataclass(frozen=True)
@@ -37,8 +51,8 @@ class WrittenRegion:
     """Its bytes in front of its first whole page."""
     tail: bytes
     """Its bytes behind its last whole page."""
-    sha256: str
-    """Of all of its bytes."""
+    digests: tuple[bytes, ...]
+    """The sha256 of what it has of each block of the file, as of `BlockSums`."""
     crc32: int
     """0 if it was not taken."""
 
@@ -55,13 +69,44 @@ class WrittenRegion:
 
     def is_intact(self, path: Path) -> bool:
         """Tell if the file has the bytes that were written."""
-        checksum = hashlib.sha256()
         try:
-            for start in range(0, self.num_bytes, BLOCK_BYTES):
-                checksum.update(self.read(path, start, min(self.num_bytes, start + BLOCK_BYTES)))
+            return self.summed(path, has_crc=False, known={}).digests == self.digests
         except OSError:
             return False
-        return checksum.hexdigest() == self.sha256
+
+    def summed(self, path: Path, has_crc: bool, known: Mapping[Block, BlockSum]) -> WrittenRegion:
+        """Return the region with checksums of what the file has now.
+
+        Parameters
+        ----------
+        path
+            The file.
+        has_crc
+            Take the CRC-32, too; else it is 0.
+        known
+            What was summed already: it is not read.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read.
+        """
+
+        def sum_block(block: Block) -> BlockSum:
+            start, stop = block
+            return sum_of(self.read(path, start - self.start, stop - self.start), has_crc)
+
+        sums, blocks = dict(known), blocks_in(self.start, self.stop)
+        missing = [block for block in blocks if block not in sums]
+        sums |= zip(missing, sum_blocks(sum_block, missing), strict=True)
+        crc32 = 0
+        for start, stop in blocks if has_crc else []:
+            crc32 = joined_crc32(crc32, sums[start, stop].crc32, stop - start)
+        return replace(self, digests=tuple(sums[block].sha256 for block in blocks), crc32=crc32)
+
+    def whole_blocks(self) -> dict[int, bytes]:
+        """Return the sha256 of the blocks of the file that lie within it, by number."""
+        return whole_blocks(self.start, self.stop, self.digests)
 
     def read(self, path: Path, start: int, stop: int) -> bytearray:
         """Read bytes of the region; offsets count from its beginning. There are fewer if the file is
@@ -146,9 +191,10 @@ class Region:
         self._head = bytearray(inner_start - start)
         self._tail = bytearray(stop - inner_stop)
         self._descriptor: int | None = None
+        self._filled: FilledBlocks | None = None
 
     def write(self, offset: int, data: Any) -> None:
-        """Write bytes, at an offset that counts from the beginning of the region.
+        """Write bytes, at an offset that counts from the beginning of the region; each of them once.
 
         Raises
         ------
@@ -157,6 +203,14 @@ class Region:
         OutsideError
             If they do not lie within the region.
         """
+        begin, end = self._write(offset, data)
+        if begin < end:
+            self._filled = self._filled or FilledBlocks(self._open(), self._has_crc)
+            self._filled.add(begin, end)
+
+    def _write(self, offset: int, data: Any) -> tuple[int, int]:
+        """Write bytes, and return which bytes of the file they are, but for those at the ends of the
+        region."""
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         end = offset + len(view)
         if end > self.stop - self.start:
@@ -170,13 +224,14 @@ class Region:
         if end > inner_stop:
             begin = max(offset, inner_stop)
             self._tail[begin - inner_stop : end - inner_stop] = view[begin - offset :]
+        return self.start + first, self.start + last
 
     def write_all(self, blocks: Iterable[NDArray[Any]]) -> WrittenRegion:
         """Write all of it, from its first byte to its last, and wait until it is on disk.
 
         Checksums are taken beside writing: each takes about as long as the other.
         """
-        sums, offset = _Sums(self._has_crc), 0
+        sums, offset = _Sums(self.start, self._has_crc), 0
         with ThreadPoolExecutor(1, "checksum") as thread:
             for block in blocks:
                 if not block.nbytes:
@@ -184,27 +239,27 @@ class Region:
                 view = block.data.cast("B")
                 summed = thread.submit(sums.add, view)
                 try:
-                    self.write(offset, view)
+                    self._write(offset, view)
                 finally:
                     summed.result()
                 offset += len(view)
-        return self._written(sums)
+        if offset != self.stop - self.start:
+            raise ValueError(f"{offset} bytes were written to a region of {self.stop - self.start}")
+        return self._written(sums.blocks.digests(), sums.crc32)
 
     def read_back(self) -> WrittenRegion:
-        """Take the checksums of a region that was written in any order, and wait until it is on disk."""
-        sums = _Sums(self._has_crc)
-        written = WrittenRegion(self.start, self.stop, bytes(self._head), bytes(self._tail), "", 0)
-        for start in range(0, written.num_bytes, BLOCK_BYTES):
-            sums.add(written.read(self.path, start, min(written.num_bytes, start + BLOCK_BYTES)))
-        return self._written(sums)
+        """Return the checksums of a region that was written in any order, and wait until it is on disk.
 
-    def _written(self, sums: _Sums) -> WrittenRegion:
-        if sums.num_bytes != self.stop - self.start:
-            raise ValueError(f"{sums.num_bytes} bytes were written to a region of {self.stop - self.start}")
+        Most of its blocks were summed when they were full.
+        """
+        known = self._filled.sums() if self._filled is not None else {}
+        return self._written((), 0).summed(self.path, self._has_crc, known)
+
+    def _written(self, digests: Sequence[bytes], crc32: int) -> WrittenRegion:
         if len(self._head) + len(self._tail) < self.stop - self.start:
             os.fsync(self._open())
         head, tail = bytes(self._head), bytes(self._tail)
-        return WrittenRegion(self.start, self.stop, head, tail, sums.sha256.hexdigest(), sums.crc32)
+        return WrittenRegion(self.start, self.stop, head, tail, tuple(digests), crc32)
 
     def _open(self) -> int:
         if self._descriptor is None:
@@ -214,25 +269,71 @@ class Region:
 
     def close(self) -> None:
         """Close the file."""
+        if self._filled is not None:
+            self._filled.close()
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
-class _Sums:
-    """Checksums of bytes that come one after another."""
+class FilledBlocks:
+    """The sums of the blocks of a file whose bytes come in any order, each once: a thread reads a block as
+    soon as it is full, when the file system still has it in memory.
 
-    def __init__(self, has_crc: bool) -> None:
+    Parameters
+    ----------
+    descriptor
+        The open file.
+    has_crc
+        Take the CRC-32, too.
+    """
+
+    def __init__(self, descriptor: int, has_crc: bool) -> None:
+        self._descriptor = descriptor
         self._has_crc = has_crc
-        self.sha256 = hashlib.sha256()
+        self._num_bytes: dict[Block, int] = {}
+        """How many came of each block."""
+        self._sums: dict[Block, Future[BlockSum]] = {}
+        self._thread = ThreadPoolExecutor(1, "checksum")
+
+    def add(self, start: int, stop: int) -> None:
+        """Bytes from start up to stop were written."""
+        for begin, end in blocks_in(start, stop):
+            block = first, last = block_of(begin)
+            self._num_bytes[block] = self._num_bytes.get(block, 0) + end - begin
+            if self._num_bytes[block] == last - first:
+                self._sums[block] = self._thread.submit(self._sum, block)
+
+    def _sum(self, block: Block) -> BlockSum:
+        return sum_of(read_at(self._descriptor, *block), self._has_crc)
+
+    def sums(self) -> dict[Block, BlockSum]:
+        """Wait for the sums of all blocks that are full.
+
+        Raises
+        ------
+        OSError
+            If one cannot be read.
+        """
+        return {block: summed.result() for block, summed in self._sums.items()}
+
+    def close(self) -> None:
+        """End the thread; nobody wants further sums."""
+        self._thread.shutdown(cancel_futures=True)
+
+
+class _Sums:
+    """Checksums of bytes that come one after another, from an offset in a file."""
+
+    def __init__(self, start: int, has_crc: bool) -> None:
+        self._has_crc = has_crc
+        self.blocks = BlockSums(start)
         self.crc32 = 0
-        self.num_bytes = 0
 
     def add(self, data: Any) -> None:
-        self.sha256.update(data)
+        self.blocks.add(data)
         if self._has_crc:
             self.crc32 = zlib.crc32(data, self.crc32)
-        self.num_bytes += len(data)
 
 
 _POLYNOMIAL = 0xEDB88320
@@ -245,6 +346,12 @@ def joined_crc32(first: int, second: int, num_bytes: int) -> int:
     Putting a zero bit behind a text multiplies its CRC by x, as a polynomial over GF(2) modulo that of
     CRC-32, in which the highest bit stands for x to the power of 0.
     """
+    return _product(_shift(num_bytes), first) ^ second
+
+
+@lru_cache(maxsize=64)
+def _shift(num_bytes: int) -> int:
+    """Return what zeros of so many bytes multiply by."""
     power, base = 1 << 31, 1 << 30
     num_bits = 8 * num_bytes
     while num_bits:
@@ -252,7 +359,7 @@ def joined_crc32(first: int, second: int, num_bytes: int) -> int:
             power = _product(base, power)
         base = _product(base, base)
         num_bits >>= 1
-    return _product(power, first) ^ second
+    return power
 
 
 def _product(one: int, other: int) -> int:

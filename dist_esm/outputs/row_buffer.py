@@ -39,6 +39,10 @@ class Memory:
     copiers: Executor | None = None
     """Threads that copy large rows, if there are any."""
 
+    def has_room(self, more: int, num_bytes: int) -> bool:
+        """Tell if what takes so many bytes in all may take so many more of memory."""
+        return more <= self.left or num_bytes <= KEPT_BYTES
+
 
 class RowFile(Protocol):
     """Where rows go that find no room in memory."""
@@ -106,6 +110,8 @@ class RowBuffer:
         self._memory = memory
         self._taken = 0
         self._rows: NDArray[Any] = np.empty((0, width), dtype)
+        self._is_there: NDArray[np.bool_] = np.empty(0, np.bool_)
+        """Of the rows in memory, those that came."""
         self._file: RowFile | None = None
         self._copies: list[Future[None]] = []
 
@@ -125,6 +131,7 @@ class RowBuffer:
         if self._file is None and self.num_bytes > self._taken:
             self._take()
         if self._file is None:
+            self._is_there[first_row : first_row + len(rows)] = True
             place = self._rows[first_row : first_row + len(rows)]
             if self._memory.copiers is not None and place.nbytes >= LARGE_ROWS:
                 self._copies.append(self._memory.copiers.submit(np.copyto, place, rows))
@@ -135,15 +142,18 @@ class RowBuffer:
                 first_row * self._row_bytes, np.ascontiguousarray(rows, dtype=self._rows.dtype).data
             )
 
+    def missing(self, num_rows: int) -> int:
+        """Return the bytes of memory that it would take beyond what it has for so many rows."""
+        return max(0, num_rows * self._row_bytes - self._taken)
+
     def _take(self) -> None:
         """Take memory for `num_rows`, or move to a file if there is not enough of it."""
-        more = self.num_bytes - self._taken
-        if more > self._memory.left and self.num_bytes > KEPT_BYTES:
+        more = self.missing(self.num_rows)
+        if not self._memory.has_room(more, self.num_bytes):
             self._finish_copies()
             self._file = self._make_file()
-            kept = self._rows[: self._taken // self._row_bytes]
-            if len(kept):
-                self._file.write(0, kept.data)
+            for first, stop in runs(self._is_there):  # each row is written once: a `Region` counts them
+                self._file.write(first * self._row_bytes, self._rows[first:stop].data)
             self._give_back()
             return
         self._memory.left -= more
@@ -159,7 +169,9 @@ class RowBuffer:
             )
             self._finish_copies()
             rows[: len(self._rows)] = self._rows
-            self._rows = rows
+            is_there = np.zeros(len(rows), np.bool_)
+            is_there[: len(self._rows)] = self._is_there
+            self._rows, self._is_there = rows, is_there
 
     def _finish_copies(self) -> None:
         for copy in self._copies:
@@ -169,7 +181,7 @@ class RowBuffer:
     def _give_back(self) -> None:
         self._memory.left += self._taken
         self._taken = 0
-        self._rows = self._rows[:0].copy()
+        self._rows, self._is_there = self._rows[:0].copy(), self._is_there[:0].copy()
 
     @property
     def is_in_place(self) -> bool:
@@ -190,6 +202,12 @@ class RowBuffer:
         self._give_back()
         if self._file is not None:
             self._file.close()
+
+
+def runs(is_there: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return the first place, and one past the last, of each stretch of what is there."""
+    edges = np.flatnonzero(np.diff(is_there.view(np.int8), prepend=0, append=0)).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:

@@ -18,7 +18,7 @@ from dist_esm.names import readable_name
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.formats.write import write_output
-from dist_esm.outputs.loose import finish_loose, is_loose, read_numbers, write_loose_shard
+from dist_esm.outputs.loose import EarlyFiles, finish_loose, is_loose, read_numbers, write_loose_shard
 from dist_esm.outputs.pickling import stage
 from dist_esm.outputs.placed import finish_placed, read_placed_shard
 from dist_esm.outputs.row_buffer import Memory, NamelessFile, RowBuffer
@@ -28,7 +28,9 @@ from dist_esm.types import Row
 CHUNK_ROWS = 1 << 12
 
 
-def write_shard(table: OutputTable, output_format: Format, stem: Path, scratch: Path) -> Staged:
+def write_shard(
+    table: OutputTable, output_format: Format, stem: Path, scratch: Path, early: EarlyFiles | None = None
+) -> Staged:
     """Write what one unit of a cut file contributes, its numbers with it, under a temporary name.
 
     Parameters
@@ -41,6 +43,8 @@ def write_shard(table: OutputTable, output_format: Format, stem: Path, scratch: 
         The shard's final path without suffix.
     scratch
         A folder of this process alone, on the same file system.
+    early
+        Files of proteins that are there already, for a format that has them.
 
     Raises
     ------
@@ -48,7 +52,7 @@ def write_shard(table: OutputTable, output_format: Format, stem: Path, scratch: 
         If it cannot be written.
     """
     if FORMATS[output_format.name].codec.loose is not None:
-        return write_loose_shard(table, output_format, stem.with_name(f"{stem.name}{LOOSE}"), scratch)
+        return write_loose_shard(table, output_format, stem.with_name(f"{stem.name}{LOOSE}"), scratch, early)
     per_tok = {layer: rows[0 : rows.shape[0]] for layer, rows in table.per_tok.items()}
     # Rows go as one text: torch's unpickler takes microseconds for each string.
     content = {**vars(table), "rows": json.dumps(table.rows), "per_tok": per_tok}

@@ -297,7 +297,7 @@ class Assembly:
             self.fail(place.key, FloatingPointError(too_large), place.id)
             return
         put = partial(place.builder.put, place.index, place.first_row, embedding)
-        error = as_value(put, self.settings, self.memory, state.unit)
+        error = as_value(put, self.settings, self.memory, self.files[state.unit.file], state.unit)
         if isinstance(error, Exception):
             self.fail(place.key, error)
             return

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -29,6 +29,15 @@ from dist_esm.types import Extent, Layout, RecordOutcome, Row, Unit, UnitResult
 
 LARGE_BYTES = BUFFER_BYTES // 8
 """Bytes of residues from which on they may find no room in memory, beside those of other units."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What some records take of one output."""
+
+    extent: Extent
+    lengths: list[int]
+    """Embedded residues of each of them, if the format's places depend on these."""
 
 
 def lay_out(config: Config, units: Sequence[Unit], done: Sequence[UnitResult], world: World) -> list[Unit]:
@@ -57,7 +66,7 @@ def lay_out(config: Config, units: Sequence[Unit], done: Sequence[UnitResult], w
     read = [
         index
         for index, (unit, missing) in enumerate(zip(units, is_missing, strict=True))
-        if unit.file in cut or (missing and not codec.has_lengths and is_large(unit, config))
+        if unit.file in cut or (missing and is_large(unit, config))
     ]
     if not read:
         return list(units)
@@ -65,15 +74,14 @@ def lay_out(config: Config, units: Sequence[Unit], done: Sequence[UnitResult], w
     laid_out = list(units)
     by_file: dict[int, list[int]] = {}
     for index in read:
-        parts, _ = found[index]
         if units[index].is_shard:
             by_file.setdefault(units[index].file, []).append(index)
         else:
-            laid_out[index] = replace(units[index], parts=tuple(parts))
+            parts = tuple(layout for part in found[index] for layout in layouts_of([part]))
+            laid_out[index] = replace(units[index], parts=parts)
     for indices in by_file.values():
-        if all(found[index][0] for index in indices):
-            extents = [found[index][0][0] for index in indices]
-            layouts = layouts_of(extents, [found[index][1] for index in indices])
+        if all(found[index] for index in indices):
+            layouts = layouts_of([found[index][0] for index in indices])
             for index, layout in zip(indices, layouts, strict=True):
                 laid_out[index] = replace(units[index], layout=layout)
     return laid_out
@@ -88,14 +96,13 @@ def is_large(unit: Unit, config: Config) -> bool:
 
 def read_extents(
     config: Config, units: Sequence[Unit], indices: Sequence[int], codec: InPlace, world: World
-) -> dict[int, tuple[list[Extent], list[int]]]:
+) -> dict[int, list[Part]]:
     """Find out how much each output of some units takes; the ranks share the bytes.
 
     Returns
     -------
     dict
-        By index of the unit: the extent of each of its outputs, [] if it cannot be read; and the embedded
-        residues of each of its proteins, if the format's places depend on them.
+        By index of the unit, its outputs; [] if it cannot be read.
     """
     slices = [units[index].slice for index in indices]
     sizes = [
@@ -103,24 +110,16 @@ def read_extents(
         for index, slice_ in zip(indices, slices, strict=True)
     ]
     keys = [(str(units[index].file), units[index].ordinal) for index in indices]
-    own: list[tuple[int, list[tuple[int, int, int]], list[int]]] = []
+    own: list[tuple[int, list[Part]]] = []
     for place in assign_to_bins(sizes, keys, world.world_size)[world.rank]:
-        index = indices[place]
-        parts = as_value(rows_of, units[index], config)
-        if isinstance(parts, Exception):
-            own.append((index, [], []))
-            continue
-        lengths = [[row.embedded for row in rows] for rows in parts]
-        extents = [
-            (len(rows), sum(each), codec.text_size(rows)) for rows, each in zip(parts, lengths, strict=True)
-        ]
-        own.append((index, extents, list(chain.from_iterable(lengths)) if codec.has_lengths else []))
-    told = (item for share in world.all_gather(own) for item in share)
-    return {index: ([Extent(*part) for part in parts], lengths) for index, parts, lengths in told}
+        parts = as_value(parts_of, units[indices[place]], config, codec)
+        own.append((indices[place], [] if isinstance(parts, Exception) else parts))
+    told = (item for share in world.all_gather(own, Part, Extent) for item in share)
+    return dict(told)
 
 
-def rows_of(unit: Unit, config: Config) -> list[list[Row]]:
-    """Return the rows that the proteins of a unit will have in each of its outputs.
+def parts_of(unit: Unit, config: Config, codec: InPlace) -> list[Part]:
+    """Return how much the proteins of a unit take of each of its outputs.
 
     Raises
     ------
@@ -129,34 +128,36 @@ def rows_of(unit: Unit, config: Config) -> list[list[Row]]:
     OSError
         If it cannot be read.
     """
-    parts: list[list[Row]] = [[]]
     part_size = unit.part_size or config.max_proteins_per_output
+    found: list[Part] = []
+    rows: list[Row] = []
     num_records = -1
     for protein in read_proteins(unit, config):
         num_records += not protein.is_continued
-        if unit.first_part is not None and num_records // part_size == len(parts):
-            parts.append([])
+        if unit.first_part is not None and num_records // part_size > len(found):
+            found.append(part_of(rows, codec))
+            rows = []
         protein, outcome, spans = apply_length_policy(protein, config)
         if outcome is not RecordOutcome.skipped:
             number = unit.before.sequences + num_records
-            parts[-1].append(Row.of(protein, number, num_embedded(spans), outcome))
-    return parts
+            rows.append(Row.of(protein, number, num_embedded(spans), outcome))
+    return [*found, part_of(rows, codec)]
 
 
-def layouts_of(extents: Sequence[Extent], lengths: Sequence[Sequence[int]]) -> Iterator[Layout]:
-    """Give the layouts of the units of a file, in order.
+def part_of(rows: Sequence[Row], codec: InPlace) -> Part:
+    """Return how much of an output these rows take."""
+    lengths = [row.embedded for row in rows]
+    extent = Extent(len(rows), sum(lengths), codec.text_size(rows))
+    return Part(extent, lengths if codec.has_lengths else [])
 
-    Parameters
-    ----------
-    extents
-        How much of the output each of them takes.
-    lengths
-        Embedded residues of the proteins of each, if places depend on them.
-    """
-    text = json.dumps([[astuple(extent) for extent in extents], lengths])
+
+def layouts_of(parts: Sequence[Part]) -> Iterator[Layout]:
+    """Give the layouts of parts of one output that follow one another."""
+    extents = [part.extent for part in parts]
+    text = json.dumps([[astuple(extent) for extent in extents], [part.lengths for part in parts]])
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     total, before = sum(extents, Extent()), Extent()
-    all_lengths = tuple(chain.from_iterable(lengths))
+    lengths = tuple(chain.from_iterable(part.lengths for part in parts))
     for own in extents:
-        yield Layout(before, own, total, digest, all_lengths)
+        yield Layout(before, own, total, digest, lengths)
         before += own

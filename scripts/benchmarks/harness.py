@@ -26,13 +26,14 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 PACKAGES = (
     "dist_esm",
@@ -204,6 +205,42 @@ def peak_mib() -> float:
     except (OSError, StopIteration):
         unit = 1 << 20 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def written_bytes() -> int:
+    """Return the bytes that this process gave to the system to write so far; 0 where nobody counts them."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(dict(line.split(": ") for line in lines)["wchar"])
+    except (OSError, KeyError):
+        return 0
+
+
+class Watched:
+    """The most threads and open files that this process has while the block runs, its own not counted.
+
+    They are looked at ten times a second; where there is no /proc, both stay 0.
+    """
+
+    def __init__(self) -> None:
+        self.threads = 0
+        self.files = 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(0.1):
+            with suppress(OSError):
+                self.threads = max(self.threads, len(os.listdir("/proc/self/task")) - 1)
+                self.files = max(self.files, len(os.listdir("/proc/self/fd")) - 1)
 
 
 def cpu_seconds() -> float:

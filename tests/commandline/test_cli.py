@@ -14,7 +14,7 @@ from dist_esm.config import Config, Dtype, Include, check, conf_dir, plain_value
 from dist_esm.keys import key_types
 
 REFUSED = {
-    "input=x dtype=foo": r"dtype=foo is no choice: use one of auto, fp32, bf16, fp16",
+    "input=x dtype=foo": r"dtype=foo is no choice: use one of auto, fp32, bf16, fp16, fp8",
     "input=x model=esm3": r"model=esm3 is not an ESM-2.* use one of .*esm2_t33_650M_UR50D",
     "input=x toks_per_batch=abc": r"toks_per_batch=abc is not a whole number: for example toks_per_batch=",
     "input=x toks_per_batch=1": r"toks_per_batch=1 is too small: use 3 or more",
@@ -114,8 +114,8 @@ def test_plain_values_are_what_was_given():
     }
     assert values["selfcheck"] == {
         "proteins": 200,
-        "max_spread_error": 0.03,
-        "min_neighbours_kept": 0.99,
+        "max_spread_error": None,
+        "min_neighbours_kept": None,
         "max_relative_error": None,
     }
     assert (values["model"]["embed_dim"], values["unit_share"], values["job"]) == (2560, 0.01, "embed")

@@ -294,7 +294,7 @@ REFUSED = [
     ),
     (
         ["dtype=None"],
-        "dtype=None is no choice: use one of auto, fp32, bf16, fp16",
+        "dtype=None is no choice: use one of auto, fp32, bf16, fp16, fp8",
         ["dtype=auto"],
         "dtype",
         Dtype.auto,

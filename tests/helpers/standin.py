@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from esm.data import Alphabet
 
-from dist_esm.atomic import read_back
+from dist_esm.checksum import read_back
 from dist_esm.config import Config, DeviceKind, Include, ModelConfig
 from dist_esm.distributed import World
 from dist_esm.fasta.blocks import text_digest, whole_file

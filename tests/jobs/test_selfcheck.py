@@ -370,8 +370,11 @@ def test_limits_by_default_and_by_key():
     assert Limits.of(config, torch.bfloat16, Include.mean) == Limits(None, 0.03, 0.03, 0.99)
     assert Limits.of(config, torch.float16, Include.bos) == Limits(None, 0.09, 0.09, 0.95)
     assert Limits.of(config, torch.float16, Include.per_tok) == Limits(None, 0.03, 0.3, 0.95)
+    assert Limits.of(config, torch.float8_e4m3fn, Include.mean) == Limits(None, 0.1, 0.1, 0.98)
+    assert Limits.of(config, torch.float8_e4m3fn, Include.per_tok) == Limits(None, 0.1, 1.0, 0.9)
     mine = SelfcheckConfig(max_spread_error=0.1, min_neighbours_kept=0.5, max_relative_error=0.01)
     assert Limits.of(mine, torch.bfloat16, Include.mean) == Limits(0.01, 0.1, 0.1, 0.5)
+    assert Limits.of(mine, torch.float8_e4m3fn, Include.mean) == Limits(0.01, 0.1, 0.1, 0.5)
     assert Limits.of(mine, torch.float32, Include.per_tok) == Limits(0.1, 0.1, 1.0, 0.0)
 
 

@@ -1,28 +1,22 @@
-"""What a run writes, by the process's own counter.
-
-`wchar` of /proc/self/io is what the process gave to the system to write. `write_bytes` is what went on to a
-disk, and is zero on tmpfs and late or doubled on others; nothing here writes through a map, which `wchar`
-would not see.
-"""
+"""What is given to the system to write, beside what is there in the end."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dist_esm.atomic import size_of
-from dist_esm.config import Format, Include, ModelConfig, SaveDtype
+from dist_esm.config import Compression, Format, Include, ReportKind
 from dist_esm.distributed import World
-from dist_esm.jobs.embed import run
 from dist_esm.outputs.row_buffer import Memory
-from dist_esm.types import Pack, SegmentEmbedding
-from helpers.standin import ReportRead, StandIn, make_config
+from helpers.command import HELPERS, environment
+from helpers.standin import ReportRead
+from helpers.written import bytes_written, so_far
 
-WIDTH = 1280
 MOST = {
     Format.pt: 1.05,
     Format.h5: 1.05,
@@ -32,64 +26,92 @@ MOST = {
     Format.parquet: 1.1,
 }
 
-
-class Wide(StandIn):
-    """A stand-in whose rows are as wide as those of the 650M model."""
-
-    def run(self, pack: Pack, num_rows: int | None = None) -> list[SegmentEmbedding]:
-        def widen(rows: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-            return {layer: np.resize(values, (*values.shape[:-1], WIDTH)) for layer, values in rows.items()}
-
-        return [
-            SegmentEmbedding(widen(answer.sums), widen(answer.bos), {
-                layer: values.astype(np.float16) for layer, values in widen(answer.rows).items()
-            })
-            for answer in super().run(pack, num_rows)
-        ]  # fmt: skip
+pytestmark = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no counters of written bytes")
 
 
-def written_so_far() -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(dict(line.split(": ") for line in lines)["wchar"])
+def name_of(value: object) -> str:
+    return getattr(value, "name", str(value))
 
 
-def share_written(tmp_path: Path, text: str, **settings) -> float:
-    """Embed one file, and return the bytes that were written for each byte of output."""
-    (tmp_path / "a.fasta").write_text(text)
-    config = make_config(str(tmp_path / "a.fasta"), tmp_path / "out", **settings)
-    config = replace(config, model=ModelConfig("stand-in", 1, WIDTH, 20, "random"), dedupe=False)
-    wants_rows = Include.per_tok in config.include
-    before = written_so_far()
-    run(config, World(None, 0, 1, 0, 1), lambda *_: Wide([1], wants_rows, 20_000))  # type: ignore[arg-type, return-value]
-    written = written_so_far() - before
-    report = ReportRead.of(config.output_dir)
-    (file,) = report.files
-    assert report.status == "complete"
-    return written / sum(size_of(config.output_dir / output) for output in file.outputs)
-
-
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no counters of written bytes")
-@pytest.mark.parametrize("include", [Include.mean, Include.per_tok], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("kind", list(Format), ids=lambda kind: kind.name)
-def test_a_file_that_is_cut_is_written_once(tmp_path, kind, include):
-    num_proteins = 3000 if include is Include.mean else 200
-    text = "".join(
+def fasta(num_proteins: int) -> str:
+    return "".join(
         f">sp|P{i:05d}|X_Y a protein of some family OS=Homo sapiens\n{'ACDEFGHIKL' * (10 + i % 40)}\n"
         for i in range(num_proteins)
     )
-    settings = {"include": [include], "format": kind, "save_dtype": SaveDtype.float16, "unit_share": 0.1}
-    share = share_written(tmp_path, text, **settings)
+
+
+def share_of(written: int, output_dir: Path) -> float:
+    """Return the bytes that were written for each byte of output."""
+    report = ReportRead.of(output_dir)
+    (file,) = report.files
+    assert report.status == "complete"
+    return written / sum(size_of(output_dir / output) for output in file.outputs)
+
+
+def share_written(tmp_path: Path, num_proteins: int, **settings) -> float:
+    """Embed one file with one rank, and return the bytes that were written for each byte of output."""
+    path, out = tmp_path / "a.fasta", tmp_path / "out"
+    path.write_text(fasta(num_proteins))
+    return share_of(bytes_written(path, out, World(None, 0, 1, 0, 1), **settings), out)
+
+
+@pytest.mark.parametrize(
+    ("include", "num_proteins"), [(Include.mean, 3000), (Include.per_tok, 200)], ids=name_of
+)
+@pytest.mark.parametrize("kind", list(Format), ids=name_of)
+def test_a_file_that_is_cut_is_written_once(tmp_path, kind, include, num_proteins):
+    settings = {"include": [include], "format": kind, "unit_share": 0.1}
+    assert 1 <= share_written(tmp_path, num_proteins, **settings) < MOST[kind]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("include", "num_proteins"), [("mean", 3000), ("per_tok", 200)])
+@pytest.mark.parametrize("kind", list(Format), ids=name_of)
+def test_two_ranks_write_no_more_than_one(tmp_path, kind, include, num_proteins):
+    (tmp_path / "a.fasta").write_text(fasta(num_proteins))
+    out = tmp_path / "out"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = [tmp_path / "a.fasta", out, kind.name, include]
+    result = subprocess.run(
+        [*launch, HELPERS / "written.py", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(PYTHONPATH=str(HELPERS.parent)),
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    by_rank = [int(Path(f"{out}.{rank}").read_text()) for rank in (0, 1)]
+    assert min(by_rank) > 0
+    assert 1 <= share_of(sum(by_rank), out) < MOST[kind]
+
+
+@pytest.mark.parametrize("unit_share", [1.0, 0.3], ids=["uncut", "cut"])
+@pytest.mark.parametrize("memory", [0, 3 << 20])
+@pytest.mark.parametrize("kind", list(Format), ids=name_of)
+def test_an_output_larger_than_memory_is_written_once(tmp_path, monkeypatch, kind, memory, unit_share):
+    """It may be larger by so much that not one protein finds room, or that some do."""
+    monkeypatch.setattr("dist_esm.planning.layout.LARGE_BYTES", 0)
+    monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, memory))
+    monkeypatch.setattr("dist_esm.outputs.row_buffer.KEPT_BYTES", 0)
+    settings = {"include": [Include.per_tok], "format": kind}
+    share = share_written(tmp_path, 200, unit_share=unit_share, **settings)
     assert 1 <= share < MOST[kind]
 
 
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no counters of written bytes")
-@pytest.mark.parametrize(
-    "kind", [Format.pt, Format.safetensors, Format.npy, Format.h5], ids=lambda kind: kind.name
-)
-def test_an_output_larger_than_memory_is_written_once(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("dist_esm.planning.layout.LARGE_BYTES", 0)
-    monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, 0))
-    monkeypatch.setattr("dist_esm.outputs.row_buffer.KEPT_BYTES", 0)
-    text = "".join(f">sp|P{i:05d}|X_Y\n{'ACDEFGHIKL' * (10 + i % 40)}\n" for i in range(200))
-    settings = {"include": [Include.per_tok], "format": kind, "save_dtype": SaveDtype.float16}
-    assert 1 <= share_written(tmp_path, text, **settings) < 1.05
+@pytest.mark.parametrize(("unit_share", "most"), [(1.0, 1.1), (0.1, 2.1)], ids=["uncut", "cut"])
+def test_compressed_numbers_of_a_file_that_is_cut_are_written_twice_and_no_more(tmp_path, unit_share, most):
+    """Where they belong is known when all before them are compressed."""
+    settings = {"format": Format.parquet, "compression": Compression.zstd, "include": [Include.per_tok]}
+    share = share_written(tmp_path, 200, unit_share=unit_share, **settings)
+    assert most - 0.2 < share < most
+
+
+@pytest.mark.parametrize("kind", list(Format), ids=name_of)
+def test_what_was_written_is_not_read_again(tmp_path, kind):
+    """Checksums are taken while there is still something to do for the device."""
+    before = so_far("rchar")
+    settings = {"include": [Include.per_tok], "format": kind, "report": ReportKind.json}
+    share_written(tmp_path, 400, unit_share=0.1, **settings)
+    (output,) = (path for path in (tmp_path / "out").iterdir() if path.name.startswith("a_ESM"))
+    assert so_far("rchar") - before < 0.05 * size_of(output)

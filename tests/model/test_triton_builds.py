@@ -55,14 +55,13 @@ def test_the_passes_between_products_are_compiled_and_fit(card, dtype):
         build(
             card,
             triton_ops._norm,
-            {"ADDS": True, "BLOCK": 8192},  # 15B, the widest
-            {"num_warps": 16},
+            {"ADDS": True, "WIDTH": 5120, "CHUNK": 1024},  # 15B, the widest
+            {"num_warps": 4},
             x="*fp16",
             added=values,
             weight=floats,
             bias=floats,
             out=values,
-            width="i32",
             eps="fp32",
         ),
         build(
@@ -141,14 +140,43 @@ def test_attention_is_compiled_and_fits(card, head, dtype):
     shared = build(
         card,
         triton_ops._attend,
-        {"HEAD": head, "BLOCK": block, "TILE": TILE, "PAIRS": pairs},
+        {"HEAD": head, "BLOCK": block, "TILE": TILE, "PAIRS": pairs, "SCALES": False},
         {"num_warps": warps, "num_stages": stages},
         ("tiles", "num_heads"),
         **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}"),
         tiles="*i32",
+        scale="fp32",
         **dict.fromkeys(("q_stride", "k_stride", "v_stride", "num_heads"), "i32"),
     )
     assert 0 < shared <= SHARED_KIB[card] << 10
+
+
+@pytest.mark.parametrize("head", [64, 128], ids=["650M-3B", "15B"])
+def test_what_fp8_needs_is_compiled_for_hopper_and_fits(head):
+    shared = [
+        build(
+            90,
+            triton_ops._attend,
+            {"HEAD": head, "BLOCK": head, "TILE": TILE, "PAIRS": False, "SCALES": True},
+            {"num_warps": 4, "num_stages": 3},
+            ("tiles", "num_heads"),
+            **dict.fromkeys(("q", "k", "v"), "*bf16"),
+            out="*u16",
+            tiles="*i32",
+            scale="fp32",
+            **dict.fromkeys(("q_stride", "k_stride", "v_stride", "num_heads"), "i32"),
+        ),
+        build(
+            90,
+            triton_ops._round_block,
+            {"WIDTH": 128, "BLOCK": 128, "ROWS": 16},
+            {"num_warps": 4},
+            **dict.fromkeys(("weight", "factors", "errors"), "*fp32"),
+            rounded="*fp8e4nv",
+            num_rows="i32",
+        ),
+    ]
+    assert max(shared) <= SHARED_KIB[90] << 10
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "pairs"])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from dist_esm.checksum import read_back
 from dist_esm.config import Chains, Format, Include
 from dist_esm.outputs import builder as builder_module
+from dist_esm.outputs import journal
+from dist_esm.outputs import loose as loose_module
 from dist_esm.outputs import shards as shards_module
 from dist_esm.outputs.journal import Journal
 from dist_esm.outputs.placed import part_from_finished
@@ -24,6 +28,7 @@ POISON = "W" * 31
 def small_units_and_pages(monkeypatch):
     monkeypatch.setattr("dist_esm.planning.units.MIN_UNIT_BYTES", 256)
     monkeypatch.setattr("dist_esm.outputs.region.PAGE_BYTES", 64)
+    monkeypatch.setattr("dist_esm.checksum.BLOCK_BYTES", 128)
     monkeypatch.setattr("dist_esm.outputs.row_buffer.KEPT_BYTES", 0)
     monkeypatch.setattr("dist_esm.outputs.formats.parquet.GROUP_BYTES", 1 << 12)
     monkeypatch.setattr("dist_esm.outputs.formats.parquet_pages.PAGE_BYTES", 1 << 10)
@@ -41,7 +46,12 @@ def fasta(poison_at: int | None = None, first: str = "ACDEFGHIKL") -> str:
 
 
 def embed(path: Path, out: Path, share: float = 0.1, **others) -> Embedded:
-    return embed_directory(path, out, include=ALL_KINDS, dedupe=False, unit_share=share, **others)
+    """Embed a file; what the journal has of its outputs is what they are."""
+    run = embed_directory(path, out, include=ALL_KINDS, dedupe=False, unit_share=share, **others)
+    outputs = [file for entry in journal.read(out) if not entry.is_shard for file in entry.written]
+    for written in {file.path: file for file in outputs}.values():
+        assert read_back(out, Path(written.path)) == written
+    return run
 
 
 def files_of(out: Path) -> dict[str, bytes]:
@@ -118,10 +128,10 @@ def test_a_kill_between_the_name_and_its_line_in_the_journal_loses_nothing(half_
     embed_again, _, out, uncut = half_done
     append = Journal.append
 
-    def refuse_joined(journal, entries):
+    def refuse_joined(self, entries):
         if any(entry.is_joined for entry in entries):
             raise OSError("killed")
-        append(journal, entries)
+        append(self, entries)
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", refuse_joined)
@@ -150,7 +160,7 @@ def test_what_people_see_shares_no_bytes_with_what_is_written_to(half_done, monk
     assert files_of(out) == before
 
 
-def refuse_all(journal, entries) -> None:
+def refuse_all(self, entries) -> None:
     raise OSError("killed")
 
 
@@ -224,7 +234,7 @@ def test_outputs_larger_than_memory_are_those_that_find_room_in_it(tmp_path, mon
     embed(path, tmp_path / "small", share=share, **settings)
     monkeypatch.setattr("dist_esm.planning.layout.LARGE_BYTES", 0)
     monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, 300))
-    if kind not in (Format.h5, Format.parquet):  # there, rows have no place, or do not follow one another
+    if kind is not Format.h5:  # there, only the numbers of datasets have places
         monkeypatch.setattr(NamelessFile, "__init__", refuse_file)
     run = embed(path, tmp_path / "large", share=share, **settings)
     assert run.report.status == "complete"
@@ -263,7 +273,7 @@ def test_shards_of_other_kinds_are_joined_with_files_of_proteins(tmp_path, monke
     path.write_text(fasta(poison_at=20))
     embed(path, tmp_path / "uncut", share=1.0, format=Format.fair_esm)
 
-    def write_as_before(table, output_format, stem, scratch):
+    def write_as_before(table, output_format, stem, scratch, early):
         return shards_module.write_shard(table, Format.parquet, stem, scratch)
 
     with monkeypatch.context() as patch:
@@ -272,3 +282,41 @@ def test_shards_of_other_kinds_are_joined_with_files_of_proteins(tmp_path, monke
     assert list((out / ".dist_esm" / "shards").glob("*.pt"))
     assert embed(path, out, format=Format.fair_esm).report.status == "complete"
     assert files_of(out) == files_of(tmp_path / "uncut")
+
+
+@pytest.mark.parametrize("most", [100_000, 7], ids=["one output", "numbered parts"])
+@pytest.mark.parametrize("share", [1.0, 0.2])
+@pytest.mark.parametrize("num_bytes", [0, 300, 2000])
+def test_files_of_proteins_that_find_no_room_in_memory_are_those_that_do(
+    tmp_path, monkeypatch, most, share, num_bytes
+):
+    path = tmp_path / "a.fasta"
+    path.write_text(fasta().replace(">p39 ", ">p0\n>p39 "))
+    settings = {"format": Format.fair_esm, "max_proteins_per_output": most, "chains": Chains.split}
+    embed(path, tmp_path / "small", share=share, **settings)
+    monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, num_bytes))
+    monkeypatch.setattr(NamelessFile, "__init__", refuse_file)
+    run = embed(path, tmp_path / "large", share=share, **settings)
+    assert run.report.status == "complete"
+    assert files_of(tmp_path / "large") == files_of(tmp_path / "small")
+    assert not list((tmp_path / "large" / ".dist_esm").rglob("scratch/*/*"))
+
+
+def test_a_disk_that_was_full_for_a_moment_loses_no_file_of_a_protein(tmp_path, monkeypatch):
+    """The output is written again, with the files that were there before."""
+    path = tmp_path / "a.fasta"
+    path.write_text(fasta())
+    embed(path, tmp_path / "small", share=1.0, format=Format.fair_esm)
+    monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, 0))
+    write_files, calls = loose_module.write_files, []
+
+    def fail_once(*arguments):
+        write_files(*arguments)
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loose_module, "write_files", fail_once)
+    assert embed(path, tmp_path / "large", share=1.0, format=Format.fair_esm).report.status == "complete"
+    assert len(calls) == 2
+    assert files_of(tmp_path / "large") == files_of(tmp_path / "small")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_esm.outputs import region as region_module
-from dist_esm.outputs.region import OutsideError, Region, joined_crc32
+from dist_esm.outputs.region import OutsideError, Region, WrittenRegion, joined_crc32
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
@@ -24,7 +24,7 @@ def test_the_crc_of_two_texts_is_known_from_those_of_each(one, other):
 def test_regions_fill_a_file_whoever_writes_them_in_whatever_pieces(tmp_path, monkeypatch, page, borders):
     """Before the ends are written, nobody has touched a page that is not all its own."""
     monkeypatch.setattr(region_module, "PAGE_BYTES", page)
-    monkeypatch.setattr(region_module, "BLOCK_BYTES", 50)
+    monkeypatch.setattr("dist_esm.checksum.BLOCK_BYTES", 50)
     path = tmp_path / "folder" / "a"
     content = np.random.default_rng(0).integers(1, 256, borders[-1], dtype=np.uint8).tobytes()
     written = []
@@ -80,3 +80,29 @@ def test_a_byte_that_changed_is_noticed_and_one_outside_refused(tmp_path, monkey
     assert not written.is_intact(tmp_path / "a")
     (tmp_path / "a").unlink()
     assert not written.is_intact(tmp_path / "a")
+
+
+@pytest.mark.parametrize("has_crc", [True, False])
+def test_blocks_that_come_in_any_order_are_summed_when_they_are_full(tmp_path, monkeypatch, has_crc):
+    """When all are there, what is left to read is at the ends."""
+    monkeypatch.setattr(region_module, "PAGE_BYTES", 16)
+    monkeypatch.setattr("dist_esm.checksum.BLOCK_BYTES", 64)
+    content = np.random.default_rng(0).bytes(6400)
+    region = Region(tmp_path / "a", 37, 6437, has_crc)
+    borders = [*range(0, 6400, 23), 6400]
+    for begin, end in np.random.default_rng(1).permutation(list(pairwise(borders))).tolist():
+        region.write(begin, content[begin:end])
+    read, num_read = WrittenRegion.read, []
+
+    def counted(self, path, start, stop):
+        num_read.append(stop - start)
+        return read(self, path, start, stop)
+
+    monkeypatch.setattr(WrittenRegion, "read", counted)
+    written = region.read_back()
+    region.close()
+    assert sum(num_read) <= 2 * 64
+    whole = Region(tmp_path / "b", 37, 6437, has_crc)
+    assert whole.write_all([np.frombuffer(content, np.uint8)]) == written
+    assert written.is_intact(tmp_path / "a")
+    whole.close()

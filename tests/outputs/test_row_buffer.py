@@ -42,6 +42,31 @@ def test_rows_come_back_in_their_places_from_memory_and_from_disk(
     assert memory.left == num_bytes
 
 
+class Noted:
+    """A file that notes which bytes it was given."""
+
+    def __init__(self) -> None:
+        self.written: list[int] = []
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self.written += range(offset, offset + data.nbytes)
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1000, 7000])
+def test_a_row_is_given_to_the_file_once(monkeypatch, num_bytes):
+    """Also when some of those that it follows are not there yet."""
+    monkeypatch.setattr("dist_esm.outputs.row_buffer.KEPT_BYTES", 0)
+    rows, file = np.ones((300, 6), np.float32), Noted()
+    buffer = RowBuffer(6, rows.dtype, lambda: file, Memory(num_bytes), 300)
+    for number in [4, 2, 7, *np.random.default_rng(0).permutation([*set(range(60)) - {4, 2, 7}]).tolist()]:
+        buffer.write(5 * number, rows[5 * number : 5 * number + 5])
+    assert buffer.is_in_place
+    assert sorted(file.written) == list(range(rows.nbytes))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_one_number_that_is_not_finite_is_found_among_many(dtype):
     rows = np.random.default_rng(0).standard_normal((50, 40)).astype(dtype)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_esm.atomic import commit_together, read_back
+from dist_esm.atomic import commit_together
+from dist_esm.checksum import read_back
 from dist_esm.config import Format
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
 from dist_esm.outputs.shards import read_shard, write_shard

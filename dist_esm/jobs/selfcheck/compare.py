@@ -18,6 +18,8 @@ from dist_esm.jobs.selfcheck.yardstick import FEWEST_WITH_NEIGHBOURS, measure
 from dist_esm.types import SegmentEmbedding
 
 MAX_RELATIVE_ERROR = {torch.float32: 1e-5}
+MAX_SPREAD_ERROR, MAX_SPREAD_ERROR_FP8 = 0.03, 0.1
+MIN_NEIGHBOURS_KEPT, MIN_NEIGHBOURS_KEPT_FP8 = 0.99, 0.98
 BOS_FACTOR = 3
 """By so much more of the spread a single BOS may be off than a mean."""
 TOKEN_FACTOR = 10
@@ -47,7 +49,12 @@ class Limits:
         error = (
             MAX_RELATIVE_ERROR.get(dtype) if config.max_relative_error is None else config.max_relative_error
         )
+        is_fp8 = dtype is torch.float8_e4m3fn
         most, kept = config.max_spread_error, config.min_neighbours_kept
+        if most is None:
+            most = MAX_SPREAD_ERROR_FP8 if is_fp8 else MAX_SPREAD_ERROR
+        if kept is None:
+            kept = MIN_NEIGHBOURS_KEPT_FP8 if is_fp8 else MIN_NEIGHBOURS_KEPT
         if include is Include.mean:
             return cls(error, most, most, kept)
         error = None if error is None else TOKEN_FACTOR * error

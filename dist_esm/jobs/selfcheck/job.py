@@ -233,7 +233,7 @@ def compare_models(
             names,
             [embedding[include, layer] for embedding in our_embeddings],
             [embedding[include, layer] for embedding in theirs.embeddings],
-            Limits.of(config.selfcheck, setup.dtype, include),
+            Limits.of(config.selfcheck, setup.precision, include),
         )
         for include, layer in representations
     ]
@@ -246,7 +246,7 @@ def compare_models(
         host=world.host,
         device=describe(setup.device),
         kind_of_device=kind_of_device,
-        dtype=str(setup.dtype).removeprefix("torch."),
+        dtype=str(setup.precision).removeprefix("torch."),
         kernels=str(setup.kernels),
         toks_per_batch=ours.toks_per_batch,
         fair_esm_device=theirs.device,
@@ -290,7 +290,8 @@ def write_selfcheck(
         "over": over,
         "model": {"weights_from": config.model.weights or str(locate(config.model)), **setup.provenance},
         "limits": {
-            include.name: asdict(Limits.of(config.selfcheck, setup.dtype, include)) for include in includes
+            include.name: asdict(Limits.of(config.selfcheck, setup.precision, include))
+            for include in includes
         },
         "proteins_seen": num_seen,
         "not_read": unread,

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_esm.model.kernels.quantized import to_e4m3
+
 TILE = 64
 """Queries of a tile, and keys that are taken at once. Few, since proteins are short: the part of a tile that
 reaches past a protein's end is wasted."""
@@ -53,16 +55,18 @@ def tiles(bounds: Sequence[int]) -> NDArray[np.int32]:
     return np.stack((starts + index_in_protein * TILE, starts, stops), 1).astype(np.int32)
 
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, Seqlens], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Seqlens, float | None], Tensor]
+"""Takes queries, keys and values of a pack, where its proteins are, and by what the result is multiplied
+before it is rounded to e4m3; None: it stays in the dtype of the values."""
 
 
-def sdpa(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, seqlens: Seqlens) -> Tensor:
+def sdpa(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, seqlens: Seqlens, scale: float | None = None) -> Tensor:
     """Attend within each protein by torch's own choice of kernel, a call for each."""
     out_TNH = torch.empty_like(q_TNH)
     for start, stop in pairwise(seqlens.bounds):
         q, k, v = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TNH, v_TNH))
         out_TNH[start:stop] = F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(0).transpose(0, 1)
-    return out_TNH
+    return out_TNH if scale is None else to_e4m3(out_TNH.float() * scale)
 
 
 def load_triton() -> AttentionFunction:
@@ -75,7 +79,9 @@ def load_triton() -> AttentionFunction:
     """
     from dist_esm.model.kernels import triton_ops
 
-    def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, seqlens: Seqlens) -> Tensor:
-        return triton_ops.attend(q_TNH, k_TNH, v_TNH, seqlens.tiles, TILE)
+    def attend(
+        q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, seqlens: Seqlens, scale: float | None = None
+    ) -> Tensor:
+        return triton_ops.attend(q_TNH, k_TNH, v_TNH, seqlens.tiles, TILE, scale)
 
     return attend

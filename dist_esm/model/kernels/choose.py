@@ -12,9 +12,10 @@ from importlib.util import find_spec
 
 import torch
 
-from dist_esm.config import Attention, DeviceKind, Dtype, LinearKind
+from dist_esm.config import Attention, DeviceKind, Dtype, Fp8, LinearKind
 from dist_esm.model.kernels.attention import AttentionFunction, load_triton, sdpa
 from dist_esm.model.kernels.linear import LinearOps, TorchLinear
+from dist_esm.model.kernels.quantized import E4M3
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,12 @@ class Kernels:
     attend: AttentionFunction
     linear: LinearOps
     """The rest of a block."""
+    quantized: frozenset[str] = frozenset()
+    """The layers of a block that multiply e4m3 numbers."""
 
     def __str__(self) -> str:
-        return f"attention={self.attention} linear={self.linear.name}"
+        e4m3 = f", e4m3 in {' '.join(sorted(self.quantized))}" if self.quantized else ""
+        return f"attention={self.attention} linear={self.linear.name}{e4m3}"
 
 
 PLAIN = Kernels("sdpa", sdpa, TorchLinear())
@@ -49,9 +53,17 @@ LEAST_HEAD = 64
 
 
 def choose_kernels(
-    attention: Attention, linear: LinearKind, device: torch.device, dtype: torch.dtype, head_dim: int
+    attention: Attention,
+    linear: LinearKind,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    quantized: frozenset[str] = frozenset(),
 ) -> Kernels:
     """Choose the implementations for a device; `auto` is the fastest that the device can run.
+
+    With layers that are `quantized`, see `quantized_products`, that is ``quack`` or none: ``torch`` computes
+    them, too, if it is named, slowly, and on any device.
 
     Raises
     ------
@@ -67,12 +79,14 @@ def choose_kernels(
         "torch": None,
     }
     attention_name = choose_by_name("attention", attention.name, {"triton": no_triton, "sdpa": None})
-    linear_name = choose_by_name(
-        "linear", linear.name, {name: unmet[name] for name in fastest_first(device, dtype)}
-    )
-    return Kernels(
-        attention_name, load_triton() if attention_name == "triton" else sdpa, load_linear(linear_name, dtype)
-    )
+    if quantized and linear is not LinearKind.torch:
+        linear_name = choose_for_quantized(linear, unmet["quack"])
+    else:
+        linear_name = choose_by_name(
+            "linear", linear.name, {name: unmet[name] for name in fastest_first(device, dtype)}
+        )
+    attend = load_triton() if attention_name == "triton" else sdpa
+    return Kernels(attention_name, attend, load_linear(linear_name, dtype), quantized)
 
 
 def fastest_first(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -89,6 +103,23 @@ def fastest_first(device: torch.device, dtype: torch.dtype) -> list[str]:
         if capability == HOPPER
         else ["cublas", "triton", "torch", "quack"]
     )
+
+
+def choose_for_quantized(linear: LinearKind, no_quack: str | None) -> str:
+    """Return the name of the implementation for layers that multiply e4m3 numbers.
+
+    Raises
+    ------
+    ValueError
+        If it lacks something, or another is named.
+    """
+    if linear in (LinearKind.triton, LinearKind.cublas):
+        raise ValueError(
+            f"linear={linear.name} has no products of 8-bit numbers for dtype=fp8: use linear=auto"
+        )
+    if no_quack is not None:
+        raise ValueError(f"dtype=fp8 needs {no_quack}: use dtype=auto")
+    return "quack"
 
 
 def choose_by_name(key: str, wanted: str, unmet: dict[str, str | None]) -> str:
@@ -282,13 +313,30 @@ def runs_on(architecture: str, major: int, minor: int) -> bool:
     return built <= (major, minor) and (kind == "compute" or built[0] == major)
 
 
+def quantized_products(dtype: Dtype, fp8: Fp8) -> frozenset[str]:
+    """Return the layers of a block that multiply e4m3 numbers; none but for `dtype=fp8`."""
+    if dtype is not Dtype.fp8:
+        return frozenset()
+    return frozenset({Fp8.all: ("qkv", "out", "fc1", "fc2"), Fp8.ffn: ("fc1", "fc2")}[fp8])
+
+
+def precision_of(dtype: torch.dtype, kernels: Kernels) -> torch.dtype:
+    """Return the dtype that decides how exact a model's numbers are: its own, or e4m3."""
+    return E4M3 if kernels.quantized else dtype
+
+
 def choose_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
-    """Choose the dtype of parameters and matrix products.
+    """Choose the dtype of parameters and matrix products; for fp8 that of all products but the quantized.
 
     `auto` is bf16 where the GPU has it, fp16 where it has tensor cores for that alone (V100, T4), else fp32.
     """
     if wanted is not Dtype.auto:
-        return {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}[wanted]
+        return {
+            Dtype.fp32: torch.float32,
+            Dtype.bf16: torch.bfloat16,
+            Dtype.fp16: torch.float16,
+            Dtype.fp8: torch.bfloat16,
+        }[wanted]
     if device.type != "cuda":
         return torch.float32
     if torch.cuda.is_bf16_supported(including_emulation=False):

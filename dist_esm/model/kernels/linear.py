@@ -25,6 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_esm.model.kernels.quantized import E4M3, QuantizedLinear, to_e4m3
+from dist_esm.model.kernels.rounding import round_block
+
 
 class LinearOps(Protocol):
     """A way to compute a block."""
@@ -50,27 +53,30 @@ class LinearOps(Protocol):
     def from_stream(self, x_TD: Tensor) -> Tensor:
         """Return the residual stream in fp32 or wider; later changes to the stream do not reach it."""
 
-    def norm(self, x_TD: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
-        """Return the LayerNorm of the residual stream, computed in fp32, rounded to `dtype`."""
+    def norm(self, x_TD: Tensor, norm: Any) -> Tensor:
+        """Return the LayerNorm of the residual stream, computed in fp32, rounded to `norm.rounds_to`."""
 
     def qkv(
-        self, h_TD: Tensor, linear: nn.Linear, rotary: Any, num_heads: int
+        self, h_TD: Tensor, linear: nn.Linear | QuantizedLinear, rotary: Any, num_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys, both rotated, and values; each of shape (T, N, H)."""
 
-    def gelu(self, h_TD: Tensor, linear: nn.Linear) -> Tensor:
+    def gelu(self, h_TD: Tensor, linear: nn.Linear | QuantizedLinear) -> Tensor:
         """Return the exact GELU of a product."""
 
     def residual(
-        self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None
+        self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear | QuantizedLinear, norm: Any | None
     ) -> tuple[Tensor, Tensor]:
-        """Add a product to the residual stream; return the stream, and its LayerNorm in the product's dtype.
+        """Add a product to the residual stream; return the stream, and its LayerNorm, as `norm` does.
 
         `x_TD` may be overwritten. Without `norm` the stream is returned twice.
         """
 
     def segment_sum(self, x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
         """Sum rows `starts_B[i]` up to `stops_B[i]`; shape (B, D). A sum depends on its own rows alone."""
+
+    def round_block(self, weight_CB: Tensor, factors_BB: Tensor, rounded_CB: Tensor) -> Tensor:
+        """Round weights to e4m3, see `rounding.RoundBlock`."""
 
 
 def angles(positions_T: Tensor, inv_freq: Tensor) -> Tensor:
@@ -105,34 +111,39 @@ class TorchLinear:
         """Return the stream itself: `residual` makes a new one and never changes it."""
         return x_TD
 
-    def norm(self, x_TD: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
+    def norm(self, x_TD: Tensor, norm: Any) -> Tensor:
         """Apply torch's LayerNorm in the stream's dtype, then round."""
         h_TD: Tensor = norm(x_TD)
-        return h_TD.to(dtype)
+        return to_e4m3(h_TD) if norm.rounds_to is E4M3 else h_TD.to(norm.rounds_to)
 
     def qkv(
-        self, h_TD: Tensor, linear: nn.Linear, rotary: tuple[Tensor, Tensor], num_heads: int
+        self, h_TD: Tensor, linear: nn.Linear | QuantizedLinear, rotary: tuple[Tensor, Tensor], num_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Multiply by one matrix for all three, then rotate queries and keys."""
         q_TNH, k_TNH, v_TNH = linear(h_TD).view(len(h_TD), 3, num_heads, -1).unbind(1)
         return rotate(q_TNH, *rotary), rotate(k_TNH, *rotary), v_TNH
 
-    def gelu(self, h_TD: Tensor, linear: nn.Linear) -> Tensor:
+    def gelu(self, h_TD: Tensor, linear: nn.Linear | QuantizedLinear) -> Tensor:
         """Apply torch's erf GELU to the rounded product."""
-        return F.gelu(linear(h_TD))
+        values_TF = F.gelu(linear(h_TD))
+        return linear.quantize(values_TF) if isinstance(linear, QuantizedLinear) else values_TF
 
     def residual(
-        self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None
+        self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear | QuantizedLinear, norm: Any | None
     ) -> tuple[Tensor, Tensor]:
         """Add the rounded product in the stream's dtype, into new memory."""
         x_TD = x_TD + linear(h_TD)
-        return x_TD, x_TD if norm is None else self.norm(x_TD, norm, linear.weight.dtype)
+        return x_TD, x_TD if norm is None else self.norm(x_TD, norm)
 
     def segment_sum(self, x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
         """Sum the rows of each segment by a call of its own."""
         return torch.stack(
             [x_TD[start:stop].sum(0) for start, stop in zip(starts_B.tolist(), stops_B.tolist(), strict=True)]
         )
+
+    def round_block(self, weight_CB: Tensor, factors_BB: Tensor, rounded_CB: Tensor) -> Tensor:
+        """Round column after column."""
+        return round_block(weight_CB, factors_BB, rounded_CB)
 
 
 def rotate(x_TNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:

@@ -10,15 +10,18 @@ protein again in fp64.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from dist_esm.model.kernels import triton_ops, triton_pairs
-from dist_esm.model.kernels.linear_triton import rotation_table
+from dist_esm.model.kernels import triton_pairs
+from dist_esm.model.kernels.linear_triton import TritonPasses, rotation_table
+from dist_esm.model.kernels.quantized import QuantizedLinear
 from dist_esm.model.kernels.triton_products import product
 
 
-class PairsLinear:
+class PairsLinear(TritonPasses):
     """A block computed with Triton's products of pairs."""
 
     name = "triton"
@@ -44,12 +47,13 @@ class PairsLinear:
         """Return a copy of the stream."""
         return x_TD.clone()
 
-    def norm(self, x_TD: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
+    def norm(self, x_TD: Tensor, norm: Any) -> Tensor:
         """Apply LayerNorm in one pass; for the products, whose weights are fp16, it writes pairs."""
-        return triton_pairs.norm(x_TD, norm.weight, norm.bias, norm.eps, pairs=dtype is torch.float16)
+        is_for_product = norm.rounds_to is torch.float16
+        return triton_pairs.norm(x_TD, norm.weight, norm.bias, norm.eps, pairs=is_for_product)
 
     def qkv(
-        self, h_TD: Tensor, linear: nn.Linear, rotary: Tensor, num_heads: int
+        self, h_TD: Tensor, linear: nn.Linear | QuantizedLinear, rotary: Tensor, num_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Multiply by one matrix for all three; queries and keys are rotated inside the product."""
         num_rows = len(h_TD)
@@ -58,21 +62,17 @@ class PairsLinear:
         q_TNH, k_TNH, v_TNH = qkv_TC.view(num_rows, 3, num_heads, -1).unbind(1)
         return q_TNH, k_TNH, v_TNH
 
-    def gelu(self, h_TD: Tensor, linear: nn.Linear) -> Tensor:
+    def gelu(self, h_TD: Tensor, linear: nn.Linear | QuantizedLinear) -> Tensor:
         """Apply GELU inside the product, which writes pairs."""
         out_TF = h_TD.new_empty(len(h_TD), 2 * len(linear.weight))
         product("gelu", h_TD, linear.weight, linear.bias, out_TF)
         return out_TF
 
     def residual(
-        self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None
+        self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear | QuantizedLinear, norm: Any | None
     ) -> tuple[Tensor, Tensor]:
         """Add the product to the stream in place, inside the product."""
         if h_TD.dtype is torch.float32:  # attention's answer
             h_TD = triton_pairs.to_pairs(h_TD)
         product("residual", h_TD, linear.weight, linear.bias, x_TD)
-        return x_TD, x_TD if norm is None else self.norm(x_TD, norm, torch.float16)
-
-    def segment_sum(self, x_TD: Tensor, starts_B: Tensor, stops_B: Tensor) -> Tensor:
-        """Sum the rows of all segments in one launch."""
-        return triton_ops.segment_sum(x_TD, starts_B, stops_B)
+        return x_TD, x_TD if norm is None else self.norm(x_TD, norm)

@@ -14,7 +14,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dist_esm.model.kernels import kernel_cache
 from dist_esm.model.kernels.linear import angles
 from dist_esm.model.kernels.linear_triton import TritonPasses
+from dist_esm.model.kernels.quantized import E4M3, QuantizedLinear
 
 
 class Tile(NamedTuple):
@@ -38,11 +39,14 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    "rotation": Tile(192, 128, 1, 2, True),
-    "gelu": Tile(192, 128, 1, 2, True),
-    "residual": Tile(192, 128, 1, 2, True),
+    ("rotation", False): Tile(192, 128, 1, 2, True),
+    ("gelu", False): Tile(192, 128, 1, 2, True),
+    ("residual", False): Tile(192, 128, 1, 2, True),
+    ("rotation", True): Tile(192, 128, 1, 2, True),
+    ("gelu", True): Tile(128, 128, 2, 1, True),
+    ("residual", True): Tile(192, 128, 2, 1, True),
 }
-"""Measured on an H100, see LOG.md."""
+"""For each epilogue, and for products of e4m3 numbers (True) or of wider ones; measured, see LOG.md."""
 
 
 class QuackLinear(TritonPasses):
@@ -60,29 +64,40 @@ class QuackLinear(TritonPasses):
         return torch.stack((angles_TH.cos(), angles_TH.sin()), -1).flatten(1)
 
     def qkv(
-        self, h_TD: Tensor, linear: nn.Linear, rotary: Tensor, num_heads: int
+        self, h_TD: Tensor, linear: nn.Linear | QuantizedLinear, rotary: Tensor, num_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Multiply by one matrix for all three; queries and keys are rotated inside the product."""
         num_rows, width = h_TD.shape
-        qkv_TC = h_TD.new_empty(num_rows, 3 * width)
-        launch(
-            "rotation", a=h_TD, weight=linear.weight, bias=linear.bias.unsqueeze(0), turn=rotary, out=qkv_TC
-        )
+        qkv_TC = torch.empty(num_rows, 3 * width, dtype=attention_dtype(h_TD), device=h_TD.device)
+        launch("rotation", a=h_TD, out=qkv_TC, turn=rotary, **parameters(linear))
         q_TNH, k_TNH, v_TNH = qkv_TC.view(num_rows, 3, num_heads, -1).unbind(1)
         return q_TNH, k_TNH, v_TNH
 
-    def gelu(self, h_TD: Tensor, linear: nn.Linear) -> Tensor:
+    def gelu(self, h_TD: Tensor, linear: nn.Linear | QuantizedLinear) -> Tensor:
         """Apply GELU inside the product."""
         out_TF = h_TD.new_empty(len(h_TD), len(linear.weight))
-        launch("gelu", a=h_TD, weight=linear.weight, bias=linear.bias.unsqueeze(0), out=out_TF)
+        gain = {"half_gain": linear.half_gain} if isinstance(linear, QuantizedLinear) else {}
+        launch("gelu", a=h_TD, out=out_TF, **parameters(linear), **gain)
         return out_TF
 
     def residual(
-        self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None
+        self, x_TD: Tensor, h_TD: Tensor, linear: nn.Linear | QuantizedLinear, norm: Any | None
     ) -> tuple[Tensor, Tensor]:
         """Add the product to the stream in place, inside the product."""
-        launch("residual", a=h_TD, weight=linear.weight, bias=linear.bias.unsqueeze(0), out=x_TD)
-        return x_TD, x_TD if norm is None else self.norm(x_TD, norm, h_TD.dtype)
+        launch("residual", a=h_TD, out=x_TD, **parameters(linear))
+        return x_TD, x_TD if norm is None else self.norm(x_TD, norm)
+
+
+def attention_dtype(h_TD: Tensor) -> torch.dtype:
+    """Return the dtype of queries, keys and values: attention is not computed in e4m3."""
+    return torch.bfloat16 if h_TD.dtype is E4M3 else h_TD.dtype
+
+
+def parameters(linear: nn.Linear | QuantizedLinear) -> dict[str, Tensor]:
+    """Return a layer's parameters by the names that products have for them."""
+    if isinstance(linear, QuantizedLinear):
+        return {"weight": linear.weight, "bias": linear.bias, "factor": linear.factor}
+    return {"weight": linear.weight, "bias": linear.bias.unsqueeze(0)}
 
 
 _kernels: dict[tuple[object, ...], kernel_cache.Kernel] = {}
@@ -111,7 +126,7 @@ def load_product(epilogue: str, tensors: dict[str, Tensor]) -> kernel_cache.Kern
     def compiler() -> kernel_cache.Compiled:
         from dist_esm.model.kernels.quack_epilogues import compile_product
 
-        return compile_product(epilogue, tensors, TILES[epilogue])
+        return compile_product(epilogue, tensors, TILES[epilogue, tensors["a"].dtype is E4M3])
 
     name = "-".join(["quack", epilogue, *dtypes, *widths])
     return kernel_cache.load_or_compile(name, build_fingerprint(tensors["a"].device), compiler)

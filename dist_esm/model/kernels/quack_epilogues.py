@@ -1,5 +1,7 @@
 """The epilogues of `linear_quack`: bias, and GELU, rotation or residual, applied in fp32 registers.
 
+Products of e4m3 numbers (`quantized`) have each column multiplied by a factor of its own first.
+
 CuTe's compiler traces these functions. Importing this module takes seconds, and is only done to compile.
 """
 
@@ -25,6 +27,12 @@ from torch import Tensor
 from dist_esm.model.kernels import kernel_cache
 from dist_esm.model.kernels.triton_ops import SCALE
 
+TO_INFINITY = 3.4028235e38 / 448
+"""Takes what is larger than 448, e4m3's largest number, to infinity in fp32."""
+FAST_SUMS = (("fp8_slow_accum", False),)
+"""Products of e4m3 numbers are summed by the tensor cores alone. Over 10,240 terms that errs by 0.24%, the
+rounding to e4m3 by 3.7%."""
+
 quack.cache.CACHE_ENABLED = False  # what its cache answers cannot be exported
 
 
@@ -45,10 +53,29 @@ def with_gelu(acc, bias):
     return {"D": gelu(acc + bias)}
 
 
+@gemm_epilogue(ops={name: RowVecLoad(name) for name in ("factor", "bias", "half_gain")})
+def with_gelu_of_quantized(acc, factor, bias, half_gain):
+    """Apply GELU, and scale the result for e4m3; NaN where it would be larger than e4m3's largest number.
+
+    GELU is half (1 + tanh(...)), to 5e-4: e4m3 rounds more coarsely. Source: Hendrycks and Gimpel 2016,
+    arXiv:1606.08415.
+    """
+    x = acc * factor + bias
+    half = half_gain * x
+    y = half + half * cute.math.tanh(x * (0.7978846 + 0.0356774 * (x * x)), fastmath=True)
+    return {"D": y + (y * TO_INFINITY) * 0.0}  # e4m3's own rounding takes all that is too large as 448
+
+
 @gemm_epilogue(ops={"bias": RowVecLoad("bias")})
 def with_residual(acc, c, bias):
     """Add a product to the residual stream, which is kept scaled."""
     return {"D": (acc + bias) * SCALE + c}
+
+
+@gemm_epilogue(ops={"factor": RowVecLoad("factor"), "bias": RowVecLoad("bias")})
+def with_residual_of_quantized(acc, c, factor, bias):
+    """Add a product of e4m3 numbers to the residual stream."""
+    return {"D": (acc * factor + bias) * SCALE + c}
 
 
 class TurnLoad(RotaryCosSinTMALoad):
@@ -96,15 +123,36 @@ class TurnLoad(RotaryCosSinTMALoad):
         return copy_turn
 
 
+def turn_pair(pair, turn):
+    """Rotate two neighbouring numbers against each other."""
+    x, y = unpack(pair)
+    cos, sin = unpack(turn)
+    return {"D": pack(x * cos - y * sin, x * sin + y * cos)}
+
+
 @cache
 def with_rotation(width):
     """Return an epilogue that rotates neighbouring columns against each other, for one width of the model."""
 
     @gemm_epilogue(ops={"turn": TurnLoad("turn", 2 * width), "bias": RowVecLoad("bias")}, mode="acc_pair")
     def turned(acc, turn, bias):
-        x, y = unpack(acc + bias)
-        cos, sin = unpack(turn)
-        return {"D": pack(x * cos - y * sin, x * sin + y * cos)}
+        return turn_pair(acc + bias, turn)
+
+    return turned
+
+
+@cache
+def with_rotation_of_quantized(width):
+    """Return the same for products of e4m3 numbers."""
+    ops = {
+        "turn": TurnLoad("turn", 2 * width),
+        "factor": RowVecLoad("factor"),
+        "bias": RowVecLoad("bias"),
+    }
+
+    @gemm_epilogue(ops=ops, mode="acc_pair")
+    def turned(acc, turn, factor, bias):
+        return turn_pair(acc * factor + bias, turn)
 
     return turned
 
@@ -117,20 +165,31 @@ def compile_product(epilogue: str, tensors: dict[str, Tensor], tile: Any) -> ker
     epilogue
         "rotation", "gelu" or "residual".
     tensors
-        a (T, K), weight (C, K), bias (1, C), out (T, C), and turn (T, 2 H) for a rotation. The kernel depends
-        on their dtypes, and for a rotation on the widths.
+        a (T, K), weight (C, K), bias (1, C), out (T, C), and turn (T, 2 H) for a rotation. With e4m3 numbers
+        also factor (1, C), and half_gain (1, C) for GELU. The kernel depends on their dtypes, and for a
+        rotation on the widths.
     tile
         How the product is cut.
     """
     a, weight, out = (tensors[name] for name in ("a", "weight", "out"))
     operands = {name: tensor for name, tensor in tensors.items() if name not in ("a", "weight", "out")}
+    is_quantized = "factor" in tensors
     traced = {
-        "rotation": lambda: with_rotation(a.shape[1]),
-        "gelu": lambda: with_gelu,
-        "residual": lambda: with_residual,
+        "rotation": lambda: (with_rotation_of_quantized if is_quantized else with_rotation)(a.shape[1]),
+        "gelu": lambda: with_gelu_of_quantized if is_quantized else with_gelu,
+        "residual": lambda: with_residual_of_quantized if is_quantized else with_residual,
     }[epilogue]()
     addend = out if epilogue == "residual" else None
-    plan = traced.gemm(a, weight, out, addend, epi_args=operands, **tile._asdict(), _launch=False)
+    plan = traced.gemm(
+        a,
+        weight,
+        out,
+        addend,
+        epi_args=operands,
+        **tile._asdict(),
+        post_init_attrs=FAST_SUMS if is_quantized else (),
+        _launch=False,
+    )
     calls = []
     run_gemm_epi_plan(
         plan._replace(compiled_fn=lambda *arguments: calls.append(arguments)),

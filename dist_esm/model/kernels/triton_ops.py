@@ -21,6 +21,7 @@ SCALE = 2.0**-6
 A power of two rounds nothing."""
 UNSCALE = tl.constexpr(1 / SCALE)
 RESCALE = tl.constexpr(SCALE)
+LARGEST_E4M3 = tl.constexpr(448.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -35,22 +36,36 @@ def from_stream(x_TD: Tensor) -> Tensor:
 
 
 @triton.jit
-def _norm(x, added, weight, bias, out, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    values = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32) * UNSCALE
-    if ADDS:
-        values += tl.load(added + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-        tl.store(x + row * width + columns, (values * RESCALE).to(tl.float16), mask=inside)
-    mean = tl.sum(values, 0) / width
-    centred = tl.where(inside, values - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
-    gain = tl.load(weight + columns, mask=inside, other=0.0)
-    shift = tl.load(bias + columns, mask=inside, other=0.0)
-    tl.store(
-        out + row * width + columns, (centred * rstd * gain + shift).to(out.dtype.element_ty), mask=inside
-    )
+def _norm(x, added, weight, bias, out, eps, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ADDS: tl.constexpr):
+    """Normalize a row, which stays in registers. With chunks of 256 columns a warp needs no other warp."""
+    row = tl.program_id(0).to(tl.int64) * WIDTH
+    columns = tl.arange(0, CHUNK)
+    chunks = ()
+    total = 0.0
+    for first in tl.static_range(0, WIDTH, CHUNK):
+        inside = first + columns < WIDTH
+        values = tl.load(x + row + first + columns, mask=inside, other=0.0).to(tl.float32) * UNSCALE
+        if ADDS:
+            values += tl.load(added + row + first + columns, mask=inside, other=0.0).to(tl.float32)
+            tl.store(x + row + first + columns, (values * RESCALE).to(tl.float16), mask=inside)
+        chunks = chunks + (values,)  # noqa: RUF005 - Triton knows no other way
+        total += tl.sum(values, 0)
+    mean = total / WIDTH
+    squares = 0.0
+    for first in tl.static_range(0, WIDTH, CHUNK):
+        centred = tl.where(first + columns < WIDTH, chunks[first // CHUNK] - mean, 0.0)
+        squares += tl.sum(centred * centred, 0)
+    rstd = tl.rsqrt(squares / WIDTH + eps)
+    for first in tl.static_range(0, WIDTH, CHUNK):
+        inside = first + columns < WIDTH
+        gain = tl.load(weight + first + columns, mask=inside, other=0.0)
+        shift = tl.load(bias + first + columns, mask=inside, other=0.0)
+        values = (chunks[first // CHUNK] - mean) * rstd * gain + shift
+        tl.store(out + row + first + columns, values.to(out.dtype.element_ty), mask=inside)
+
+
+WIDEST_ROW_OF_A_WARP = 2560
+"""Columns of a row that the registers of one warp hold."""
 
 
 def norm(
@@ -67,8 +82,7 @@ def norm(
     """
     num_rows, width = x_TD.shape
     out_TD = torch.empty_like(x_TD, dtype=dtype)
-    block = triton.next_power_of_2(width)
-    warps = max(1, min(16, block // 512))
+    warps = 1 if width <= WIDEST_ROW_OF_A_WARP else 4
     added = x_TD if added_TD is None else added_TD
     _norm[(num_rows,)](
         x_TD,
@@ -76,10 +90,10 @@ def norm(
         weight_D,
         bias_D,
         out_TD,
-        width,
         eps,
+        WIDTH=width,
+        CHUNK=256 * warps,
         ADDS=added_TD is not None,
-        BLOCK=block,
         num_warps=warps,
     )
     return out_TD
@@ -181,10 +195,12 @@ def _attend(
     k_stride,
     v_stride,
     num_heads,
+    scale,
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     PAIRS: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     head, tile = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     first_query, start, stop = (
@@ -217,10 +233,20 @@ def _attend(
         keys = tl.load(keys_at, mask=(rows < left)[None, :] & in_head[:, None], other=0.0)
         values = tl.load(values_at, mask=(rows < left)[:, None] & in_head[None, :], other=0.0)
         most, total, sums = _attend_to(queries, keys, values, left, most, total, sums, PAIRS, MASKS=True)
-    out_rows = (
-        out + (first_query + rows).to(tl.int64)[:, None] * num_heads * HEAD + head * HEAD + columns[None, :]
-    )
-    tl.store(out_rows, (sums / total[:, None]).to(out.dtype.element_ty), mask=in_tile)
+    result = sums / total[:, None]
+    if SCALES:
+        # Two numbers of 8 bits are stored as one of 16: the layout of single ones takes twice the registers.
+        result *= scale
+        result = tl.where(tl.abs(result) <= LARGEST_E4M3, result, float("nan"))  # the rounding saturates
+        low, high = tl.split(tl.reshape(result, [TILE, BLOCK // 2, 2]))
+        low = low.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint16)
+        high = high.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint16)
+        pairs = tl.arange(0, BLOCK // 2)[None, :]
+        at = out + ((first_query + rows).to(tl.int64)[:, None] * num_heads + head) * (HEAD // 2) + pairs
+        tl.store(at, low | (high << 8), mask=(first_query + rows < stop)[:, None] & (pairs < HEAD // 2))
+    else:
+        at = out + (first_query + rows).to(tl.int64)[:, None] * num_heads * HEAD + head * HEAD
+        tl.store(at + columns[None, :], result.to(out.dtype.element_ty), mask=in_tile)
 
 
 @triton.jit
@@ -239,7 +265,9 @@ def _attend_to(queries, keys, values, left, most, total, sums, PAIRS: tl.constex
     return new_most, total * shrinks + tl.sum(weights, 1), sums
 
 
-def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, tiles_C3: Tensor, tile: int) -> Tensor:
+def attend(
+    q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, tiles_C3: Tensor, tile: int, scale: float | None = None
+) -> Tensor:
     """Attend within each protein; shape (T, N, H).
 
     Scores and their softmax are computed in fp32; the softmax is rounded to the dtype of the values. A query
@@ -255,9 +283,13 @@ def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, tiles_C3: Tensor, tile: 
         Tiles as in `Seqlens`; every row belongs to exactly one.
     tile
         Rows of a tile.
+    scale
+        The result is multiplied by this and rounded to e4m3, what is too large to NaN; None: it is rounded to
+        the dtype of the values.
     """
     _, num_heads, head = q_TNH.shape
-    out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+    dtype = q_TNH.dtype if scale is None else torch.float8_e4m3fn
+    out_TNH = torch.empty(q_TNH.shape, dtype=dtype, device=q_TNH.device)
     strides = q_TNH.stride(0), k_TNH.stride(0), v_TNH.stride(0)
     block = max(16, triton.next_power_of_2(head))
     grid = (len(tiles_C3) * num_heads,)
@@ -267,14 +299,16 @@ def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, tiles_C3: Tensor, tile: 
         q_TNH,
         k_TNH,
         v_TNH,
-        out_TNH,
+        out_TNH if scale is None else out_TNH.view(torch.uint16),
         tiles_C3,
         *strides,
         num_heads,
+        1.0 if scale is None else scale,
         HEAD=head,
         BLOCK=block,
         TILE=tile,
         PAIRS=pairs,
+        SCALES=scale is not None,
         num_warps=warps,
         num_stages=stages,
     )
@@ -284,3 +318,47 @@ def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, tiles_C3: Tensor, tile: 
 def attend_options(block: int, pairs: bool) -> tuple[int, int]:
     """Return the warps and stages of attention with heads of a width, in fp32 if it works with pairs."""
     return (8, 1) if pairs and block > 64 else (4, 3)
+
+
+@triton.jit
+def _round_block(
+    weight, factors, rounded, errors, num_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+    at = rows[:, None] * WIDTH + columns[None, :]
+    values = tl.load(weight + at, mask=inside, other=0.0)
+    found = tl.zeros((ROWS, BLOCK), tl.float32)
+    passed_on = tl.zeros((ROWS, BLOCK), tl.float32)
+    for column in range(0, WIDTH):
+        is_it = (columns == column)[None, :]
+        taken = tl.load(factors + column * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+        own = tl.load(factors + column * WIDTH + column)
+        value = tl.sum(tl.where(is_it, values, 0.0), 1)
+        nearest = tl.clamp(value, -LARGEST_E4M3, LARGEST_E4M3).to(tl.float8e4nv).to(tl.float32)
+        error = (value - nearest) / own
+        values -= error[:, None] * taken[None, :]
+        found = tl.where(is_it, nearest[:, None], found)
+        passed_on = tl.where(is_it, error[:, None], passed_on)
+    tl.store(rounded + at, found.to(tl.float8e4nv), mask=inside)
+    tl.store(errors + at, passed_on, mask=inside)
+
+
+def round_block(weight_CB: Tensor, factors_BB: Tensor, rounded_CB: Tensor) -> Tensor:
+    """Round the columns of a block to e4m3, see `rounding.RoundBlock`."""
+    num_rows, width = weight_CB.shape
+    errors_CB = torch.empty_like(weight_CB)
+    rows = 16
+    _round_block[(triton.cdiv(num_rows, rows),)](
+        weight_CB,
+        factors_BB,
+        rounded_CB,
+        errors_CB,
+        num_rows,
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        ROWS=rows,
+        num_warps=4,
+    )
+    return errors_CB

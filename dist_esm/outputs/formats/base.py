@@ -252,7 +252,7 @@ class Codec(NamedTuple):
     """How a format is written and read back: the `CODEC` of its module."""
 
     write: Callable[[OutputTable, Path], str | None]
-    """Writes an output to exactly this path, a new file or folder; returns its sha256 if that was taken on
+    """Writes an output to exactly this path, a new file or folder; returns its checksum if that was taken on
     the way."""
     open: Callable[[Path], Opened]
     """Opens an output for reading; raises whatever its library raises if it is damaged."""

@@ -93,7 +93,7 @@ def write_fair_esm(table: OutputTable, path: Path) -> str:
             with folder.file(name) as file:
                 write_protein(table, place, file)
         write_tables(table, names, folder)
-    return folder.sha256()
+    return folder.checksum()
 
 
 def names_of(rows: Sequence[Row]) -> list[str]:

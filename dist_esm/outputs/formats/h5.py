@@ -77,7 +77,7 @@ def write_h5(table: OutputTable, path: Path) -> str:
                 file.write(values.data)
         for block in metadata.blocks(metadata.hole.start, metadata.num_bytes):
             file.write(block)
-    return file.sha256()
+    return file.checksum()
 
 
 def root_kind(table: OutputTable) -> str:
@@ -123,33 +123,39 @@ class FileWithHole:
         """Return the position."""
         return self._position
 
-    def _seek(self, num_bytes: int) -> None:
-        """Go to where the next bytes are, and pass over them.
+    def _go_to(self, position: int) -> None:
+        """Go to where a byte outside the hole is."""
+        self._file.seek(position - (len(self.hole) if position >= self.hole.stop else 0))
+
+    def write(self, data: Any) -> int:
+        """Write bytes.
 
         Raises
         ------
         ValueError
             If they are in the hole.
         """
-        stop = self._position + num_bytes
-        if self._position < self.hole.stop and stop > self.hole.start and self.hole:
-            raise ValueError("HDF5 writes to where the numbers of datasets belong")
-        self._file.seek(self._position - (len(self.hole) if self._position >= self.hole.stop else 0))
-        self._position = stop
-
-    def write(self, data: Any) -> int:
-        """Write bytes."""
         view = memoryview(data)
-        self._seek(view.nbytes)
-        self._end = max(self._end, self._position)
+        start, stop = self._position, self._position + view.nbytes
+        if start < self.hole.stop and stop > self.hole.start and self.hole:
+            raise ValueError("HDF5 writes to where the numbers of datasets belong")
+        self._go_to(start)
         self._file.write(view)
+        self._position = stop
+        self._end = max(self._end, stop)
         return view.nbytes
 
     def readinto(self, buffer: Any) -> int:
-        """Read bytes; what was not written is zero."""
-        view = memoryview(buffer)
-        self._seek(view.nbytes)
-        view[:] = self._file.read(view.nbytes).ljust(view.nbytes, b"\0")
+        """Read bytes; what was not written is zero, as is the hole: HDF5 reads on behind what it is after."""
+        view = memoryview(buffer).cast("B")
+        start, stop = self._position, self._position + view.nbytes
+        view[:] = bytes(view.nbytes)
+        for first, last in ((start, min(stop, self.hole.start)), (max(start, self.hole.stop), stop)):
+            if first < last:
+                self._go_to(first)
+                found = self._file.read(last - first)
+                view[first - start : first - start + len(found)] = found
+        self._position = stop
         return view.nbytes
 
     def truncate(self, size: int) -> int:

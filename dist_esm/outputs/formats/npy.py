@@ -53,7 +53,7 @@ def write_npy(table: OutputTable, path: Path) -> str:
             _write_proteins(table, file)
         with folder.text(ABOUT) as file:
             _write_about(about, file)
-    return folder.sha256()
+    return folder.checksum()
 
 
 def _write_matrix(folder: SummedFolder, name: str, rows: Tensor | ChunkedTensor) -> None:

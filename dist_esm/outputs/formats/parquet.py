@@ -61,7 +61,7 @@ def write_parquet(table: OutputTable, path: Path, is_compressed: bool = False) -
                 content = ((page, little_endian(rows[page.first : page.stop])) for page in group)
                 parquet.add_numbers(column_of(kind, layer), content, about.width)
         _write_rest(parquet, table, about, is_compressed)
-    return file.sha256()
+    return file.checksum()
 
 
 def column_of(kind: str, layer: int) -> str:

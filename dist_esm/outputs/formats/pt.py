@@ -42,7 +42,7 @@ def write_pt(table: OutputTable, path: Path) -> str:
             file.write(member.descriptor(crc))
             crcs.append(crc)
         file.write(rest_of_archive(members, crcs, _content(table, storages)))
-    return file.sha256()
+    return file.checksum()
 
 
 def _dtype(table: OutputTable) -> np.dtype[Any]:

@@ -58,7 +58,7 @@ def write_safetensors(table: OutputTable, path: Path) -> str:
             for layer in layers:
                 for block in little_endian_blocks(getattr(table, kind)[layer]):
                     file.write(block.data)
-    return file.sha256()
+    return file.checksum()
 
 
 def _offsets(table: OutputTable) -> NDArray[Any]:

