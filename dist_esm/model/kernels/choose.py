@@ -45,7 +45,7 @@ VOLTA = (7, 0)
 """The first with fp16 tensor cores: V100, and T4 with 7.5."""
 FP32_BY_PAIRS = ((8, 0), (9, 0), (10, 0))
 """A100, H100 and B200, whose tensor cores do at least 8 products of fp16 in the time of one of fp32. On other
-cards, which do 2 to 5, three of fp16 may be slower."""
+cards, which do 2 to 4, three of fp16 may be slower."""
 WIDTH_STEP = 8
 """Numbers of 16 bits that are loaded at once."""
 LEAST_HEAD = 64
