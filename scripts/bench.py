@@ -121,8 +121,10 @@ class Bench:
 
     @property
     def device_settings(self) -> tuple[str, ...]:
-        """Return the overrides that choose the device."""
-        return f"device={self.options.device}", f"dtype={self.options.dtype}"
+        """Return the overrides that choose the device and its kernels."""
+        return tuple(
+            f"{key}={getattr(self.options, key)}" for key in ("device", "dtype", "attention", "linear")
+        )
 
     def add(
         self,
@@ -522,6 +524,8 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["esm2_t36_3B_UR50D", "esm2_t33_650M_UR50D"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--linear", default="auto")
     parser.add_argument("--peer-tokens", type=int, default=100_000)
     parser.add_argument("--loop-tokens", type=int, default=1_000_000)
     parser.add_argument(

@@ -137,6 +137,7 @@ def test_a_channel_of_zeros_stays_so():
         ("auto", "dtype=fp8 needs a Hopper GPU .compute capability 9.0., this is cpu: use dtype=auto"),
         ("quack", "dtype=fp8 needs a Hopper GPU .compute capability 9.0., this is cpu: use dtype=auto"),
         ("triton", "linear=triton has no products of 8-bit numbers for dtype=fp8: use linear=auto"),
+        ("cublas", "linear=cublas has no products of 8-bit numbers for dtype=fp8: use linear=auto"),
     ],
 )
 def test_8_bit_products_run_or_say_what_they_need(linear, message):
