@@ -73,6 +73,7 @@ class LinearKind(Enum):
     auto = "auto"
     quack = "quack"
     triton = "triton"
+    cublas = "cublas"
     torch = "torch"
 
 

@@ -54,7 +54,13 @@ from dist_esm.commandline.cli import compose_config
 from dist_esm.config import Format, SaveDtype
 from dist_esm.jobs.selfcheck.yardstick import Distance, measure
 from dist_esm.model.engine import AHEAD, Engine, Submitted, build_engine
-from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels, quantized_products
+from dist_esm.model.kernels.choose import (
+    choose_device,
+    choose_dtype,
+    choose_kernels,
+    precision_of,
+    quantized_products,
+)
 from dist_esm.model.weights import architecture, fair_esm_tensors
 from dist_esm.types import Pack
 
@@ -115,14 +121,17 @@ class Bench:
         self.kernels = choose_kernels(
             self.config.attention, self.config.linear, self.device, self.dtype, head_dim, products
         )
+        self.precision = precision_of(self.dtype, self.kernels)
         self.limit: float | None = None
         """Tokens a second of the matrix products alone, once they are measured."""
         self._add = add
 
     @property
     def device_settings(self) -> tuple[str, ...]:
-        """Return the overrides that choose the device."""
-        return f"device={self.options.device}", f"dtype={self.options.dtype}"
+        """Return the overrides that choose the device and its kernels."""
+        return tuple(
+            f"{key}={getattr(self.options, key)}" for key in ("device", "dtype", "attention", "linear")
+        )
 
     def add(
         self,
@@ -250,7 +259,7 @@ def kernel_loop(bench: Bench) -> None:
     if len(packs) > 1:  # the last pack holds what is left
         note += f" filled to {statistics.mean(tokens[:-1]) / engine.toks_per_batch:.2%}"
     rates = [sum(tokens) / seconds for seconds in timing.runs_s]
-    bench.add("kernel loop", bench.dtype, rates, means, note)
+    bench.add("kernel loop", bench.precision, rates, means, note)
 
 
 def run_packs(engine: Engine, packs: Sequence[Pack]) -> None:
@@ -282,7 +291,7 @@ def end_to_end(bench: Bench) -> None:
                     shutil.rmtree(output_dir)
                 files = f"{num_files} file{'s' if num_files > 1 else ''}"
                 ranks = f" on {num_ranks} ranks" if num_ranks > 1 else ""
-                bench.add(f"end to end, {files}{ranks}", bench.dtype, rates, note=note, devices=num_ranks)
+                bench.add(f"end to end, {files}{ranks}", bench.precision, rates, note=note, devices=num_ranks)
 
 
 def residues(bench: Bench) -> None:
@@ -338,7 +347,7 @@ def time_outputs(
     middle = statistics.median(rates)
     if means is not None and disk is not None:
         note = f"{middle / means:.0%} of means; {note}; disk {disk / 1e6:,.0f} MB/s"
-    bench.add(label, bench.dtype, rates, note=note)
+    bench.add(label, bench.precision, rates, note=note)
     return middle
 
 
@@ -437,7 +446,7 @@ def start(bench: Bench) -> None:
                     f"{rank['load_seconds']:.1f} s, kernels {rank['kernels_seconds']:.1f} s"
                 )
                 what = f"start, {writer.__name__.removeprefix('write_')}, {attempt}"
-                bench.add(what, bench.dtype, note=note)
+                bench.add(what, bench.precision, note=note)
 
 
 def write_fair_esm_checkpoint(tensors: Mapping[str, torch.Tensor], bench: Bench, folder: Path) -> Path:
@@ -522,6 +531,8 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["esm2_t36_3B_UR50D", "esm2_t33_650M_UR50D"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--linear", default="auto")
     parser.add_argument("--peer-tokens", type=int, default=100_000)
     parser.add_argument("--loop-tokens", type=int, default=1_000_000)
     parser.add_argument(

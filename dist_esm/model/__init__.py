@@ -1,6 +1,6 @@
 """ESM-2 on one device: a pack in, embeddings out. The only folder that names a device."""
 
-NUMERICS = 1
+NUMERICS = 2
 """Version of the numbers' bits.
 
 Raise it with any change of the forward, the pooling, the kernels or the defaults that gives some protein

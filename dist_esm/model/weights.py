@@ -235,7 +235,11 @@ def fill_parameters(
             put(layer.fc2, part, to, get(f"{prefix}.fc2.{part}"))
             put(layer.attention_norm, part, wide, get(f"{prefix}.self_attn_layer_norm.{part}"))
             put(layer.ffn_norm, part, wide, get(f"{prefix}.final_layer_norm.{part}"))
-        layer.attention_norm.rounds_to = layer.ffn_norm.rounds_to = dtype
+        for product in (layer.qkv, layer.out, layer.fc1, layer.fc2):
+            assert isinstance(product, nn.Linear)
+            ops.prepare(product)
+        layer.attention_norm.rounds_to = layer.qkv.weight.dtype
+        layer.ffn_norm.rounds_to = layer.fc1.weight.dtype
     model.final_norm.rounds_to = wide
     for part in ("weight", "bias"):
         put(model.final_norm, part, wide, get(f"emb_layer_norm_after.{part}"))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from dist_esm import Embedder
 from dist_esm.config import Attention, Dtype, Fp8, Include, LinearKind
 from dist_esm.fasta.tokens import tokenize
-from dist_esm.model import weights
+from dist_esm.model import quantize, weights
 from dist_esm.model.engine import Engine
 from dist_esm.model.esm2 import ESM2, Architecture
 from dist_esm.model.kernels.attention import TILE, Seqlens
@@ -20,7 +21,7 @@ from dist_esm.model.kernels.quantized import E4M3, LARGEST, QuantizedLinear, to_
 from dist_esm.model.kernels.rounding import round_block, round_weights
 from dist_esm.model.quantize import calibration_pack, quantize_, rounded_layer
 from dist_esm.types import Pack
-from helpers.checkpoints import A3B_SHAPED, A650M_SHAPED, fair_esm_model, random_state
+from helpers.checkpoints import A3B_SHAPED, A650M_SHAPED, fair_esm_model, random_state, write_checkpoint
 from helpers.compare import assert_within
 from helpers.data import real_proteins
 from helpers.layers import fair_esm_layers, segment_of
@@ -137,12 +138,32 @@ def test_a_channel_of_zeros_stays_so():
         ("auto", "dtype=fp8 needs a Hopper GPU .compute capability 9.0., this is cpu: use dtype=auto"),
         ("quack", "dtype=fp8 needs a Hopper GPU .compute capability 9.0., this is cpu: use dtype=auto"),
         ("triton", "linear=triton has no products of 8-bit numbers for dtype=fp8: use linear=auto"),
+        ("cublas", "linear=cublas has no products of 8-bit numbers for dtype=fp8: use linear=auto"),
     ],
 )
 def test_8_bit_products_run_or_say_what_they_need(linear, message):
     products = quantized_products(Dtype.fp8, Fp8.all)
     with pytest.raises(ValueError, match=message):
         choose_kernels(Attention.auto, LinearKind[linear], CPU, choose_dtype(Dtype.fp8, CPU), 64, products)
+
+
+def test_a_protein_that_saturates_is_embedded_again_in_fp32(tmp_path):
+    path = write_checkpoint(tmp_path / "narrow.pt", NARROW, random_state(NARROW, seed=1))
+    proteins = [protein.decode() for protein in real_proteins()[:3]]
+    eight_bits, fp32 = (
+        Embedder("auto", weights=path, device="cpu", linear="torch", dtype=dtype) for dtype in ("fp8", "fp32")
+    )
+    assert not np.array_equal(eight_bits.embed(proteins), fp32.embed(proteins))
+    with torch.inference_mode():
+        eight_bits.engine.model.layers[1].fc1.half_gain.mul_(1000)
+    assert np.array_equal(eight_bits.embed(proteins), fp32.embed(proteins))
+
+
+def test_a_model_that_cannot_be_rounded_is_refused_with_its_layer(monkeypatch):
+    monkeypatch.setattr(quantize, "HEADROOM", 0.05)  # e4m3 ends far below what the set reaches
+    state = random_state(NARROW, seed=1)
+    with pytest.raises(ValueError, match=r"dtype=fp8: layer 1 of this model leaves .*: use dtype=bf16"):
+        make_model(NARROW, state, CPU, LinearKind.torch, Fp8.all)
 
 
 def test_calibration_proteins_begin_and_end_as_fair_esm_has_it():
@@ -201,7 +222,9 @@ def test_on_a_gpu_a_product_has_the_numbers_that_its_layer_computes_and_what_sat
     inputs_TF = to_e4m3(new(300, 4 * width) * 8)
     wanted_TD = stream_TD.float() * 64 + inputs_TF.float() @ fc2.weight.float().T * fc2.factor + fc2.bias
     ops.residual(stream_TD, inputs_TF, fc2, None)
-    assert (stream_TD.float() * 64 - wanted_TD).abs().max() < 0.02
+    errors_TD = (stream_TD.float() * 64 - wanted_TD).abs()  # tensor cores sum with few bits
+    assert errors_TD.max() < 0.1
+    assert errors_TD.mean() < 0.01
 
 
 @pytest.mark.gpu
@@ -216,7 +239,7 @@ def test_on_a_gpu_weights_are_rounded_as_torch_rounds_them():
     )
     assert (ours == theirs).float().mean() > 0.9  # one that falls to the other side moves those after it
     centred_TK = inputs_TK.float() - inputs_TK.float().mean(0)
-    errors = [(centred_TK @ (one - weight_CK).T).square().mean().sqrt() for one in (ours, theirs)]
+    errors = [float((centred_TK @ (one - weight_CK).T).square().mean().sqrt()) for one in (ours, theirs)]
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 

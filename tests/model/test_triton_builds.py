@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="compiling needs the package trito
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dist_esm.model.kernels import triton_ops  # noqa: E402
+from dist_esm.model.kernels import triton_ops, triton_pairs, triton_products  # noqa: E402
 from dist_esm.model.kernels.attention import TILE  # noqa: E402
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -21,10 +21,21 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 specifications): A100; RTX 3090 and A40; L40S and RTX 4090; H100; B200; RTX 5090."""
 
 
-def build(card: int, kernel, constants: dict, options: dict, **types: str) -> int:
-    """Compile a kernel, and return the bytes of shared memory of a program."""
-    signature = {**types, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+def build(
+    card: int, kernel, constants: dict, options: dict, unaligned: tuple[str, ...] = (), **types: str
+) -> int:
+    """Compile a kernel, and return the bytes of shared memory of a program.
+
+    Addresses and sizes are multiples of 16, as they are in a model, but for those that are unaligned.
+    """
+    kinds = {**types, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: kinds[name] for name in kernel.arg_names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, kind) in enumerate(signature.items())
+        if kind.startswith(("*", "i")) and name not in unaligned
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
     assert f"sm_{card}" in compiled.asm["ptx"]
     assert compiled.asm["cubin"]
@@ -44,14 +55,13 @@ def test_the_passes_between_products_are_compiled_and_fit(card, dtype):
         build(
             card,
             triton_ops._norm,
-            {"ADDS": True, "BLOCK": 8192},  # 15B, the widest
-            {"num_warps": 16},
+            {"ADDS": True, "WIDTH": 5120, "CHUNK": 1024},  # 15B, the widest
+            {"num_warps": 4},
             x="*fp16",
             added=values,
             weight=floats,
             bias=floats,
             out=values,
-            width="i32",
             eps="fp32",
         ),
         build(
@@ -71,6 +81,7 @@ def test_the_passes_between_products_are_compiled_and_fit(card, dtype):
             triton_ops._segment_sum,
             {"ROWS": 16, "COLUMNS": 128},
             {"num_warps": 4},
+            ("starts", "stops"),
             x=floats,
             starts=ints,
             stops=ints,
@@ -81,19 +92,122 @@ def test_the_passes_between_products_are_compiled_and_fit(card, dtype):
     assert max(shared) <= SHARED_KIB[card] << 10
 
 
-@pytest.mark.parametrize("head", [16, 24, 32, 64, 128], ids=["8M", "35M", "150M", "650M-3B", "15B"])
 @pytest.mark.parametrize("card", SHARED_KIB)
-def test_attention_is_compiled_and_fits(card, head):
+def test_the_passes_in_fp32_are_compiled_and_fit(card):
+    floats, pairs = "*fp32", "*fp16"
+    shared = [
+        build(
+            card,
+            triton_pairs._norm,
+            {"BLOCK": 8192, "PAIRS": is_for_product},
+            {"num_warps": 16},
+            x=floats,
+            weight=floats,
+            bias=floats,
+            out=pairs if is_for_product else floats,
+            width="i32",
+            eps="fp32",
+        )
+        for is_for_product in (False, True)
+    ]
+    shared.append(
+        build(
+            card, triton_pairs._to_pairs, {"BLOCK": 1024}, {"num_warps": 4}, x=floats, out=pairs, width="i32"
+        )
+    )
+    assert max(shared) <= SHARED_KIB[card] << 10
+
+
+@pytest.mark.parametrize(
+    ("head", "dtype"),
+    [
+        (16, "bf16"),
+        (24, "bf16"),
+        (32, "bf16"),
+        (64, "bf16"),
+        (128, "bf16"),
+        (24, "fp32"),
+        (64, "fp32"),
+        (128, "fp32"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("card", SHARED_KIB)
+def test_attention_is_compiled_and_fits(card, head, dtype):
     block = max(16, triton.next_power_of_2(head))
-    pointers = dict.fromkeys(("q", "k", "v", "out"), "*bf16")
-    numbers = dict.fromkeys(("q_stride", "k_stride", "v_stride", "num_heads"), "i32")
+    pairs = dtype == "fp32"
+    warps, stages = triton_ops.attend_options(block, pairs)
     shared = build(
         card,
         triton_ops._attend,
-        {"HEAD": head, "BLOCK": block, "TILE": TILE},
-        {"num_warps": 4, "num_stages": 3},
-        **pointers,
+        {"HEAD": head, "BLOCK": block, "TILE": TILE, "PAIRS": pairs, "SCALES": False},
+        {"num_warps": warps, "num_stages": stages},
+        ("tiles", "num_heads"),
+        **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}"),
         tiles="*i32",
-        **numbers,
+        scale="fp32",
+        **dict.fromkeys(("q_stride", "k_stride", "v_stride", "num_heads"), "i32"),
+    )
+    assert 0 < shared <= SHARED_KIB[card] << 10
+
+
+@pytest.mark.parametrize("head", [64, 128], ids=["650M-3B", "15B"])
+def test_what_fp8_needs_is_compiled_for_hopper_and_fits(head):
+    shared = [
+        build(
+            90,
+            triton_ops._attend,
+            {"HEAD": head, "BLOCK": head, "TILE": TILE, "PAIRS": False, "SCALES": True},
+            {"num_warps": 4, "num_stages": 3},
+            ("tiles", "num_heads"),
+            **dict.fromkeys(("q", "k", "v"), "*bf16"),
+            out="*u16",
+            tiles="*i32",
+            scale="fp32",
+            **dict.fromkeys(("q_stride", "k_stride", "v_stride", "num_heads"), "i32"),
+        ),
+        build(
+            90,
+            triton_ops._round_block,
+            {"WIDTH": 128, "BLOCK": 128, "ROWS": 16},
+            {"num_warps": 4},
+            **dict.fromkeys(("weight", "factors", "errors"), "*fp32"),
+            rounded="*fp8e4nv",
+            num_rows="i32",
+        ),
+    ]
+    assert max(shared) <= SHARED_KIB[90] << 10
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "pairs"])
+@pytest.mark.parametrize("epilogue", ["gelu", "residual", "rotation"])
+@pytest.mark.parametrize("card", SHARED_KIB)
+def test_products_are_compiled_and_fit(card, epilogue, dtype):
+    pairs = dtype == "pairs"
+    tile = triton_products.tile_for(divmod(card, 10), epilogue, pairs)
+    operand = "fp16" if pairs else dtype
+    out = {"gelu": operand, "residual": "fp32" if pairs else "fp16", "rotation": "fp32" if pairs else dtype}
+    absent = [] if tile.by_tma else ["a_tiles", "weight_tiles"]
+    absent += [] if tile.stores_by_tma else ["out_tiles"]
+    absent += [] if epilogue == "rotation" else ["turn"]
+    constants = triton_products.constants_of(tile, epilogue, 64, pairs, width=1280) | dict.fromkeys(absent)
+    types = {
+        "a": f"*{operand}",
+        "a_tiles": f"tensordesc<{operand}[{tile.rows},{tile.depth}]>",
+        "weight": f"*{operand}",
+        "weight_tiles": f"tensordesc<{operand}[{tile.columns},{tile.depth}]>",
+        "out": f"*{out[epilogue]}",
+        "out_tiles": f"tensordesc<{out[epilogue]}[{tile.rows},{tile.columns // tile.parts}]>",
+        "bias": "*fp32",
+        "turn": "*fp32",
+        **dict.fromkeys(("num_rows", "num_columns", "width"), "i32"),
+    }
+    shared = build(
+        card,
+        triton_products._product,
+        constants,
+        {"num_warps": tile.warps, "num_stages": tile.stages},
+        ("num_rows",),
+        **{name: kind for name, kind in types.items() if name not in absent},
     )
     assert 0 < shared <= SHARED_KIB[card] << 10

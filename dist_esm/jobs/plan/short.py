@@ -128,7 +128,7 @@ def seconds_on_known(
     tokens = work.count.seen + 2 * work.count.sequences
     if setup.device.type == "cuda":
         figures = known_figures(config.model.name, device_name)
-        if not figures or setup.dtype.itemsize != 2:
+        if not figures or setup.precision.itemsize != 2:
             return None, ""
         return tokens / (figures[0].tokens_per_second * num_ranks), f"from {SOURCE}"
     arch = architecture(config.model)

@@ -4,7 +4,7 @@ The softmax scale is part of the query's projection (`weights` folds it in), so 
 here.
 
 ``triton``
-    Our own kernel (`triton_ops.attend`), a single launch over tiles of `TILE` queries: CUDA, bf16 or fp16.
+    Our own kernel (`triton_ops.attend`), a single launch over tiles of `TILE` queries: CUDA, not in fp64.
 ``sdpa``
     `torch.nn.functional.scaled_dot_product_attention`, a call for each protein: any device and dtype, more
     launches.

@@ -43,6 +43,11 @@ AMPERE = (8, 0)
 """The first with bf16 tensor cores."""
 VOLTA = (7, 0)
 """The first with fp16 tensor cores: V100, and T4 with 7.5."""
+FP32_BY_PAIRS = ((8, 0), (9, 0), (10, 0))
+"""A100, H100 and B200, whose tensor cores do at least 8 products of fp16 in the time of one of fp32. On other
+cards, which do 2 to 4, three of fp16 may be slower."""
+WIDTH_STEP = 8
+"""Numbers of 16 bits that are loaded at once."""
 LEAST_HEAD = 64
 """Heads narrower than this (8M, 35M, 150M) do not fit the tiles of ``quack``."""
 
@@ -66,16 +71,38 @@ def choose_kernels(
         If an implementation that is named cannot run on this device with this dtype and model, or lacks its
         package.
     """
-    no_triton, no_quack = unmet_by_triton(device, dtype), unmet_by_quack(device, dtype, head_dim)
+    no_triton = unmet_by_triton(device)
+    unmet = {
+        "quack": unmet_by_quack(device, dtype, head_dim),
+        "triton": no_triton or unmet_width(head_dim),
+        "cublas": no_triton or unmet_dtype(dtype),
+        "torch": None,
+    }
     attention_name = choose_by_name("attention", attention.name, {"triton": no_triton, "sdpa": None})
     if quantized and linear is not LinearKind.torch:
-        linear_name = choose_for_quantized(linear, no_quack)
+        linear_name = choose_for_quantized(linear, unmet["quack"])
     else:
         linear_name = choose_by_name(
-            "linear", linear.name, {"quack": no_quack, "triton": no_triton, "torch": None}
+            "linear", linear.name, {name: unmet[name] for name in fastest_first(device, dtype)}
         )
     attend = load_triton() if attention_name == "triton" else sdpa
-    return Kernels(attention_name, attend, load_linear(linear_name), quantized)
+    return Kernels(attention_name, attend, load_linear(linear_name, dtype), quantized)
+
+
+def fastest_first(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return the names of `linear` in the order in which `auto` tries them on a device.
+
+    In bf16 and fp16 Triton's products were measured on a Hopper GPU alone.
+    """
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if dtype is torch.float32:
+        first = ["triton", "torch"] if capability in FP32_BY_PAIRS else ["torch", "triton"]
+        return [*first, "quack", "cublas"]
+    return (
+        ["quack", "triton", "cublas", "torch"]
+        if capability == HOPPER
+        else ["cublas", "triton", "torch", "quack"]
+    )
 
 
 def choose_for_quantized(linear: LinearKind, no_quack: str | None) -> str:
@@ -86,8 +113,10 @@ def choose_for_quantized(linear: LinearKind, no_quack: str | None) -> str:
     ValueError
         If it lacks something, or another is named.
     """
-    if linear is LinearKind.triton:
-        raise ValueError("linear=triton has no products of 8-bit numbers for dtype=fp8: use linear=auto")
+    if linear in (LinearKind.triton, LinearKind.cublas):
+        raise ValueError(
+            f"linear={linear.name} has no products of 8-bit numbers for dtype=fp8: use linear=auto"
+        )
     if no_quack is not None:
         raise ValueError(f"dtype=fp8 needs {no_quack}: use dtype=auto")
     return "quack"
@@ -117,11 +146,11 @@ def choose_by_name(key: str, wanted: str, unmet: dict[str, str | None]) -> str:
     return wanted
 
 
-def unmet_by_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def unmet_by_triton(device: torch.device) -> str | None:
     """Name what Triton's kernels lack here; None if they can run."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < AMPERE:
         return f"a CUDA GPU of compute capability 8.0 or newer, this is {capability_in_words(device)}"
-    return unmet_dtype(dtype) or (None if is_installed("triton") else "the package triton")
+    return None if is_installed("triton") else "the package triton"
 
 
 def unmet_by_quack(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -151,13 +180,20 @@ def what_would_be_faster(linear: LinearKind, device: torch.device, dtype: torch.
         return ""
     return (
         "pip install 'dist_esm[hopper]' makes this card up to 1.2 times as fast "
-        "(1.21 with 650M and 1.12 with 3B, measured on an H100)"
+        "(1.21 with 650M and 1.12 with 3B, measured on an H100 against linear=cublas)"
     )
 
 
 def is_installed(package: str) -> bool:
     """Tell whether a package can be imported."""
     return find_spec(package) is not None
+
+
+def unmet_width(head_dim: int) -> str | None:
+    """Name what Triton's products lack with heads of a width; None if they can compute them."""
+    if head_dim % WIDTH_STEP == 0:
+        return None
+    return f"attention heads of a multiple of {WIDTH_STEP} channels, this model's have {head_dim}"
 
 
 def unmet_dtype(dtype: torch.dtype) -> str | None:
@@ -178,16 +214,20 @@ def capability_in_words(device: torch.device) -> str:
     )
 
 
-def load_linear(name: str) -> LinearOps:
-    """Import an implementation of the rest of a block by its name, and return it."""
+def load_linear(name: str, dtype: torch.dtype) -> LinearOps:
+    """Import an implementation of the rest of a block by its name, and return the one for a dtype."""
     if name == "quack":
         from dist_esm.model.kernels.linear_quack import QuackLinear
 
         return QuackLinear()
-    if name == "triton":
-        from dist_esm.model.kernels.linear_triton import TritonLinear
+    if name == "triton" and dtype is torch.float32:
+        from dist_esm.model.kernels.linear_pairs import PairsLinear
 
-        return TritonLinear()
+        return PairsLinear()
+    if name in ("triton", "cublas"):
+        from dist_esm.model.kernels.linear_triton import CublasLinear, TritonLinear
+
+        return TritonLinear() if name == "triton" else CublasLinear()
     return TorchLinear()
 
 

@@ -1,16 +1,18 @@
-"""All of a block but attention: matrix products and the steps between them, in three implementations.
+"""All of a block but attention: matrix products and the steps between them, in several implementations.
 
 ``torch``
     torch's own operations, this module: any device, any dtype.
-``triton`` (`linear_triton`)
+``cublas`` (`linear_triton`)
     cuBLAS for the products, a Triton pass for each step between them: CUDA, bf16 or fp16.
+``triton`` (`linear_triton`; fp32: `linear_pairs`)
+    Triton products with GELU, rotation and residual inside: CUDA, bf16, fp16 or fp32.
 ``quack`` (`linear_quack`)
     CuTe products of the package quack-kernels with GELU, rotation and residual inside: Hopper, bf16 or fp16.
 
 LayerNorm, GELU, rotation and every sum run in fp32 in all of them; a product's inputs are rounded to its
-dtype. Between blocks ``torch`` keeps the residual stream in fp32. The other two keep it in fp16, scaled so
-that it reaches 4 million: 8 times finer than bf16, and half the traffic of fp32. A stream that goes beyond is
-not finite, and the engine computes that protein again in fp32.
+dtype. Between blocks ``torch``, and ``triton`` in fp32, keep the residual stream in fp32. The others keep it
+in fp16, scaled so that it reaches 4 million: 8 times finer than bf16, and half the traffic of fp32. A stream
+that goes beyond is not finite, and the engine computes that protein again in fp32.
 
 Shape suffixes: T tokens of a pack, N heads, H head width, D model width, B proteins.
 """
@@ -38,6 +40,9 @@ class LinearOps(Protocol):
     """True if a row's bits do not depend on the number of rows: then a pack may have fewer."""
     bias_dtype: torch.dtype | None
     """Dtype of the products' biases; None: that of their weights."""
+
+    def prepare(self, linear: nn.Linear) -> None:
+        """Bring a product's parameters, in the products' dtype, into the form that the methods below take."""
 
     def rotary(self, positions_T: Tensor, inv_freq: Tensor) -> Any:
         """Return what `qkv` needs to rotate queries and keys; computed once for a pack."""
@@ -89,6 +94,9 @@ class TorchLinear:
     interleaves = False
     any_rows = False
     bias_dtype: torch.dtype | None = None
+
+    def prepare(self, linear: nn.Linear) -> None:
+        """Leave them as they are."""
 
     def rotary(self, positions_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosine and sine of each rotation; shape (T, 1, H)."""

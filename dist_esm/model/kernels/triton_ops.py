@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dist_esm.model.kernels.triton_pairs import dot_of_pairs
+
 SCALE = 2.0**-6
 """The residual stream is kept in fp16 times this: it reaches 4 million, with 11 significant bits.
 A power of two rounds nothing."""
@@ -134,12 +136,17 @@ def rotate_(qkv_TC: Tensor, cos_TH: Tensor, sin_TH: Tensor, num_heads: int) -> N
 
 
 @triton.jit
+def exact_gelu(values):
+    """Return x (1 + erf(x / sqrt 2)) / 2."""
+    return 0.5 * values * (1.0 + tl.erf(values * 0.7071067811865476))
+
+
+@triton.jit
 def _gelu(x, size, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < size
     values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-    result = 0.5 * values * (1.0 + tl.erf(values * 0.7071067811865476))
-    tl.store(x + offsets, result.to(x.dtype.element_ty), mask=inside)
+    tl.store(x + offsets, exact_gelu(values).to(x.dtype.element_ty), mask=inside)
 
 
 def gelu_(x: Tensor) -> Tensor:
@@ -192,6 +199,7 @@ def _attend(
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    PAIRS: tl.constexpr,
     SCALES: tl.constexpr,
 ):
     head, tile = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
@@ -217,39 +225,49 @@ def _attend(
     for _ in range(0, whole, TILE):
         keys = tl.load(keys_at, mask=in_head[:, None], other=0.0)
         values = tl.load(values_at, mask=in_head[None, :], other=0.0)
-        most, total, sums = _attend_to(queries, keys, values, TILE, most, total, sums, MASKS=False)
+        most, total, sums = _attend_to(queries, keys, values, TILE, most, total, sums, PAIRS, MASKS=False)
         keys_at += TILE * k_stride
         values_at += TILE * v_stride
     if whole < length:
         left = length - whole
         keys = tl.load(keys_at, mask=(rows < left)[None, :] & in_head[:, None], other=0.0)
         values = tl.load(values_at, mask=(rows < left)[:, None] & in_head[None, :], other=0.0)
-        most, total, sums = _attend_to(queries, keys, values, left, most, total, sums, MASKS=True)
+        most, total, sums = _attend_to(queries, keys, values, left, most, total, sums, PAIRS, MASKS=True)
     result = sums / total[:, None]
     if SCALES:
         # Two numbers of 8 bits are stored as one of 16: the layout of single ones takes twice the registers.
         result *= scale
         result = tl.where(tl.abs(result) <= LARGEST_E4M3, result, float("nan"))  # the rounding saturates
         low, high = tl.split(tl.reshape(result, [TILE, BLOCK // 2, 2]))
-        low = low.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint16)
-        high = high.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint16)
+        both = tl.inline_asm_elementwise(
+            "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;",
+            "=h,f,f",
+            [low, high],
+            dtype=tl.uint16,
+            is_pure=True,
+            pack=1,
+        )
         pairs = tl.arange(0, BLOCK // 2)[None, :]
         at = out + ((first_query + rows).to(tl.int64)[:, None] * num_heads + head) * (HEAD // 2) + pairs
-        tl.store(at, low | (high << 8), mask=(first_query + rows < stop)[:, None] & (pairs < HEAD // 2))
+        tl.store(at, both, mask=(first_query + rows < stop)[:, None] & (pairs < HEAD // 2))
     else:
         at = out + (first_query + rows).to(tl.int64)[:, None] * num_heads * HEAD + head * HEAD
         tl.store(at + columns[None, :], result.to(out.dtype.element_ty), mask=in_tile)
 
 
 @triton.jit
-def _attend_to(queries, keys, values, left, most, total, sums, MASKS: tl.constexpr):
-    scores = tl.dot(queries, keys) * LOG2_E
+def _attend_to(queries, keys, values, left, most, total, sums, PAIRS: tl.constexpr, MASKS: tl.constexpr):
+    scores = (dot_of_pairs(queries, keys) if PAIRS else tl.dot(queries, keys)) * LOG2_E
     if MASKS:
         scores = tl.where((tl.arange(0, keys.shape[1]) < left)[None, :], scores, float("-inf"))
     new_most = tl.maximum(most, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_most[:, None])
+    # Pairs hold 22 bits down to 2**-14: weights up to 1024 instead of 1 keep as many further down.
+    weights = tl.exp2(scores - (new_most - 10 if PAIRS else new_most)[:, None])
     shrinks = tl.exp2(most - new_most)
-    sums = tl.dot(weights.to(values.dtype), values, sums * shrinks[:, None])
+    if PAIRS:
+        sums = sums * shrinks[:, None] + dot_of_pairs(weights, values)
+    else:
+        sums = tl.dot(weights.to(values.dtype), values, sums * shrinks[:, None])
     return new_most, total * shrinks + tl.sum(weights, 1), sums
 
 
@@ -265,8 +283,8 @@ def attend(
     Parameters
     ----------
     q_TNH, k_TNH, v_TNH
-        bf16 or fp16. The heads of a row lie end to end; the rows may lie further apart. Queries are scaled
-        already.
+        bf16, fp16, or fp32, whose products are those of pairs of fp16. The heads of a row lie end to end; the
+        rows may lie further apart. Queries are scaled already.
     tiles_C3
         Tiles as in `Seqlens`; every row belongs to exactly one.
     tile
@@ -281,6 +299,8 @@ def attend(
     strides = q_TNH.stride(0), k_TNH.stride(0), v_TNH.stride(0)
     block = max(16, triton.next_power_of_2(head))
     grid = (len(tiles_C3) * num_heads,)
+    pairs = q_TNH.dtype is torch.float32
+    warps, stages = attend_options(block, pairs)
     _attend[grid](
         q_TNH,
         k_TNH,
@@ -293,11 +313,17 @@ def attend(
         HEAD=head,
         BLOCK=block,
         TILE=tile,
+        PAIRS=pairs,
         SCALES=scale is not None,
-        num_warps=4,
-        num_stages=3,
+        num_warps=warps,
+        num_stages=stages,
     )
     return out_TNH
+
+
+def attend_options(block: int, pairs: bool) -> tuple[int, int]:
+    """Return the warps and stages of attention with heads of a width, in fp32 if it works with pairs."""
+    return (8, 1) if pairs and block > 64 else (4, 3)
 
 
 @triton.jit
