@@ -27,8 +27,8 @@ from dist_esm.types import WrittenFile
 SMALL_BYTES = 1 << 20
 SUMMED_BESIDE_BYTES = 1 << 18
 """Bytes whose checksum is worth another thread while they are written."""
-FILE_THREADS = 4
-"""Files of a folder that are written at the same time."""
+FILE_THREADS, FEWEST_FILES = 4, 8
+"""Files of a folder that are written at the same time, and how many are worth a thread."""
 SYNC_THREADS = 8
 """Files of a folder that are synced at the same time; on ext4 fifteen times as fast as one after another."""
 Item = TypeVar("Item")
@@ -163,7 +163,7 @@ class SummedFolder:
         Exception
             Whatever `write` raises.
         """
-        self._written += in_shares(write, range(num_files), FILE_THREADS, "file")
+        self._written += in_shares(write, range(num_files), FILE_THREADS, "file", FEWEST_FILES)
 
     @contextmanager
     def text(self, name: str) -> Iterator[TextIO]:
@@ -390,19 +390,34 @@ def discard(temporary: Path) -> None:
 
 
 def in_shares(
-    work: Callable[[Item], Answer], items: Sequence[Item], most_threads: int, name: str
+    work: Callable[[Item], Answer], items: Sequence[Item], most_threads: int, name: str, fewest: int = 1
 ) -> list[Answer]:
     """Return what `work` makes of each item, in order; each of some threads takes an equal share of them.
 
     To hand a share to a thread costs as much as to hand it one item, which for thousands of small files is
     more than the work itself.
 
+    Parameters
+    ----------
+    work
+        Called in several threads.
+    items
+        What to do.
+    most_threads
+        How many threads there may be.
+    name
+        Of the threads.
+    fewest
+        Items that are worth a thread. If one would do, it is the caller's own.
+
     Raises
     ------
     Exception
         Whatever `work` raises, when all threads have ended.
     """
-    num_threads = min(most_threads, max(1, len(items)))
+    num_threads = max(1, min(most_threads, len(items) // fewest))
+    if num_threads == 1:
+        return list(map(work, items))
 
     def do_share(first: int) -> list[Answer]:
         return [work(item) for item in items[first::num_threads]]

@@ -97,6 +97,7 @@ def measure_run(
     num_bytes = sum(map(size_of, outputs))
     return {
         "seconds": seconds,
+        "last_outputs": rank["write_seconds"],
         "joining": max(0.0, seconds - rank["seconds"]),
         "bytes": num_bytes,
         "written_share": written / num_bytes,
@@ -142,6 +143,7 @@ def main() -> None:
             "MB/s asked",
             "MB/s written",
             "device waited",
+            "last outputs, s",
             "joining, s",
             "core s/GB",
             "peak MiB",
@@ -173,7 +175,8 @@ def main() -> None:
                 "" if share is None else f"{rate * share / 1e6:.0f}",
                 f"{run['bytes'] / run['seconds'] / 1e6:.0f}",
                 f"{run['waited'] / run['seconds']:.1%}",
-                f"{run['joining']:.1f}",
+                f"{run['last_outputs']:.2f}",
+                f"{run['joining']:.2f}",
                 f"{run['cpu'] / run['bytes'] * 1e9:.2f}",
                 f"{run['peak_mib']:.0f}",
                 f"{run['written_share']:.3f}",

@@ -56,7 +56,8 @@ class EarlyFiles:
             If it cannot be written.
         """
         self._folder.mkdir(exist_ok=True)
-        self._written[place] = self._loose.write_protein(table, 0, self._folder / protein_file(place))
+        path = self._folder / protein_file(place)
+        self._written[place] = self._loose.write_protein(table, 0, path, True)
 
     def link(self, place: int, path: Path) -> WrittenFile | None:
         """Give the file of the protein at a place a second name; None if it is not here."""
@@ -85,7 +86,7 @@ def write_files(
     def write(place: int) -> WrittenFile:
         path = folder.path / names[place]
         linked = early.link(place, path) if early is not None else None
-        return linked or loose.write_protein(table, place, path)
+        return linked or loose.write_protein(table, place, path, False)
 
     folder.add_files(write, len(names))
 

@@ -200,9 +200,10 @@ class Loose(NamedTuple):
 
     names: Callable[[Sequence[Row]], list[str]]
     """Name of the file of each of these proteins, the first of which is the first in its output."""
-    write_protein: Callable[[OutputTable, int, Path], WrittenFile]
+    write_protein: Callable[[OutputTable, int, Path, bool], WrittenFile]
     """Writes the file of one protein, given its place in the table, to exactly this path; its name and place
-    are not in it. Several threads may call it."""
+    are not in it. Several threads may call it, unless the last argument says that it is alone, as of
+    `SummedFile`."""
     write_tables: Callable[[OutputTable, Sequence[str], SummedFolder], None]
     """Writes all that stands beside these files, given their names. The table needs no numbers."""
     read_protein: Callable[[Path], dict[tuple[str, int], Tensor]]

@@ -100,7 +100,7 @@ def names_of(rows: Sequence[Row]) -> list[str]:
     return [f"{names.take(label_of(row))}.pt" for row in rows]
 
 
-def write_protein(table: OutputTable, place: int, path: Path) -> WrittenFile:
+def write_protein(table: OutputTable, place: int, path: Path, is_alone: bool = False) -> WrittenFile:
     """Write the file of one protein."""
     row, span = table.rows[place], slice(*table.span(place))
     content: dict[str, object] = {"label": label_of(row), "id": row.id}
@@ -109,7 +109,7 @@ def write_protein(table: OutputTable, place: int, path: Path) -> WrittenFile:
     content["mean_representations"] = {layer: alone(rows[place]) for layer, rows in table.mean.items()}
     if table.bos:
         content["bos_representations"] = {layer: alone(rows[place]) for layer, rows in table.bos.items()}
-    with SummedFile(path, is_alone=False) as file:
+    with SummedFile(path, is_alone) as file:
         torch_save(content, file)
     return file.written(path.name)
 
