@@ -54,9 +54,8 @@ def fair_esm_means(arch, state, proteins: list[bytes]) -> list[np.ndarray]:
     return [fair_esm_layers(oracle, one)[arch.num_layers][1:-1].mean(0).numpy() for one in proteins]
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_8_bit_products_keep_within_their_limits_of_fair_esm_and_ffn_is_closer(hard):
-    state = random_state(NARROW, seed=1, hard=hard)
+def test_8_bit_products_keep_within_their_limits_of_fair_esm_and_ffn_is_closer():
+    state = random_state(NARROW, seed=1, hard=True)
     proteins = real_proteins()
     theirs = fair_esm_means(NARROW, state, proteins)
     errors = {}
