@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import Store  # type: ignore[attr-defined]  # noqa: TID251 - given by World, for its values
+from torch.distributed import Store  # type: ignore[attr-defined]  # noqa: TID251 - World gives it
 
 BEAT_SECONDS = 2.0
 LOOK_SECONDS = 0.5

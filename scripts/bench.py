@@ -130,7 +130,7 @@ class Bench:
     def device_settings(self) -> tuple[str, ...]:
         """Return the overrides that choose the device and its kernels."""
         return tuple(
-            f"{key}={getattr(self.options, key)}" for key in ("device", "dtype", "attention", "linear")
+            f"{key}={getattr(self.options, key)}" for key in ("device", "dtype", "fp8", "attention", "linear")
         )
 
     def add(
@@ -531,6 +531,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["esm2_t36_3B_UR50D", "esm2_t33_650M_UR50D"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--fp8", default="all", help="with --dtype fp8")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--linear", default="auto")
     parser.add_argument("--peer-tokens", type=int, default=100_000)

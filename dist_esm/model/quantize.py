@@ -85,7 +85,6 @@ def quantize_(model: ESM2, products: frozenset[str]) -> None:
             scale = scale_for(attended_TD - mean_D)
         normalized_TD = ops.norm(rounded_TD, rounded.attention_norm)
         rounded_attended_TD = model.attended(rounded, normalized_TD, rotary, seqlens, scale)
-        refuse_what_is_not_finite(rounded_attended_TD, index)
         if scale is None:
             rounded.out = shifted(out, attended_TD, rounded_attended_TD)
         else:
@@ -98,27 +97,11 @@ def quantize_(model: ESM2, products: frozenset[str]) -> None:
         scale = scale_for(plain_TF)
         rounded.fc1.half_gain.fill_(scale / 2)
         rounded_TF = ops.gelu(ops.norm(rounded_TD, rounded.ffn_norm), rounded.fc1)
-        refuse_what_is_not_finite(rounded_TF, index)
         weight_DF = fc2.weight.float()
         rounded.fc2 = rounded_layer(ops, weight_DF, fc2, plain_TF, rounded_TF, scale)
         plain_TD, _ = ops.residual(plain_TD, plain_TF, fc2, None)
         rounded_TD, _ = ops.residual(rounded_TD, rounded_TF, rounded.fc2, None)
         model.layers[index] = rounded
-
-
-def refuse_what_is_not_finite(values_TK: Tensor, index: int) -> None:
-    """Refuse a model whose rounded layer leaves the range of e4m3 for the set itself.
-
-    Raises
-    ------
-    ValueError
-        If it does, with the number of the layer.
-    """
-    if not bool(values_TK.float().isfinite().all()):
-        raise ValueError(
-            f"dtype=fp8: layer {index + 1} of this model leaves the range of 8-bit numbers once it is "
-            "rounded: use dtype=bf16"
-        )
 
 
 def calibration_pack(device: torch.device) -> tuple[Tensor, Tensor, Seqlens]:
@@ -174,7 +157,17 @@ def rounded_layer(
         The input of each.
     scale
         By what the input was multiplied before it was rounded.
+
+    Raises
+    ------
+    ValueError
+        If an input is not finite: then nothing could be embedded with this layer.
     """
+    if not all(bool(one.float().isfinite().all()) for one in (plain_TK, rounded_TK)):
+        raise ValueError(
+            "dtype=fp8: this model leaves the range of bf16, or of 8-bit numbers once it is rounded: "
+            "use dtype=fp32"
+        )
     largest_C1 = weight_CK.abs().amax(1, keepdim=True).clamp_min(SMALLEST) / LARGEST
     rounded_CK = round_weights(weight_CK / largest_C1, rounded_TK, ops.round_block)
     factor_C = largest_C1.flatten() / scale

@@ -158,10 +158,10 @@ def test_a_protein_that_saturates_is_embedded_again_in_fp32(tmp_path):
     assert np.array_equal(eight_bits.embed(proteins), fp32.embed(proteins))
 
 
-def test_a_model_that_cannot_be_rounded_is_refused_with_its_layer(monkeypatch):
+def test_a_model_that_cannot_be_rounded_is_refused(monkeypatch):
     monkeypatch.setattr(quantize, "HEADROOM", 0.05)  # e4m3 ends far below what the set reaches
     state = random_state(NARROW, seed=1)
-    with pytest.raises(ValueError, match=r"dtype=fp8: layer 1 of this model leaves .*: use dtype=bf16"):
+    with pytest.raises(ValueError, match=r"dtype=fp8: this model leaves the range .*: use dtype=fp32"):
         make_model(NARROW, state, CPU, LinearKind.torch, Fp8.all)
 
 

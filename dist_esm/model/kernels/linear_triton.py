@@ -84,17 +84,20 @@ class TritonLinear(TritonPasses):
     interleaves = True
     any_rows = True
     bias_dtype: torch.dtype | None = torch.float32
+    qkv_dtype: torch.dtype | None = None
+    """Dtype of queries, keys and values; None: that of the products' inputs."""
 
     def rotary(self, positions_T: Tensor, inv_freq: Tensor) -> Tensor:
         """Return cosine and sine of each pair that rotates side by side; shape (T, H)."""
-        return rotation_table(positions_T, inv_freq)
+        angles_TH = angles(positions_T, inv_freq)
+        return torch.stack((angles_TH.cos(), angles_TH.sin()), -1).flatten(1)
 
     def qkv(
         self, h_TD: Tensor, linear: nn.Linear | QuantizedLinear, rotary: Tensor, num_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Multiply by one matrix for all three; queries and keys are rotated inside the product."""
         num_rows = len(h_TD)
-        qkv_TC = h_TD.new_empty(num_rows, len(linear.weight))
+        qkv_TC = h_TD.new_empty(num_rows, len(linear.weight), dtype=self.qkv_dtype)
         product("rotation", h_TD, linear.weight, linear.bias, qkv_TC, rotary)
         q_TNH, k_TNH, v_TNH = qkv_TC.view(num_rows, 3, num_heads, -1).unbind(1)
         return q_TNH, k_TNH, v_TNH
@@ -111,9 +114,3 @@ class TritonLinear(TritonPasses):
         """Add the product to the stream in place, inside the product."""
         product("residual", h_TD, linear.weight, linear.bias, x_TD)
         return x_TD, x_TD if norm is None else self.norm(x_TD, norm)
-
-
-def rotation_table(positions_T: Tensor, inv_freq: Tensor) -> Tensor:
-    """Return cosine and sine of each pair that rotates side by side; shape (T, H)."""
-    angles_TH = angles(positions_T, inv_freq)
-    return torch.stack((angles_TH.cos(), angles_TH.sin()), -1).flatten(1)
