@@ -214,7 +214,10 @@ def test_on_a_gpu_a_product_has_the_numbers_that_its_layer_computes_and_what_sat
     assert got_TF[wanted_TF > 4.02].isnan().all()
     fits = wanted_TF < 3.98
     assert not got_TF[fits].isnan().any()
-    assert ((got_TF - wanted_TF)[fits].abs() <= wanted_TF[fits].abs() / 15 + 0.002).all()
+    # e4m3 rounds by up to a 16th; the sum in front of it is off by up to 0.03, as tensor cores add.
+    assert ((got_TF - wanted_TF)[fits].abs() <= wanted_TF[fits].abs() / 16 + 0.03).all()
+    rounded_TF = to_e4m3(wanted_TF * (LARGEST / 4.0)).float() * (4.0 / LARGEST)
+    assert (got_TF == rounded_TF)[fits].float().mean() > 0.8
     factor_D = torch.full((width,), (4 * width) ** -0.5 / 512, device=device)
     fc2 = QuantizedLinear(to_e4m3(new(width, 4 * width) * 64), factor_D, new(width), 8.0)
     stream_TD = (new(300, width) / 64).half()
