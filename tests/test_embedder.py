@@ -416,6 +416,15 @@ def test_embed_file_leaves_signals_logging_and_threads_to_the_program(embedder, 
     log.removeHandler(mine)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as a program has it, also where the tests run in the background, in which shells ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_embed_file_goes_on_and_the_program_lives(embedder, tmp_path):
     inputs = tmp_path / "in"
     inputs.mkdir()

@@ -115,7 +115,7 @@ def test_a_run_that_is_under_way_says_so(inputs, tmp_path):
 
 
 def test_a_run_that_was_killed_is_reported_as_its_journal_has_it(inputs, tmp_path):
-    """Rank 0 dies without a word in the middle of the cut file."""
+    """Rank 0 dies without a word when all units of the cut file are there, and the file is not."""
     out = tmp_path / "out"
     line = [
         f"input=[{','.join(str(inputs / name) for name in ('a.fasta', 'cut.fasta', 'no.fasta'))}]",
@@ -128,7 +128,7 @@ def test_a_run_that_was_killed_is_reported_as_its_journal_has_it(inputs, tmp_pat
         "report=json",
     ]
     helper = Path(__file__).parents[2] / "helpers" / "faulty.py"
-    place = ["dist_esm.outputs.journal:Journal.append@3", "SIGKILL", "0"]
+    place = ["dist_esm.jobs.embed:join_file", "SIGKILL", "0"]
     done = subprocess.run(
         [sys.executable, str(helper), *place, *line],
         capture_output=True,
