@@ -28,6 +28,8 @@ from dist_esm.types import WrittenFile
 SMALL_BYTES = 1 << 20
 SUMMED_BESIDE_BYTES = 1 << 18
 """Bytes whose checksum is worth another thread while they are written."""
+LARGE_BYTES = 1 << 23
+"""Bytes of a file that is worth a thread of its own for that, which takes longer to start than to sum less."""
 FILE_THREADS, FEWEST_FILES = 4, 8
 """Files of a folder that are written at the same time, and how many are worth a thread."""
 SYNC_THREADS = 8
@@ -101,7 +103,7 @@ class _Summing(io.FileIO):
         """Write all of the bytes, and add them to the checksum."""
         view = memoryview(data).cast("B")
         self.num_bytes += len(view)
-        if not self._is_alone or len(view) < SUMMED_BESIDE_BYTES:
+        if not self._is_alone or len(view) < SUMMED_BESIDE_BYTES or self.num_bytes < LARGE_BYTES:
             self.sums.add(view)
             return self._write_all(view)
         self._thread = self._thread or ThreadPoolExecutor(1, "checksum")
