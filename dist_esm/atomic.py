@@ -29,7 +29,7 @@ SMALL_BYTES = 1 << 20
 SUMMED_BESIDE_BYTES = 1 << 18
 """Bytes whose checksum is worth another thread while they are written."""
 LARGE_BYTES = 1 << 23
-"""Bytes of a file that is worth a thread of its own for that, which takes longer to start than to sum less."""
+"""Bytes of a file that is worth a thread for that: to start one takes longer than to sum less."""
 FILE_THREADS, FEWEST_FILES = 4, 8
 """Files of a folder that are written at the same time, and how many are worth a thread."""
 SYNC_THREADS = 8

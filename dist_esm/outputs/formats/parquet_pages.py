@@ -285,7 +285,7 @@ def describe_numbers(column: Struct, chunk: Chunk) -> None:
 
 
 def footer_of(written: bytes) -> Struct:
-    """Read the footer of a whole Parquet file: the number of rows, 3, and the row groups, 4; all else is raw."""
+    """Read the footer of a whole Parquet file: rows, field 3, and row groups, field 4; all else stays raw."""
     size = int.from_bytes(written[-8:-4], "little")
     file = io.BytesIO(written[-8 - size : -8])
     footer, field = Struct({}), 0
