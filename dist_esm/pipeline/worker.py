@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -257,7 +257,7 @@ def computing(result: RankResult) -> Iterator[None]:
 def short_turns() -> Iterator[None]:
     """While the block runs, a thread that works in Python gives the interpreter away after `TURN_SECONDS`.
 
-    The main thread wants it back after each kernel that it launches; other threads keep it for up to 5 ms.
+    On a GPU the main thread wants it back after each kernel that it launches; others keep it for up to 5 ms.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(TURN_SECONDS)

@@ -40,10 +40,10 @@ class StandInEngine:
     num_threads
         Cores that the run may think are the engine's.
     num_launches
-        Calls of torch for each pack: each gives Python's interpreter away, as launches of kernels do.
+        Calls of torch for each pack: each gives Python's interpreter away, as launches of kernels do. With
+        any, the run takes it for a GPU.
     """
 
-    is_gpu = False
     toks_per_batch = TOKS_PER_BATCH
 
     def __init__(
@@ -56,6 +56,8 @@ class StandInEngine:
         self.answer = answer
         self.tokens_per_second = tokens_per_second
         self.num_threads = num_threads
+        self.is_gpu = num_launches > 0
+        self.idle_seconds = 0.0
         self.num_segments = 0
         """Segments answered so far."""
         self.startup: dict[str, float] = {}
