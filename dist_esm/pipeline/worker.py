@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def _run_threads(
 
     num_writers = max(MIN_WRITERS, min(MAX_WRITERS, engine.num_threads // 2))
     with (
-        short_turns(),
+        short_turns() if engine.is_gpu else nullcontext(),
         no_garbage_collection_of_modules(),
         ExitStack() as threads,
     ):  # torn down in reverse, whatever happens
