@@ -19,6 +19,7 @@ from dist_esm.commandline.command import wanted_ranks
 from dist_esm.config import Config, DeviceKind
 from helpers.command import MODEL, command, environment, processes_of, read_report, run_ranks
 from helpers.compare import digests
+from helpers.warm import WarmProcess
 
 SECONDS = 20
 """Within which a run that was interrupted must have ended, on a machine that may be busy."""
@@ -41,18 +42,11 @@ def write_files(folder: Path, number: int, length: int = 1000) -> Path:
 
 
 @contextmanager
-def under_way(tmp_path: Path, *others: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+def under_way(tmp_path: Path, *others: str) -> Iterator[tuple[WarmProcess, list[int]]]:
     """A run that has written outputs and will not end soon, with the processes of its ranks."""
     out = tmp_path / "out"
     line = command(None, *settings(write_files(tmp_path / "in", 60), out, "toks_per_batch=2000", *others))
-    process = subprocess.Popen(
-        line,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
+    process = WarmProcess(line, environment(), start_new_session=True)
     try:
         deadline = time.monotonic() + 90
         while len(list(out.glob("*.pt"))) < 2 and time.monotonic() < deadline:
@@ -128,7 +122,7 @@ def test_a_mistake_is_one_line_before_any_rank_starts(words, tmp_path):
     blocked.write_text("raise SystemExit('torch was imported')\n")
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     bad = {"input=in long=window": "truncation_seq_length=null"}.get(words, "")
-    done = run_ranks(None, *words.split(), "ranks=2", *bad.split(), PYTHONPATH=path)
+    done = run_ranks(None, *words.split(), "ranks=2", *bad.split(), is_warm=False, PYTHONPATH=path)
     assert done.returncode == 1
     (line,) = ours(done.stderr)
     assert line.startswith("dist_esm: error: ")

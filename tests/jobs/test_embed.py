@@ -167,17 +167,10 @@ def test_a_device_that_fails_one_file_after_the_other_aborts_the_run_and_the_oth
     for i in range(60):
         text = "".join(f">{j}\n{protein[j + i :]}\n" for j in range(8))
         (tmp_path / "in" / f"good{i:02}.fasta").write_text(text)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    poisoned = [str(HELPERS / "poisoned.py"), "forward", "RuntimeError", "MWWWWWWWWK"]
+    poison = ["forward", "RuntimeError", "MWWWWWWWWK"]
     settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, "toks_per_batch=1000"]
-    result = subprocess.run(
-        [*launcher, *poisoned, *settings, f"model.weights={checkpoint_8m}", "dedupe=false"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment(),
-        check=False,
-    )
+    settings += [f"model.weights={checkpoint_8m}", "dedupe=false"]
+    result = run_ranks(2, *poison, *settings, script=HELPERS / "poisoned.py")
     assert result.returncode == 1
     report = read_report(tmp_path / "out")
     assert report["status"] == "aborted"

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from helpers.command import environment, read_report
+from helpers.command import HELPERS, read_report, run_ranks
 
 LIMIT_SECONDS = 90
-FAULTY = Path(__file__).parents[1] / "helpers" / "faulty.py"
+FAULTY = HELPERS / "faulty.py"
 PROTEIN = "ACDEFGHIKLMNPQRSTVWY" * 10
 
 
@@ -31,16 +30,11 @@ def inputs(tmp_path):
 
 
 def run_faulty(
-    num_ranks: int | None, place: str, ending: str, rank: int, *overrides: str, **extra: str
+    num_ranks: int | None, place: str, ending: str, rank: int, *overrides: str, is_warm: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """Run the command, one function of which ends its thread or process on one rank."""
-    launcher = [sys.executable]
-    if num_ranks is not None:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    line = [*launcher, str(FAULTY), place, ending, str(rank), *overrides]
-    return subprocess.run(
-        line, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=environment(**extra), check=False
-    )
+    words = [place, ending, rank, *overrides]
+    return run_ranks(num_ranks, *words, script=FAULTY, timeout=LIMIT_SECONDS, is_warm=is_warm)
 
 
 def settings(inputs: Path, out: Path) -> list[str]:
@@ -130,7 +124,8 @@ def test_a_thread_that_ends_on_one_rank_is_named_and_the_others_work_is_kept(ran
 )
 def test_a_rank_that_leaves_is_named_with_how_it_ended(ending, words, inputs, tmp_path):
     out = tmp_path / "out"
-    done = run_faulty(2, "dist_esm.pipeline.worker:finish@3", ending, 1, *settings(inputs, out))
+    line = settings(inputs, out)
+    done = run_faulty(2, "dist_esm.pipeline.worker:finish@3", ending, 1, *line, is_warm=False)
     assert done.returncode == 1
     report = read_report(out)
     assert report["status"] == "aborted"
@@ -144,7 +139,7 @@ def test_a_rank_that_leaves_is_named_with_how_it_ended(ending, words, inputs, tm
 def test_a_rank_that_is_stopped_is_named_after_the_time_that_was_set(inputs, tmp_path):
     out = tmp_path / "out"
     line = settings(inputs, out)
-    done = run_faulty(2, "dist_esm.pipeline.worker:finish@3", "SIGSTOP", 1, *line, "heartbeat_timeout=6")
+    done = run_faulty(2, "dist_esm.pipeline.worker:finish@3", "SIGSTOP", 1, *line, "heartbeat_timeout=4")
     assert done.returncode == 1
     report = read_report(out)
     assert report["status"] == "aborted"
