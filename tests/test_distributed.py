@@ -68,7 +68,9 @@ def test_ranks_see_each_other_and_wait_longer_than_the_timeout_of_a_collective(t
 
 @pytest.mark.distributed
 def test_a_wrong_key_is_said_once_and_nothing_is_written(tmp_path):
-    result = run_ranks(2, f"input={PROTEINS}", f"output_dir={tmp_path / 'out'}", "toks_per_bach=100")
+    result = run_ranks(
+        2, f"input={PROTEINS}", f"output_dir={tmp_path / 'out'}", "toks_per_bach=100", forks=False
+    )
     assert result.returncode == 1
     assert result.stderr.count("dist_esm: error:") == 1
     assert "dist_esm: error: 'toks_per_bach' is no key: did you mean toks_per_batch?\n" in result.stderr

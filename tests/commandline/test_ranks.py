@@ -45,7 +45,9 @@ def write_files(folder: Path, number: int, length: int = 1000) -> Path:
 def under_way(tmp_path: Path, *others: str) -> Iterator[tuple[WarmProcess, list[int]]]:
     """A run that has written outputs and will not end soon, with the processes of its ranks."""
     out = tmp_path / "out"
-    line = command(None, *settings(write_files(tmp_path / "in", 60), out, "toks_per_batch=2000", *others))
+    line = command(
+        None, *settings(write_files(tmp_path / "in", 99, 400), out, "toks_per_batch=1000", *others)
+    )
     process = WarmProcess(line, environment(), start_new_session=True)
     try:
         deadline = time.monotonic() + 90
@@ -77,10 +79,16 @@ def assert_none_is_left(out: Path) -> None:
 
 @pytest.mark.distributed
 def test_one_command_starts_the_ranks_and_has_the_exit_code_of_the_run(tmp_path):
-    """Some files failed; refused; all done, in a directory with another package of this name."""
+    """Some files failed, in a directory with another package of this name; then refused."""
     inputs, out = write_files(tmp_path / "in", 4, length=20), tmp_path / "out"
     (inputs / "bad.fasta").write_text("no header\n")
-    done = run_ranks(None, *settings(inputs, out))
+    (tmp_path / "dist_esm.py").write_text("raise SystemExit('another package of this name')\n")
+    script = Path(sys.executable).with_name("dist-esm")
+    words = settings(inputs, out)
+    line = [str(script), *words] if script.exists() else [sys.executable, "-P", *command(None, *words)[1:]]
+    done = subprocess.run(
+        line, capture_output=True, text=True, timeout=90, env=environment(), check=False, cwd=tmp_path
+    )
     assert done.returncode == 2, done.stderr
     assert ours(done.stderr) == []
     assert [rank["status"] for rank in read_report(out)["ranks"]] == ["COMPLETED"] * 2
@@ -90,18 +98,14 @@ def test_one_command_starts_the_ranks_and_has_the_exit_code_of_the_run(tmp_path)
     (line,) = ours(refused.stderr)
     assert "holds embeddings made under other settings" in line
 
-    (inputs / "bad.fasta").unlink()
-    (tmp_path / "dist_esm.py").write_text("raise SystemExit('another package of this name')\n")
-    script = Path(sys.executable).with_name("dist-esm")
-    words = settings(inputs, tmp_path / "other")
-    line = [str(script), *words] if script.exists() else [sys.executable, "-P", *command(None, *words)[1:]]
-    done = subprocess.run(
-        line, capture_output=True, text=True, timeout=90, env=environment(), check=False, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
     alone = [word for word in settings(inputs, tmp_path / "alone") if word != "ranks=2"]
-    assert run_ranks(None, *alone, "ranks=1").returncode == 0
-    assert digests(tmp_path / "other") == digests(tmp_path / "alone")
+    assert run_ranks(None, *alone, "ranks=1").returncode == 2
+    two, one = (
+        {name: digest for name, digest in digests(folder).items() if name.endswith(".pt")}
+        for folder in (out, tmp_path / "alone")
+    )
+    assert two == one
+    assert len(two) == 4
 
 
 @pytest.mark.distributed

@@ -68,6 +68,7 @@ def run_ranks(
     torchrun: Sequence[str] = (),
     stdin: int | str = subprocess.DEVNULL,
     is_warm: bool = True,
+    forks: bool = True,
     timeout: float = 120,
     **extra: str,
 ) -> subprocess.CompletedProcess[str]:
@@ -81,12 +82,14 @@ def run_ranks(
         A file, or a text for a pipe.
     is_warm
         Fork its processes from a Python that has torch; False where the test is about how they start.
+    forks
+        Let torchrun fork the ranks; False where it matters that one which is done ends before the others.
     timeout
         Seconds that it may take.
     extra
         Variables of its environment.
     """
-    line = command(num_ranks, *words, script=script, torchrun=torchrun, forks=is_warm)
+    line = command(num_ranks, *words, script=script, torchrun=torchrun, forks=is_warm and forks)
     if is_warm:
         return run_warm(line, environment(**extra), timeout, stdin)
     assert stdin == subprocess.DEVNULL

@@ -3,7 +3,7 @@
 A Python that has imported them, and has done nothing else, forks each. What runs is a process like any other:
 it has a number, an environment, files, signals and an end of its own.
 
-`python -m helpers.warm FD` is that Python. It is asked over a socket: for each process it gets a message with
+That Python (`serve`) is asked over a socket: for each process it gets a message with
 the command line and its environment, and four files: stdin, stdout, stderr, and a socket on which it tells
 the number of the process and its end.
 """
@@ -31,6 +31,7 @@ from pathlib import Path
 
 IMPORTED = (
     "torch.distributed.run",
+    "torch._dynamo",  # torchrun imports it to log the end of a rank that it forked
     "dist_esm.commandline.command",
     "dist_esm.jobs.embed",
     "dist_esm.jobs.plan.job",
@@ -38,19 +39,28 @@ IMPORTED = (
     "dist_esm.jobs.selfcheck.job",
     "dist_esm.jobs.verify",
 )
+TESTS = Path(__file__).parents[1]
+SERVE = """
+import socket, sys
+sys.path.insert(1, sys.argv[2])
+from helpers.warm import serve
+serve(socket.socket(fileno=int(sys.argv[1])))
+"""
+"""The Python that forks."""
 LONGEST_REQUEST = 1 << 17
 ROOM = 1 << 15
 """Bytes of a command line, and of an environment, that /proc can show."""
 START_SECONDS = 60.0
 PIPE_BYTES = 1 << 15
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x20000, 0x4000000, 0x40000000
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x4000000, 0x20000000, 0x40000000
 
 
 class WarmProcess:
     """As `subprocess.Popen`: ``python -m MODULE words``, ``python -c CODE words`` or ``python SCRIPT words``.
 
     What it prints is kept in files until its end, so that it waits for no reader. With the name space of a
-    network it sees that, and has mounts and a host name of its own, which a shell script sets first.
+    network it sees that, and has process numbers, mounts and a host name of its own; a shell script comes
+    first there.
     """
 
     def __init__(
@@ -140,9 +150,11 @@ def warm_python() -> socket.socket:
     with theirs:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}  # it is looked at when torch is imported
         env |= {"ROOM": " " * ROOM}
-        line = [sys.executable, "-m", "helpers.warm", str(theirs.fileno()), " " * ROOM]
-        tests = Path(__file__).parents[1]
-        subprocess.Popen(line, pass_fds=[theirs.fileno()], env=env, cwd=tests, stdin=subprocess.DEVNULL)
+        line = [sys.executable, "-c", SERVE, str(theirs.fileno()), str(TESTS), " " * ROOM]
+        # In the checkout of these tests, as a command that it runs is.
+        subprocess.Popen(
+            line, pass_fds=[theirs.fileno()], env=env, cwd=TESTS.parent, stdin=subprocess.DEVNULL
+        )
     ours.settimeout(START_SECONDS)
     assert ours.recv(100) == b"ready"
     return ours
@@ -172,6 +184,8 @@ def serve(asked: socket.socket) -> None:
 def wait_for_one(about: dict, files: list[int]) -> None:
     """Fork the process that was asked for, tell its number, and at its end its exit code."""
     *standard, told = files
+    if about["name_space"] is not None:
+        assert ctypes.CDLL(None).unshare(CLONE_NEWPID) == 0  # of what is forked from now on
     pid = os.fork()
     if pid == 0:
         os.close(told)
@@ -209,12 +223,12 @@ def become(about: dict) -> None:
 
 
 def enter(name_space: str, script: str) -> None:
-    """Leave this process's network, mounts and host name for others."""
+    """Leave this process's network, mounts and host name for others, as it has left its process numbers."""
     libc = ctypes.CDLL(None)
     with open(f"/run/netns/{name_space}") as file:
         assert libc.setns(file.fileno(), CLONE_NEWNET) == 0
     assert libc.unshare(CLONE_NEWNS | CLONE_NEWUTS) == 0
-    subprocess.run(["sh", "-ec", f"mount --make-rprivate /\n{script}"], check=True)
+    subprocess.run(["sh", "-ec", f"mount --make-rprivate /\nmount -t proc proc /proc\n{script}"], check=True)
 
 
 def show(words: Sequence[str]) -> None:
@@ -256,7 +270,3 @@ def exit_code_of(words: list[str]) -> int:
         traceback.print_exc()
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))

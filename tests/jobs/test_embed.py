@@ -220,6 +220,7 @@ def test_a_missing_input_or_checkpoint_is_said_once(tmp_path):
         f"output_dir={tmp_path / 'out'}",
         MODEL,
         f"model.weights={tmp_path / 'none.pt'}",
+        forks=False,
     )
     assert result.returncode == 1
     assert result.stderr.count("dist_esm: error:") == 1

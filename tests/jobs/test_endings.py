@@ -5,13 +5,18 @@ Each test has a limit of time of its own, so that a run that hangs fails it.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from helpers.command import HELPERS, read_report, run_ranks
+from helpers.command import HELPERS, command, environment, processes_of, read_report, run_ranks
+from helpers.slurm import wait_until
+from helpers.warm import WarmProcess
 
 LIMIT_SECONDS = 90
 FAULTY = HELPERS / "faulty.py"
@@ -138,14 +143,26 @@ def test_a_rank_that_leaves_is_named_with_how_it_ended(ending, words, inputs, tm
 @pytest.mark.distributed
 def test_a_rank_that_is_stopped_is_named_after_the_time_that_was_set(inputs, tmp_path):
     out = tmp_path / "out"
-    line = settings(inputs, out)
-    done = run_faulty(2, "dist_esm.pipeline.worker:finish@3", "SIGSTOP", 1, *line, "heartbeat_timeout=4")
-    assert done.returncode == 1
+    words = ["dist_esm.pipeline.worker:finish@3", "SIGSTOP", "1", *settings(inputs, out)]
+    line = command(2, *words, "heartbeat_timeout=6", script=FAULTY, forks=True)
+    process = WarmProcess(line, environment())
+    try:
+        wait_until(lambda: is_aborted(out), LIMIT_SECONDS, "the report")
+    finally:
+        for pid in processes_of(out):  # torchrun itself gives it half a minute
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 1
     report = read_report(out)
     assert report["status"] == "aborted"
     assert report["reason"].startswith("rank 1 (")
     assert "gave no sign of life for" in report["reason"]
     assert_accounted(report, out)
+
+
+def is_aborted(out: Path) -> bool:
+    return (out / "report.json").exists() and read_report(out)["status"] == "aborted"
 
 
 def test_while_a_run_is_under_way_its_report_says_so(inputs, tmp_path):

@@ -89,12 +89,12 @@ def kill_and_resume(job, output_dir: Path, seed: int, num_kills: int) -> dict[st
         )
         launcher = WarmProcess(line, environment(), start_new_session=True)
         # From before the ranks have found each other to about the last output.
-        wait = chance.uniform(1, 9) if how == "torchrun" else chance.uniform(0.2, 6)
+        wait = chance.uniform(3, 9) if how == "torchrun" else chance.uniform(0.2, 6)
         time.sleep(wait)
         hits[how] += launcher.poll() is None
         kill(how, launcher, output_dir, chance)
         said = launcher.communicate(timeout=60)[1]
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while processes_of(output_dir) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not processes_of(output_dir), f"ranks outlive the run that was killed by {how}"
