@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any, Self, TextIO, TypeVar
 
 from dist_esm.attempt import as_value
@@ -27,10 +28,15 @@ from dist_esm.types import WrittenFile
 SMALL_BYTES = 1 << 20
 SUMMED_BESIDE_BYTES = 1 << 18
 """Bytes whose checksum is worth another thread while they are written."""
+LARGE_BYTES = 1 << 23
+"""Bytes of a file that is worth a thread for that: to start one takes longer than to sum less."""
 FILE_THREADS, FEWEST_FILES = 4, 8
 """Files of a folder that are written at the same time, and how many are worth a thread."""
 SYNC_THREADS = 8
 """Files of a folder that are synced at the same time; on ext4 fifteen times as fast as one after another."""
+FILE_TURNS, SYNC_TURNS = BoundedSemaphore(FILE_THREADS), BoundedSemaphore(SYNC_THREADS)
+"""No more than that of all folders together: each file wants Python's interpreter some twenty times, and so
+does every launch of a kernel, which would wait for all of them."""
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 _numbers = count()
@@ -97,7 +103,7 @@ class _Summing(io.FileIO):
         """Write all of the bytes, and add them to the checksum."""
         view = memoryview(data).cast("B")
         self.num_bytes += len(view)
-        if not self._is_alone or len(view) < SUMMED_BESIDE_BYTES:
+        if not self._is_alone or len(view) < SUMMED_BESIDE_BYTES or self.num_bytes < LARGE_BYTES:
             self.sums.add(view)
             return self._write_all(view)
         self._thread = self._thread or ThreadPoolExecutor(1, "checksum")
@@ -163,7 +169,12 @@ class SummedFolder:
         Exception
             Whatever `write` raises.
         """
-        self._written += in_shares(write, range(num_files), FILE_THREADS, "file", FEWEST_FILES)
+
+        def write_in_turn(number: int) -> WrittenFile:
+            with FILE_TURNS:
+                return write(number)
+
+        self._written += in_shares(write_in_turn, range(num_files), FILE_THREADS, "file", FEWEST_FILES)
 
     @contextmanager
     def text(self, name: str) -> Iterator[TextIO]:
@@ -438,7 +449,12 @@ def sync(path: Path) -> None:
 
 def sync_all(paths: Sequence[Path]) -> None:
     """Wait until many files are on disk, some at a time: the file system then writes them together."""
-    in_shares(sync, paths, SYNC_THREADS, "sync")
+
+    def sync_in_turn(path: Path) -> None:
+        with SYNC_TURNS:
+            sync(path)
+
+    in_shares(sync_in_turn, paths, SYNC_THREADS, "sync")
 
 
 def size_of(path: Path) -> int:

@@ -366,6 +366,8 @@ class SegmentEmbedding:
     rows: dict[int, NDArray[Any]]
     """Layer to the kept residues' own representations, shape (kept, D), in the dtype to save; empty unless
     wanted."""
+    rows_fit: bool = True
+    """False if one of their numbers is finite, and too large for the dtype to save."""
 
 
 ProteinEmbedding = dict[tuple[Include, int], NDArray[Any]]

@@ -411,6 +411,7 @@ def launch(bench: Bench, num_ranks: int, inputs: Path, output_dir: Path, *settin
             "-m",
             *(torchrun if num_ranks > 1 else ()),
             "dist_esm",
+            f"ranks={num_ranks}",
             *paths,
             *bench.device_settings,
             *settings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from dist_esm.attempt import as_value
 from dist_esm.config import Config, Dtype, ModelConfig, check_layers, model_config, plain_values
 from dist_esm.distributed import RefusedError, World
 from dist_esm.fasta.formats import SUFFIXES as PACKED
@@ -90,6 +92,14 @@ class Setup:
     """Goes into every output."""
     settings: dict[str, Any]
     """All that one output directory must not mix."""
+    readying: threading.Thread | None = None
+    """Readies the kernels while there is something else to do; what goes wrong there goes wrong in the first
+    pack again, which says so."""
+
+    def wait_for_kernels(self) -> None:
+        """Wait until the kernels are ready."""
+        if self.readying is not None:
+            self.readying.join()
 
     @property
     def precision(self) -> torch.dtype:
@@ -156,12 +166,17 @@ def setup_on(device: torch.device, weights: WeightsId, config: Config, world: Wo
     if world.is_main and (advice := what_would_be_faster(config.linear, device, dtype, head_dim)):
         log.info("%s", advice)
     settle_toks_per_batch(config, device, dtype, world)
+    readying = None
+    if device.type == "cuda":
+        ready = kernels.get_ready, device, config.model.embed_dim
+        readying = threading.Thread(target=as_value, args=ready, name="ready", daemon=True)
+        readying.start()
     numbers = numbers_of(config, precision_of(dtype, kernels), weights.fingerprint)
     provenance = {**numbers, "weights_in_words": weights.words, "dist_esm": code_version()}
     settings = settings_of(config, device, kernels, numbers)
     agree_on_settings(settings, world)
     world.start_process_group(device)
-    return Setup(device, dtype, kernels, provenance, settings)
+    return Setup(device, dtype, kernels, provenance, settings, readying)
 
 
 def settle_toks_per_batch(config: Config, device: torch.device, dtype: torch.dtype, world: World) -> None:
@@ -336,6 +351,8 @@ def load_engine(config: Config, setup: Setup, world: World) -> Engine:
     """Load the model onto this rank's device and ready its kernels."""
     began = time.monotonic()
     world.progress.enter(Phase.loading)
+    if setup.kernels.quantized:  # weights are rounded with them
+        setup.wait_for_kernels()
     engine = build_engine(
         config, setup.device, setup.dtype, setup.kernels, max(1, num_cores() // world.local_world_size)
     )
@@ -344,6 +361,7 @@ def load_engine(config: Config, setup: Setup, world: World) -> Engine:
         log.info("weights: %s", setup.provenance["weights_in_words"])
     world.progress.enter(Phase.compiling)
     wanted = engine.toks_per_batch
+    setup.wait_for_kernels()
     engine.warm_up()
     if engine.toks_per_batch < wanted:
         log.warning(

@@ -52,6 +52,7 @@ def pool(
             {layer: sums[layer][i] for layer in hidden},
             {layer: bos[layer][i] for layer in hidden},
             {layer: rows[layer][i] for layer in hidden} if rows_dtype else {},
+            rows_dtype is not torch.float16 or all(np.isfinite(rows[layer][i]).all() for layer in hidden),
         )
         for i in range(len(keeps))
     ]
@@ -111,12 +112,14 @@ class GpuPool:
             if rows_dtype
             else {}
         )
+        fit = {layer: x_TD.isfinite().all(1) for layer, x_TD in rows.items() if rows_dtype is torch.float16}
         self.ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self.ended.record()
         copies.wait_event(self.ended)
         with torch.cuda.stream(copies):
-            self.sums, self.bos, self.rows = (
-                {layer: to_host(x, copies) for layer, x in tensors.items()} for tensors in (sums, bos, rows)
+            self.sums, self.bos, self.rows, self.fit = (
+                {layer: to_host(x, copies) for layer, x in tensors.items()}
+                for tensors in (sums, bos, rows, fit)
             )
             self.copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self.copied.record()
@@ -124,14 +127,16 @@ class GpuPool:
     def segment_embeddings(self) -> list[SegmentEmbedding]:
         """Wait for the copies, and return each segment's embedding; its arrays are views of them."""
         self.copied.synchronize()
-        sums, bos, rows = (
-            {layer: x.numpy() for layer, x in tensors.items()} for tensors in (self.sums, self.bos, self.rows)
+        sums, bos, rows, fit = (
+            {layer: x.numpy() for layer, x in tensors.items()}
+            for tensors in (self.sums, self.bos, self.rows, self.fit)
         )
         return [
             SegmentEmbedding(
                 {layer: x[i] for layer, x in sums.items()},
                 {layer: x[i] for layer, x in bos.items()},
                 {layer: x[first:stop] for layer, x in rows.items()},
+                all(x_T[first:stop].all() for x_T in fit.values()),
             )
             for i, (first, stop) in enumerate(self.spans)
         ]

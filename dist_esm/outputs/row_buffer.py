@@ -213,14 +213,3 @@ def runs(is_there: NDArray[np.bool_]) -> list[tuple[int, int]]:
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
     """Return torch's float32 or float16 for numpy's."""
     return {"float32": torch.float32, "float16": torch.float16}[dtype.name]
-
-
-def are_finite(rows: NDArray[Any]) -> bool:
-    """Return whether all numbers, fp32 or fp16, are finite."""
-    if rows.dtype == np.float16:
-        # numpy sums fp16 slowly. Without their signs, the bits of finite numbers are less than those of
-        # infinity.
-        return not rows.size or bool((np.ascontiguousarray(rows).view(np.uint16) & 0x7FFF).max() < 0x7C00)
-    with np.errstate(over="ignore", invalid="ignore"):
-        # Summing first is cheaper: a finite fp32 sum almost always means that every number is finite.
-        return bool(np.isfinite(rows.sum(dtype=np.float32)) or np.isfinite(rows).all())

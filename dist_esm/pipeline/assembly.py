@@ -19,11 +19,10 @@ from functools import partial
 import numpy as np
 
 from dist_esm.attempt import as_value
-from dist_esm.config import Include
 from dist_esm.model.pool import combine
 from dist_esm.outputs.builder import OutputBuilder, OutputSettings
 from dist_esm.outputs.records_tsv import count_record, tsv_line
-from dist_esm.outputs.row_buffer import Memory, are_finite
+from dist_esm.outputs.row_buffer import Memory
 from dist_esm.pipeline.writer_pool import WriteTask
 from dist_esm.progress import RankProgress
 from dist_esm.types import (
@@ -164,7 +163,9 @@ class Assembly:
                 continue
             place.segments[segment.part] = embedding
             parts = [part for part in place.segments if part is not None]
-            if len(parts) == len(place.segments):
+            if not embedding.rows_fit:
+                self._fail_protein(segment.protein, self._too_large())
+            elif len(parts) == len(place.segments):
                 whole = combine(parts, place.num_embedded, self.settings.representations)
                 if segment.protein in self._kept:
                     self._kept[segment.protein] = whole
@@ -283,19 +284,11 @@ class Assembly:
             return
         dtype = self.settings.dtype
         with np.errstate(over="ignore"):  # a number that is too large for the dtype becomes infinite
-            embedding = {key: rows.astype(dtype, copy=False) for key, rows in embedding.items()}
-        # Residues in fp32 are finite if their sums are, and the sums were checked before they came here.
-        unchecked = (
-            rows
-            for (kind, _), rows in embedding.items()
-            if kind is not Include.per_tok or rows.dtype == np.float16
-        )
-        if not all(map(are_finite, unchecked)):
-            too_large = (
-                f"save_dtype={dtype.name} cannot hold a number of its embedding: use save_dtype=float32"
-            )
-            self.fail(place.key, FloatingPointError(too_large), place.id)
+            rounded = {key: rows.astype(dtype) for key, rows in embedding.items() if rows.dtype != dtype}
+        if not all(np.isfinite(rows).all() for rows in rounded.values()):
+            self.fail(place.key, self._too_large(), place.id)
             return
+        embedding = {**embedding, **rounded}  # residues were rounded, and checked, where they came from
         put = partial(place.builder.put, place.index, place.first_row, embedding)
         error = as_value(put, self.settings, self.memory, self.files[state.unit.file], state.unit)
         if isinstance(error, Exception):
@@ -303,6 +296,12 @@ class Assembly:
             return
         self._credit_protein(state)
         self._submit_if_complete(place.key, state, place.builder)
+
+    def _too_large(self) -> FloatingPointError:
+        name = self.settings.dtype.name
+        return FloatingPointError(
+            f"save_dtype={name} cannot hold a number of its embedding: use save_dtype=float32"
+        )
 
     def _submit_if_complete(self, key: int, state: UnitInProgress, builder: OutputBuilder) -> None:
         if builder.is_complete and not builder.is_submitted:

@@ -50,17 +50,22 @@ class Packer:
             yield self._close(0)
 
     def flush(self) -> Iterator[Pack]:
-        """Let all that is held go, in as few packs as first-fit makes of it with the longest segments
-        first."""
+        """Let all that is held go, in as few packs as first-fit makes of it with the longest segments first.
+
+        Without fewer of them they go as they are, oldest first: of what came early little is left for the
+        last pack, so that its outputs are written before the device is done.
+        """
         segments = sorted(
             (segment for pack in self._open for segment in pack), key=lambda segment: -len(segment.tokens)
         )
         again = Packer(self.capacity, len(segments))
-        self._open, self._room = [], []
-        for segment in segments:
-            yield from again.add(segment)
+        packs = [pack for segment in segments for pack in again.add(segment)]
         while again._open:
-            yield again._close(0)
+            packs.append(again._close(0))
+        if len(packs) == len(self._open):
+            packs = [self._close(0) for _ in packs]
+        self._open, self._room = [], []
+        yield from packs
 
     def _close(self, index: int) -> Pack:
         del self._room[index]

@@ -14,7 +14,7 @@ from dist_esm.model.esm2 import ESM2, Architecture
 from dist_esm.model.kernels.choose import PLAIN, choose_kernels
 from dist_esm.model.weights import load_model
 from dist_esm.pipeline.retry import embed_pack
-from dist_esm.types import Pack, RankResult
+from dist_esm.types import Pack, RankResult, SegmentEmbedding
 from helpers.checkpoints import A3B_SHAPED, A8M, A35M, fair_esm_model, random_state, write_checkpoint
 from helpers.command import run_ranks
 from helpers.compare import assert_within, relative_error
@@ -85,6 +85,33 @@ def test_residues_come_in_the_dtype_to_save_and_sums_in_fp32(pair):
         np.testing.assert_array_equal(other.sums[last], one.sums[last])
     wide.close()
     half.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_residue_that_float16_cannot_hold_is_told_of_its_protein_alone(device):
+    """One channel of the last LayerNorm is so large that it is too large in about half of the proteins."""
+    device = torch.device(device)
+    pack = Pack(tuple(segment_of(one, i) for i, one in enumerate(varied_proteins(40))))
+    last, state = A8M.num_layers, random_state(A8M, seed=1)
+    norm = {name: state[f"emb_layer_norm_after.{name}"] for name in ("weight", "bias")}
+
+    def rows_of(dtype: torch.dtype) -> list[SegmentEmbedding]:
+        with torch.device("meta"):
+            model = ESM2(
+                A8M, choose_kernels(Attention.auto, LinearKind.auto, device, torch.float32, A8M.head_dim)
+            )
+        weights.fill_parameters(model, state.__getitem__, device, torch.float32)
+        with Engine(model.eval(), [last], wants_rows=True, num_threads=1, rows_dtype=dtype) as engine:
+            return engine.run(pack)
+
+    norm["weight"][5], norm["bias"][5] = 1.0, 0.0
+    largest = [np.abs(one.rows[last][:, 5]).max() for one in rows_of(torch.float32)]
+    norm["weight"][5] = 65504 / float(np.median(largest))
+    with np.errstate(over="ignore"):
+        fit = [bool(np.isfinite(one.rows[last].astype(np.float16)).all()) for one in rows_of(torch.float32)]
+    assert 10 < sum(fit) < 30
+    assert [bool(one.rows_fit) for one in rows_of(torch.float16)] == fit
+    assert all(one.rows_fit for one in rows_of(torch.float32))
 
 
 def test_a_lower_layer_stops_the_forward_early_with_the_same_numbers(pair):

@@ -14,6 +14,7 @@ import torch
 
 from dist_esm.config import Attention, DeviceKind, Dtype, Fp8, LinearKind
 from dist_esm.model.kernels.attention import AttentionFunction, load_triton, sdpa
+from dist_esm.model.kernels.kernel_cache import import_runtime
 from dist_esm.model.kernels.linear import LinearOps, TorchLinear
 from dist_esm.model.kernels.quantized import E4M3
 
@@ -33,6 +34,19 @@ class Kernels:
     def __str__(self) -> str:
         e4m3 = f", e4m3 in {' '.join(sorted(self.quantized))}" if self.quantized else ""
         return f"attention={self.attention} linear={self.linear.name}{e4m3}"
+
+    def get_ready(self, device: torch.device, width: int) -> None:
+        """Import and load what the first pack would wait for, with one small sum on a GPU.
+
+        Triton imports its compiler at the first launch, and reads all of its own files, which takes seconds
+        and needs no model.
+        """
+        rows_TD = torch.zeros(1, width, device=device)
+        with torch.cuda.device(device), torch.inference_mode():
+            ends = torch.arange(2, dtype=torch.int32, device=device)
+            self.linear.segment_sum(rows_TD, ends[:1], ends[1:])
+        if self.linear.name == "quack":
+            import_runtime()
 
 
 PLAIN = Kernels("sdpa", sdpa, TorchLinear())

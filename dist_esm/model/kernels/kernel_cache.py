@@ -158,6 +158,13 @@ def hold_lock(held: ExitStack, path: Path) -> None:
     held.enter_context(FileLock(path, timeout=LOCK_SECONDS))
 
 
+def import_runtime() -> Any:
+    """Import the package that loads and calls kernels, which takes half a second."""
+    import tvm_ffi
+
+    return tvm_ffi
+
+
 def open_library(path: Path) -> Kernel:
     """Load a kernel that was kept.
 
@@ -169,9 +176,7 @@ def open_library(path: Path) -> Kernel:
     for file in (path, path.with_suffix(".json")):
         refuse_if_not_ours(file)
     form = to_form(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
-    import tvm_ffi
-
-    return Kernel(tvm_ffi.load_module(path)[SYMBOL], form)
+    return Kernel(import_runtime().load_module(path)[SYMBOL], form)
 
 
 def keep(compiled: Compiled, path: Path) -> Kernel:

@@ -238,9 +238,9 @@ def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
         return hdf5_type, h5py.h5s.create_simple(shape) if shape else scalar
 
     # h5py's high-level calls take twice as long, and a dataset and three attributes for each protein add up.
-    def attach(dataset: Any, name: str, value: NDArray[Any]) -> None:
+    def attach(owner: Any, name: str, value: NDArray[Any]) -> None:
         hdf5_type, space = kind_of(value.dtype, value.shape)
-        h5py.h5a.create(dataset, name.encode(), hdf5_type, space).write(value)
+        h5py.h5a.create(owner, name.encode(), hdf5_type, space).write(value)
 
     with _create(metadata, size_of_root(table)) as file:
         # All datasets come first: texts and large attributes would take room among their numbers.
@@ -257,8 +257,8 @@ def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
         }
         root_attributes = {**about.to_text(), "kind": root, "records": json.dumps(records)}
         for key, text_of in root_attributes.items():
-            file.attrs[key] = text_of
-        file.attrs["layer"] = main
+            attach(file.id, key, np.array(text_of, dtype=h5py.string_dtype()))
+        attach(file.id, "layer", np.array(main))
         for place, (name, row) in enumerate(zip(taken, table.rows, strict=True)):
             dataset = h5py.h5d.open(file.id, name)
             attach(dataset, "original_id", np.array(row.id, dtype=h5py.string_dtype()))

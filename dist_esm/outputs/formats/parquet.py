@@ -71,12 +71,11 @@ def column_of(kind: str, layer: int) -> str:
 
 def _write_rest(parquet: ParquetFile, table: OutputTable, about: About, is_compressed: bool) -> None:
     """Write all that stands behind the numbers."""
-    schema = schema_of(table, about)
-    for first, last, _, _ in row_groups(
-        about, table.lengths, numpy_dtype(table.mean[table.main_layer].dtype)
-    ):
+    schema, dtype = schema_of(table, about), numpy_dtype(table.mean[table.main_layer].dtype)
+    borders = [(first, last) for first, last, _, _ in row_groups(about, table.lengths, dtype)]
+    for first, last in borders or [(0, 0)]:
         parquet.add_group(without_numbers(schema, table.rows[first:last], about.source, is_compressed))
-    parquet.finish(without_numbers(schema, [], about.source, is_compressed))
+    parquet.finish()
 
 
 def numbers_of(

@@ -47,6 +47,13 @@ class Struct:
         self.fields[field] = (self.fields[field][0], value)
 
 
+@dataclass(frozen=True)
+class Raw:
+    """The bytes of a value that is taken over as it is."""
+
+    data: bytes
+
+
 def read_varint(file: IO[bytes]) -> int:
     """Read a whole number from 0, seven bits a byte."""
     number = shift = 0
@@ -94,6 +101,8 @@ def read_value(file: IO[bytes], kind: int) -> Any:
 
 def value_bytes(kind: int, value: Any) -> bytes:
     """Return the bytes of `read_value`."""
+    if isinstance(value, Raw):
+        return value.data
     if kind in (BOOL_TRUE, BOOL_FALSE):
         return b""
     if kind in (I16, I32, I64):
@@ -178,6 +187,8 @@ class ParquetFile:
         self._file = file
         self._compress = compress
         self._position = position
+        self._footer: Struct | None = None
+        """The first that was added: schema and metadata are the same in all."""
         self._groups: list[Struct] = []
         self._chunks: dict[str, list[Chunk]] = {name: list(known) for name, known in (chunks or {}).items()}
         if not position:
@@ -199,10 +210,14 @@ class ParquetFile:
         ----------
         written
             A whole Parquet file by pyarrow of this one row group, in which the columns of numbers have only
-            nulls.
+            nulls; without a row it adds the schema and the metadata alone.
         """
         footer, number = footer_of(written), len(self._groups)
-        (group,) = footer[4][1]
+        self._footer = self._footer or footer
+        _, groups = footer[4]
+        if not groups:
+            return
+        (group,) = groups
         group.fields[5] = (I64, self._position)
         group.fields[7] = (I16, number)
         for chunk in group[1][1]:
@@ -216,15 +231,10 @@ class ParquetFile:
         group.fields[6] = (I64, sum(chunk[7] for chunk in chunks))
         self._groups.append(group)
 
-    def finish(self, written: bytes) -> None:
-        """Write the footer.
-
-        Parameters
-        ----------
-        written
-            A whole Parquet file by pyarrow with the schema and the metadata, without a row.
-        """
-        footer = footer_of(written)
+    def finish(self) -> None:
+        """Write the footer, of schema and metadata as the first row group has them."""
+        footer = self._footer
+        assert footer is not None, "a file has one row group, if need be without a row"
         footer[3] = sum(group[3] for group in self._groups)
         footer[4] = (STRUCT, self._groups)
         text = value_bytes(STRUCT, footer)
@@ -275,10 +285,15 @@ def describe_numbers(column: Struct, chunk: Chunk) -> None:
 
 
 def footer_of(written: bytes) -> Struct:
-    """Read the footer of a whole Parquet file."""
+    """Read the footer of a whole Parquet file: rows, field 3, and row groups, field 4; all else stays raw."""
     size = int.from_bytes(written[-8:-4], "little")
-    footer = read_value(io.BytesIO(written[-8 - size : -8]), STRUCT)
-    assert isinstance(footer, Struct)
+    file = io.BytesIO(written[-8 - size : -8])
+    footer, field = Struct({}), 0
+    while head := file.read(1)[0]:
+        field += head >> 4
+        kind, begun = head & 15, file.tell()
+        value = read_value(file, kind)
+        footer.fields[field] = (kind, value if field in (3, 4) else Raw(file.getvalue()[begun : file.tell()]))
     return footer
 
 
