@@ -3,9 +3,9 @@
 A Python that has imported them, and has done nothing else, forks each. What runs is a process like any other:
 it has a number, an environment, files, signals and an end of its own.
 
-That Python (`serve`) is asked over a socket: for each process it gets a message with
-the command line and its environment, and four files: stdin, stdout, stderr, and a socket on which it tells
-the number of the process and its end.
+That Python (`serve`) is asked over a socket: for each process it gets a message with the command line and its
+environment, and four files: stdin, stdout, stderr, and a socket on which it tells the number of the process
+and its end.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class WarmProcess:
     ) -> None:
         self.args = list(line)
         self.returncode: int | None = None
-        self._printed = [tempfile.TemporaryFile("w+", errors="strict") for _ in range(2)]  # noqa: SIM115 - read at its end
+        self._printed = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - read at its end
         self._socket, theirs = socket.socketpair()
         about = {"line": list(line[1:]), "env": env, "cwd": os.getcwd(), "session": start_new_session}
         about |= {"name_space": name_space, "script": script}
@@ -82,8 +82,7 @@ class WarmProcess:
             files = [nothing.fileno() if stdin == subprocess.DEVNULL else stdin]
             files += [*(file.fileno() for file in self._printed), theirs.fileno()]
             socket.send_fds(warm_python(), [json.dumps(about).encode()], files)
-        self._said = self._socket.makefile("r")
-        self.pid = int(self._said.readline())
+        self.pid = self._number()
         """Its number."""
 
     def poll(self) -> int | None:
@@ -98,8 +97,17 @@ class WarmProcess:
         if self.returncode is None:
             if timeout is not None and not select.select([self._socket], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            self.returncode = int(self._said.readline())
+            self.returncode = self._number()
         return self.returncode
+
+    def _number(self) -> int:
+        """Read a line of what is told of it, and no byte more, which `wait` would not see."""
+        line = b""
+        while not line.endswith(b"\n"):
+            byte = self._socket.recv(1)
+            assert byte, "what waits for it is gone"
+            line += byte
+        return int(line)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end, and return what it printed."""

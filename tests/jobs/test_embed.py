@@ -238,6 +238,7 @@ def test_more_ranks_than_gpus_is_one_clear_error(tmp_path):
         f"output_dir={tmp_path}",
         MODEL,
         "model.weights=random",
+        is_warm=False,
         CUDA_VISIBLE_DEVICES=visible_gpus(),
     )
     assert result.returncode == 1
@@ -259,7 +260,7 @@ def test_nccl_ranks_give_the_bits_of_one_gpu(model, tmp_path):
             "model.weights=random",
             "include=[mean,per_tok]",
         ]
-        result = run_ranks(num_ranks, *settings, CUDA_VISIBLE_DEVICES=visible_gpus())
+        result = run_ranks(num_ranks, *settings, is_warm=False, CUDA_VISIBLE_DEVICES=visible_gpus())
         assert result.returncode == 0, result.stderr
         assert {rank["device"].split()[0] for rank in read_report(tmp_path / str(num_ranks))["ranks"]} == {
             f"cuda:{rank}" for rank in range(num_ranks)
