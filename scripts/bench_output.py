@@ -10,6 +10,9 @@ is a process of its own, whose peak memory shows that a slow disk slows the run 
 
     scripts/bench_output.py --dir /path/on/the/disk --gigabytes 2
 
+With --launches N the stand-in calls torch N times for each pack, as a GPU's thread does to launch kernels.
+What that takes shows how long it waits for Python's interpreter while outputs are written.
+
 With --one-file all proteins are in one file, which is cut into units as by default; with --uncut, too, it is
 not, as a file that is compressed. The last line is JSON.
 """
@@ -20,6 +23,7 @@ import shutil
 import tempfile
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -67,6 +71,7 @@ def measure_run(
     format_name: str,
     save_dtype: str,
     unit_share: float,
+    num_launches: int,
 ) -> dict[str, Any]:
     """Run once, and return what it took."""
     numbers = np.random.default_rng(0).standard_normal((LONGEST, WIDTH), dtype=np.float32)
@@ -88,8 +93,9 @@ def measure_run(
         dedupe=False,
     )
     before = written_bytes()
+    engine = StandInEngine(answer, tokens_per_second, num_launches=num_launches)
     with Watched() as most:
-        cost = run_without_model(config, StandInEngine(answer, tokens_per_second))
+        cost = run_without_model(config, engine)
     written = written_bytes() - before
     (rank,) = cost.report["ranks"]
     outputs = [config.output_dir / output for file in cost.report["files"] for output in file["outputs"]]
@@ -106,6 +112,7 @@ def measure_run(
         "waited": rank["waited_for_output"],
         "cpu": cost.cpu_seconds,
         "peak_mib": cost.peak_mib,
+        "launching": median(engine.launch_seconds) if num_launches else 0.0,
     }
 
 
@@ -120,6 +127,7 @@ def main() -> None:
     parser.add_argument("--save-dtype", choices=[each.name for each in SaveDtype], default="float32")
     parser.add_argument("--proteins-per-file", type=int, default=100)
     parser.add_argument("--one-file", action="store_true")
+    parser.add_argument("--launches", type=int, default=0, help="calls of torch for each pack (%(default)s)")
     parser.add_argument("--uncut", action="store_true", help="one rank takes each file whole")
     parser.add_argument(
         "--shares",
@@ -150,6 +158,7 @@ def main() -> None:
             "written for a byte",
             "threads",
             "open files",
+            "launching, ms a pack",
         )
         table = Table(disk, headings)
         make_inputs(
@@ -166,6 +175,7 @@ def main() -> None:
                 tokens_per_second=None if share is None else rate * share / bytes_per_residue,
                 format_name=options.format,
                 save_dtype=options.save_dtype,
+                num_launches=options.launches,
                 unit_share=1.0 if options.uncut or not options.one_file else Config.unit_share,
             )
             shutil.rmtree(folder / "out")
@@ -182,6 +192,7 @@ def main() -> None:
                 f"{run['written_share']:.3f}",
                 str(run["threads"]),
                 str(run["files"]),
+                f"{run['launching'] * 1e3:.1f}",
             )
     results |= {
         "disk_bytes_per_second": rate,

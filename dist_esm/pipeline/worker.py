@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,8 @@ from dist_esm.stop import Stop
 from dist_esm.types import Failure, FastaFile, Pack, RankResult, TakenUnit, UnitFailure, UnitResult
 
 log = logging.getLogger("dist_esm")
+TURN_SECONDS = 5e-5
+"""How long a thread keeps Python's interpreter when another wants it; measured in LOG.md."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,11 @@ def _run_threads(
         destination.record_failure(failed)
 
     num_writers = max(MIN_WRITERS, min(MAX_WRITERS, engine.num_threads // 2))
-    with no_garbage_collection_of_modules(), ExitStack() as threads:  # torn down in reverse, whatever happens
+    with (
+        short_turns(),
+        no_garbage_collection_of_modules(),
+        ExitStack() as threads,
+    ):  # torn down in reverse, whatever happens
         copiers = threads.enter_context(ThreadPoolExecutor(max(1, num_writers // 2), "copier"))
         memory, progress = Memory(copiers=copiers), destination.progress.now
         assembly = Assembly(files, output_settings(config, destination), rank, memory, progress)
@@ -244,6 +251,20 @@ def computing(result: RankResult) -> Iterator[None]:
         yield
     finally:
         result.compute_seconds += time.monotonic() - began
+
+
+@contextmanager
+def short_turns() -> Iterator[None]:
+    """While the block runs, a thread that works in Python gives the interpreter away after `TURN_SECONDS`.
+
+    The main thread wants it back after each kernel that it launches; other threads keep it for up to 5 ms.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
 
+import torch
+
 from benchmarks.harness import cpu_seconds, peak_mib
 from dist_esm.config import Config
 from dist_esm.distributed import World
@@ -37,6 +39,8 @@ class StandInEngine:
         The pace at which packs are done; None: at once.
     num_threads
         Cores that the run may think are the engine's.
+    num_launches
+        Calls of torch for each pack: each gives Python's interpreter away, as launches of kernels do.
     """
 
     is_gpu = False
@@ -47,6 +51,7 @@ class StandInEngine:
         answer: Callable[[Segment], SegmentEmbedding],
         tokens_per_second: float | None = None,
         num_threads: int = NUM_THREADS,
+        num_launches: int = 0,
     ) -> None:
         self.answer = answer
         self.tokens_per_second = tokens_per_second
@@ -54,6 +59,10 @@ class StandInEngine:
         self.num_segments = 0
         """Segments answered so far."""
         self.startup: dict[str, float] = {}
+        self.launch_seconds: list[float] = []
+        """What the launches of each pack took."""
+        self._launched = torch.zeros(64) if num_launches else None
+        self._num_launches = num_launches
         self._free_at = 0.0
 
     def __enter__(self) -> StandInEngine:
@@ -66,6 +75,11 @@ class StandInEngine:
 
     def submit(self, pack: Pack, num_rows: int | None = None) -> StandInPack:
         """Begin with a pack as soon as the one before it is done."""
+        if self._launched is not None:
+            began = time.perf_counter()
+            for _ in range(self._num_launches):
+                self._launched.add_(1)
+            self.launch_seconds.append(time.perf_counter() - began)
         if self.tokens_per_second is not None:
             began = max(time.monotonic(), self._free_at)
             self._free_at = began + pack.num_tokens / self.tokens_per_second
