@@ -23,7 +23,7 @@ import shutil
 import tempfile
 from itertools import islice
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,7 @@ def measure_run(
         "waited": rank["waited_for_output"],
         "cpu": cost.cpu_seconds,
         "peak_mib": cost.peak_mib,
-        "launching": median(engine.launch_seconds) if num_launches else 0.0,
+        "launching": mean(engine.launch_seconds) if num_launches else 0.0,
     }
 
 
