@@ -449,7 +449,7 @@ class World:
 
     def gather_in_haste(self, value: Any, *types: type[Any]) -> list[Any]:
         """On rank 0, the values of the ranks that can still answer within `HASTE_SECONDS`; for runs that are
-        ending.
+        ending. Those that were seen to end are not waited for.
 
         Parameters
         ----------
@@ -466,8 +466,13 @@ class World:
                 return [value]
             others = [rank for rank in range(self.world_size) if rank != self.rank]
             keys = {rank: f"haste/{rank}" for rank in others}
+
+            def have_answered() -> bool:
+                waited_for = [key for rank, key in keys.items() if rank not in self.lost_ranks]
+                return not waited_for or bool(store.check(waited_for))
+
             deadline = time.monotonic() + HASTE_SECONDS
-            while not store.check(list(keys.values())) and time.monotonic() < deadline:
+            while not have_answered() and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
             answers = [value]
             for rank, key in keys.items():
@@ -582,7 +587,10 @@ class World:
         store = self._store
         with suppress(DistError):
             if self._is_in_haste and not self.is_main:
-                wait_at_most(CONCLUDE_SECONDS, lambda: store.check(["left/0"]) or self._lost == LOST)
+                wait_at_most(
+                    CONCLUDE_SECONDS,
+                    lambda: store.check(["left/0"]) or 0 in self.lost_ranks or self._lost == LOST,
+                )
             store.set(f"left/{self.rank}", "")
             keys = [f"left/{rank}" for rank in range(self.world_size)]
             if self.is_main and not self._is_in_haste:

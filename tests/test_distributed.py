@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 from dist_esm.distributed import World
 from dist_esm.types import Tally, UnitResult, WorkerStatus, WrittenFile
 from dist_esm.wire import WireError, decode, encode
-from helpers.command import HELPERS, environment, run_ranks
+from helpers.command import HELPERS, run_ranks
 from helpers.data import PROTEINS
 
 
@@ -56,18 +54,7 @@ def test_a_rank_whose_launcher_is_gone_does_not_wait_for_it_for_long(monkeypatch
 
 @pytest.mark.distributed
 def test_ranks_see_each_other_and_wait_longer_than_the_timeout_of_a_collective(tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(HELPERS / "ranks_status.py"),
-        str(tmp_path),
-    ]
-    result = subprocess.run(
-        launch, capture_output=True, text=True, timeout=120, env=environment(), check=False
-    )
+    result = run_ranks(2, tmp_path, script=HELPERS / "ranks_status.py")
     assert result.returncode == 0, result.stderr
     for rank in (0, 1):
         seen = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -81,7 +68,9 @@ def test_ranks_see_each_other_and_wait_longer_than_the_timeout_of_a_collective(t
 
 @pytest.mark.distributed
 def test_a_wrong_key_is_said_once_and_nothing_is_written(tmp_path):
-    result = run_ranks(2, f"input={PROTEINS}", f"output_dir={tmp_path / 'out'}", "toks_per_bach=100")
+    result = run_ranks(
+        2, f"input={PROTEINS}", f"output_dir={tmp_path / 'out'}", "toks_per_bach=100", forks=False
+    )
     assert result.returncode == 1
     assert result.stderr.count("dist_esm: error:") == 1
     assert "dist_esm: error: 'toks_per_bach' is no key: did you mean toks_per_batch?\n" in result.stderr
@@ -99,9 +88,7 @@ def test_help_is_printed_once():
 @pytest.mark.distributed
 def test_values_of_any_size_pass_between_ranks(tmp_path):
     """One value of torchrun's store holds at most 8 MiB."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    line = [*launch, str(HELPERS / "large_values.py"), str(tmp_path)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    done = run_ranks(2, tmp_path, script=HELPERS / "large_values.py")
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         seen = json.loads((tmp_path / f"{rank}.json").read_text())

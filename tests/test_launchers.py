@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import signal
 import socket
-import subprocess
 
 import pytest
 
 from helpers.command import MODEL, command, environment, read_report, run_ranks
+from helpers.warm import WarmProcess
 
 LIMIT_SECONDS = 60
 """Within which each case is at its end, on a machine that may be busy."""
@@ -101,22 +101,20 @@ def test_a_rank_that_waits_for_the_first_can_be_interrupted(settings):
         mute.settimeout(LIMIT_SECONDS)
         port = str(mute.getsockname()[1])
         variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        with subprocess.Popen(
-            command(None, *settings), stderr=subprocess.PIPE, env=environment(**variables)
-        ) as process:
-            try:
-                connection, _ = mute.accept()
-                with connection:
-                    process.terminate()
-                    process.wait(10)
-            finally:
-                process.kill()
+        process = WarmProcess(command(None, *settings), environment(**variables))
+        try:
+            connection, _ = mute.accept()
+            with connection:
+                process.send_signal(signal.SIGTERM)
+                process.wait(10)
+        finally:
+            process.kill()
     assert process.returncode == -signal.SIGTERM
 
 
 @pytest.mark.distributed
 def test_a_network_interface_that_is_not_there_is_one_line(settings, tmp_path):
-    done = run_ranks(2, *settings, timeout=LIMIT_SECONDS, GLOO_SOCKET_IFNAME="nosuch0")
+    done = run_ranks(2, *settings, timeout=LIMIT_SECONDS, forks=False, GLOO_SOCKET_IFNAME="nosuch0")
     assert done.returncode == 1
     assert "/dist_esm/" not in done.stderr, done.stderr  # a traceback of ours; torchrun has its own
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("dist_esm: error: ")]

@@ -103,6 +103,10 @@ def test_an_index_of_faiss(outputs, vectors, monkeypatch):
 
 
 def test_a_map_of_scanpy(outputs, vectors, monkeypatch):
+    numba = pytest.importorskip("numba", reason="could not import scanpy")
+    monkeypatch.setattr(
+        numba.config, "DISABLE_JIT", 1
+    )  # to compile UMAP takes ten times as long as to run it
     proteins = run_block("scanpy", outputs, monkeypatch, "scanpy")["proteins"]
     assert np.array_equal(proteins.X, vectors)
     assert proteins.obsm["X_umap"].shape == (len(IDS), 2)

@@ -764,7 +764,7 @@ def test_what_a_run_cannot_start_with_is_one_line(here, words, capfd, monkeypatc
 
 @pytest.mark.distributed
 def test_ranks_say_a_refusal_once_and_empty_output_dir_writes_nothing(here):
-    result = run_ranks(2, "input=a.fa", "output_dir=")
+    result = run_ranks(2, "input=a.fa", "output_dir=", forks=False)
     ours = [line for line in result.stderr.splitlines() if line.startswith("dist_esm:")]
     assert ours == [
         "dist_esm: error: output_dir is empty: write output_dir=PATH, or leave it out for its default"

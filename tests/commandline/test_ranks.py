@@ -19,6 +19,7 @@ from dist_esm.commandline.command import wanted_ranks
 from dist_esm.config import Config, DeviceKind
 from helpers.command import MODEL, command, environment, processes_of, read_report, run_ranks
 from helpers.compare import digests
+from helpers.warm import WarmProcess
 
 SECONDS = 20
 """Within which a run that was interrupted must have ended, on a machine that may be busy."""
@@ -41,18 +42,13 @@ def write_files(folder: Path, number: int, length: int = 1000) -> Path:
 
 
 @contextmanager
-def under_way(tmp_path: Path, *others: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+def under_way(tmp_path: Path, *others: str) -> Iterator[tuple[WarmProcess, list[int]]]:
     """A run that has written outputs and will not end soon, with the processes of its ranks."""
     out = tmp_path / "out"
-    line = command(None, *settings(write_files(tmp_path / "in", 60), out, "toks_per_batch=2000", *others))
-    process = subprocess.Popen(
-        line,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
+    line = command(
+        None, *settings(write_files(tmp_path / "in", 99, 400), out, "toks_per_batch=1000", *others)
     )
+    process = WarmProcess(line, environment(), start_new_session=True)
     try:
         deadline = time.monotonic() + 90
         while len(list(out.glob("*.pt"))) < 2 and time.monotonic() < deadline:
@@ -83,10 +79,16 @@ def assert_none_is_left(out: Path) -> None:
 
 @pytest.mark.distributed
 def test_one_command_starts_the_ranks_and_has_the_exit_code_of_the_run(tmp_path):
-    """Some files failed; refused; all done, in a directory with another package of this name."""
+    """Some files failed, in a directory with another package of this name; then refused."""
     inputs, out = write_files(tmp_path / "in", 4, length=20), tmp_path / "out"
     (inputs / "bad.fasta").write_text("no header\n")
-    done = run_ranks(None, *settings(inputs, out))
+    (tmp_path / "dist_esm.py").write_text("raise SystemExit('another package of this name')\n")
+    script = Path(sys.executable).with_name("dist-esm")
+    words = settings(inputs, out)
+    line = [str(script), *words] if script.exists() else [sys.executable, "-P", *command(None, *words)[1:]]
+    done = subprocess.run(
+        line, capture_output=True, text=True, timeout=90, env=environment(), check=False, cwd=tmp_path
+    )
     assert done.returncode == 2, done.stderr
     assert ours(done.stderr) == []
     assert [rank["status"] for rank in read_report(out)["ranks"]] == ["COMPLETED"] * 2
@@ -96,18 +98,14 @@ def test_one_command_starts_the_ranks_and_has_the_exit_code_of_the_run(tmp_path)
     (line,) = ours(refused.stderr)
     assert "holds embeddings made under other settings" in line
 
-    (inputs / "bad.fasta").unlink()
-    (tmp_path / "dist_esm.py").write_text("raise SystemExit('another package of this name')\n")
-    script = Path(sys.executable).with_name("dist-esm")
-    words = settings(inputs, tmp_path / "other")
-    line = [str(script), *words] if script.exists() else [sys.executable, "-P", *command(None, *words)[1:]]
-    done = subprocess.run(
-        line, capture_output=True, text=True, timeout=90, env=environment(), check=False, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
     alone = [word for word in settings(inputs, tmp_path / "alone") if word != "ranks=2"]
-    assert run_ranks(None, *alone, "ranks=1").returncode == 0
-    assert digests(tmp_path / "other") == digests(tmp_path / "alone")
+    assert run_ranks(None, *alone, "ranks=1").returncode == 2
+    two, one = (
+        {name: digest for name, digest in digests(folder).items() if name.endswith(".pt")}
+        for folder in (out, tmp_path / "alone")
+    )
+    assert two == one
+    assert len(two) == 4
 
 
 @pytest.mark.distributed
@@ -128,7 +126,7 @@ def test_a_mistake_is_one_line_before_any_rank_starts(words, tmp_path):
     blocked.write_text("raise SystemExit('torch was imported')\n")
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     bad = {"input=in long=window": "truncation_seq_length=null"}.get(words, "")
-    done = run_ranks(None, *words.split(), "ranks=2", *bad.split(), PYTHONPATH=path)
+    done = run_ranks(None, *words.split(), "ranks=2", *bad.split(), is_warm=False, PYTHONPATH=path)
     assert done.returncode == 1
     (line,) = ours(done.stderr)
     assert line.startswith("dist_esm: error: ")

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -720,12 +721,11 @@ def test_outputs_of_an_earlier_run_are_not_inputs_that_were_passed_over(tmp_path
         assert [item.path.name for item in inputs.passed_over] == ["notes.txt"]
 
 
-def cli(*arguments: object, tmp_path: Path, **options: object) -> subprocess.CompletedProcess[str]:
+def cli(
+    *arguments: object, tmp_path: Path, stdin: int | str = subprocess.DEVNULL
+) -> subprocess.CompletedProcess[str]:
     fixed = [MODEL, "model.weights=random", "device=cpu", f"output_dir={tmp_path / 'out'}"]
-    line = command(None, *fixed, *arguments)
-    return subprocess.run(
-        line, text=True, capture_output=True, timeout=120, check=False, env=environment(), **options
-    )
+    return run_ranks(None, *fixed, *arguments, stdin=stdin)
 
 
 def test_the_command_says_what_it_passed_over_and_fails_links_that_lead_nowhere(tmp_path):
@@ -749,38 +749,54 @@ def test_the_command_says_what_it_passed_over_and_fails_links_that_lead_nowhere(
 # Pipes.
 
 
-@pytest.mark.parametrize("how", ["stdin", "redirected", "fifo", "substitution", "gzip"])
+@pytest.mark.parametrize("how", ["stdin", "redirected", "fifo", "gzip"])
 def test_pipes_are_read_once_and_embedded_as_the_file_would_be(tmp_path, how):
     write(tmp_path / "a.fa", TWO_TEXT)
-    fixed = " ".join(
-        command(None, MODEL, "model.weights=random", "device=cpu", f"output_dir={tmp_path / 'out'}")
-    )
     packed = tmp_path / "a.gz"
     packed.write_bytes(gzip.compress(TWO_TEXT))
     fifo = tmp_path / "p.fa"
     os.mkfifo(fifo)
-    lines = {
-        "stdin": (f"cat {tmp_path / 'a.fa'} | {fixed} input=-", "stdin"),
-        "redirected": (f"{fixed} input=/dev/stdin < {tmp_path / 'a.fa'}", "stdin"),
-        "fifo": (f"cat {tmp_path / 'a.fa'} > {fifo} & {fixed} input={fifo}", "p"),
-        "substitution": (f"{fixed} input=<(cat {tmp_path / 'a.fa'})", r"fd\d+"),
-        "gzip": (f"{fixed} input=- < {packed}", "stdin"),
-    }
-    line, name = lines[how]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        if how == "stdin":
+            return cli("input=-", tmp_path=tmp_path, stdin=TWO_TEXT.decode())
+        if how == "fifo":
+            with subprocess.Popen(["sh", "-c", f"cat {tmp_path / 'a.fa'} > {fifo}"]):
+                return cli(f"input={fifo}", tmp_path=tmp_path)
+        source, name = {"redirected": (tmp_path / "a.fa", "/dev/stdin"), "gzip": (packed, "-")}[how]
+        with source.open() as file:
+            return cli(f"input={name}", tmp_path=tmp_path, stdin=file.fileno())
+
+    assert_embedded_once(run, "p" if how == "fifo" else "stdin", tmp_path)
+
+
+def test_what_a_shell_substitutes_is_embedded_as_the_file_would_be(tmp_path):
+    write(tmp_path / "a.fa", TWO_TEXT)
+    words = [MODEL, "model.weights=random", "device=cpu", f"output_dir={tmp_path / 'out'}"]
+    line = " ".join([*command(None, *words), f"input=<(cat {tmp_path / 'a.fa'})"])
     bash = shutil.which("bash")
     assert bash is not None
-    result = subprocess.run(
-        [bash, "-c", line], capture_output=True, text=True, timeout=120, env=environment(), check=False
-    )
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [bash, "-c", line], capture_output=True, text=True, timeout=120, env=environment(), check=False
+        )
+
+    assert_embedded_once(run, r"fd\d+", tmp_path)
+
+
+def assert_embedded_once(
+    run: Callable[[], subprocess.CompletedProcess[str]], name: str, tmp_path: Path
+) -> None:
+    """The two proteins are in one output, and another launch has nothing to do."""
+    result = run()
     assert result.returncode == 0, result.stderr
     (output,) = (tmp_path / "out").glob("*.pt")
     assert re.fullmatch(name + r"_ESM\.pt", output.name)
     content = torch.load(output, weights_only=True)
     assert (content["proteins"], content["lengths"]) == (["p1", "p2"], [10, 9])
     assert not list((tmp_path / "out" / ".dist_esm").glob("pipes/*"))
-    again = subprocess.run(
-        [bash, "-c", line], capture_output=True, text=True, timeout=120, env=environment(), check=False
-    )
+    again = run()
     assert again.returncode == 0, again.stderr
     assert "(1 by earlier launches)" in again.stdout
 
@@ -802,23 +818,23 @@ def test_ranks_share_what_one_of_them_read_from_standard_input(tmp_path):
 
 @pytest.mark.parametrize("device", ["/dev/null", "/dev/zero", "/dev/urandom"])
 def test_devices_are_refused(tmp_path, device):
-    result = cli(f"input={device}", tmp_path=tmp_path, stdin=subprocess.DEVNULL)
+    result = cli(f"input={device}", tmp_path=tmp_path)
     assert result.returncode == 1
     assert f"input={device} is a device, which cannot be read twice" in result.stderr
-    result = cli("input=-", tmp_path=tmp_path, stdin=open(device, "rb"))  # noqa: SIM115 - the child's
+    with open(device, "rb") as file:
+        result = cli("input=-", tmp_path=tmp_path, stdin=file.fileno())
     assert "standard input is a device" in result.stderr
 
 
 def test_a_pipe_that_gives_nothing_or_was_read_already_is_refused(tmp_path):
-    result = cli("input=-", tmp_path=tmp_path, input="")
+    result = cli("input=-", tmp_path=tmp_path, stdin="")
     assert "input=- is empty: did the command that should fill the pipe fail?" in result.stderr
     assert result.returncode == 1
-    line = command(None, MODEL, "model.weights=random", f"output_dir={tmp_path / 'out'}", "input=-")
-    again = environment(TORCHELASTIC_RESTART_COUNT="1")
-    result = subprocess.run(line, input=">a\nMK\n", text=True, capture_output=True, check=False, env=again)
+    words = [MODEL, "model.weights=random", f"output_dir={tmp_path / 'out'}", "input=-"]
+    result = run_ranks(None, *words, stdin=">a\nMK\n", TORCHELASTIC_RESTART_COUNT="1")
     assert "input=- was read before torchrun restarted the ranks" in result.stderr
 
 
 def test_a_pipe_named_twice_is_refused(tmp_path):
-    result = cli("input=[-,/dev/stdin]", tmp_path=tmp_path, input=">a\nMK\n")
+    result = cli("input=[-,/dev/stdin]", tmp_path=tmp_path, stdin=">a\nMK\n")
     assert "is a pipe and is named twice" in result.stderr

@@ -7,9 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from helpers.warm import run_warm
+
 HELPERS = Path(__file__).parent
+FORKS = ["--start-method=fork", "--run-path", str(HELPERS / "rank.py")]
+"""Options of torchrun with which it forks its ranks from itself."""
 MODEL = "model=esm2_t6_8M_UR50D"
 
 
@@ -23,20 +28,74 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **extra}
 
 
-def command(num_ranks: int | None, *overrides: object) -> list[str]:
-    """The command line: torchrun with so many ranks, or without torchrun for None."""
-    launcher = [sys.executable, "-m"]
+def command(
+    num_ranks: int | None,
+    *words: object,
+    script: Path | None = None,
+    torchrun: Sequence[str] = (),
+    forks: bool = False,
+) -> list[str]:
+    """The command line: torchrun with so many ranks, or without torchrun for None.
+
+    Parameters
+    ----------
+    num_ranks
+        Of this host.
+    words
+        For the command.
+    script
+        What to run in place of the command.
+    torchrun
+        More options of it.
+    forks
+        Let it fork the ranks from itself, which is faster where it is warm, and not start new Pythons.
+    """
+    line = [sys.executable]
     if num_ranks is not None:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", "-m"]
-    return [*launcher, "dist_esm", *(str(item) for item in overrides)]
+        line += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", *torchrun]
+        line += FORKS if forks else []
+    if script is not None:
+        line.append(str(script))
+    else:
+        line += ["-m", "dist_esm"]
+    return [*line, *map(str, words)]
 
 
 def run_ranks(
-    num_ranks: int | None, *overrides: object, timeout: float = 120, **extra: str
+    num_ranks: int | None,
+    *words: object,
+    script: Path | None = None,
+    torchrun: Sequence[str] = (),
+    stdin: int | str = subprocess.DEVNULL,
+    is_warm: bool = True,
+    forks: bool = True,
+    timeout: float = 120,
+    **extra: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
+    """Run the command to its end.
+
+    Parameters
+    ----------
+    num_ranks, words, script, torchrun
+        As of `command`.
+    stdin
+        A file, or a text for a pipe.
+    is_warm
+        Fork its processes from a Python that has torch; False where the test is about how they start.
+    forks
+        Let torchrun fork the ranks; False where it matters that one which is done ends before the others.
+    timeout
+        Seconds that it may take.
+    extra
+        Variables of its environment.
+    """
+    line = command(num_ranks, *words, script=script, torchrun=torchrun, forks=is_warm and forks)
+    if is_warm:
+        return run_warm(line, environment(**extra), timeout, stdin)
+    assert stdin == subprocess.DEVNULL
     return subprocess.run(
-        command(num_ranks, *overrides),
+        line,
+        stdin=stdin,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -47,8 +106,7 @@ def run_ranks(
 
 def run_meanwhile(place: str, shell: str, *overrides: object) -> subprocess.CompletedProcess[str]:
     """Run the command without torchrun, and the shell command when it comes to a function."""
-    line = [sys.executable, str(HELPERS / "meanwhile.py"), place, shell, *map(str, overrides)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    return run_ranks(None, place, shell, *overrides, script=HELPERS / "meanwhile.py")
 
 
 def read_report(output_dir: Path) -> dict:

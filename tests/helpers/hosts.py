@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from helpers.command import environment
+from helpers.command import FORKS, environment
+from helpers.warm import WarmProcess
 
 NAMES = ("west", "east")
 CONF = "join_timeout=60"
@@ -44,16 +45,20 @@ class Host:
     """Of its network; None: this host's own."""
     hosts_file: Path | None = None
 
-    def line(self, words: Sequence[str], mounts: dict[Path, Path] | None = None) -> list[str]:
-        """A command line that runs on this host, where each of `mounts` is another directory or file."""
+    def start(self, line: Sequence[str], mounts: dict[Path, Path] | None = None, **extra: str) -> WarmProcess:
+        """Start a command line on this host, where each of `mounts` is another directory or file."""
         if self.name_space is None:
             assert not mounts
-            return list(words)
+            return WarmProcess(line, environment(**extra), start_new_session=True)
         binds = {Path("/etc/hosts"): self.hosts_file, **(mounts or {})}
         steps = [f"mount --bind '{source}' '{target}'" for target, source in binds.items()]
-        script = " && ".join([*steps, f"hostname {self.name}", 'exec "$@"'])
-        enter = ["ip", "netns", "exec", self.name_space, "unshare", "-um"]
-        return [*enter, "sh", "-c", script, "sh", *words]
+        return WarmProcess(
+            line,
+            environment(**extra),
+            start_new_session=True,
+            name_space=self.name_space,
+            script="\n".join([*steps, f"hostname {self.name}"]),
+        )
 
 
 @dataclass
@@ -64,7 +69,7 @@ class Hosts:
     port: int
     are_apart: bool
     """They have names and networks of their own."""
-    running: list[subprocess.Popen[str]] = field(default_factory=list)
+    running: list[WarmProcess] = field(default_factory=list)
 
     def options(self, number: int, num_ranks: int, conf: str) -> list[str]:
         """What torchrun is told on one of the hosts."""
@@ -85,18 +90,13 @@ class Hosts:
         conf: str = CONF,
         module: Sequence[str] = ("-m", "dist_esm"),
         mounts: dict[Path, Path] | None = None,
+        forks: bool = True,
         **extra: str,
-    ) -> subprocess.Popen[str]:
-        """Start torchrun for two nodes on one of the hosts, with so many ranks."""
-        words = [sys.executable, "-m", "torch.distributed.run", *self.options(number, num_ranks, conf)]
-        process = subprocess.Popen(
-            self.hosts[number].line([*words, *module, *map(str, overrides)], mounts),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(**extra),
-            start_new_session=True,
-        )
+    ) -> WarmProcess:
+        """Start torchrun for two nodes on one of the hosts, with so many ranks, which it forks if need be."""
+        line = [sys.executable, "-m", "torch.distributed.run", *self.options(number, num_ranks, conf)]
+        line += FORKS if forks else []
+        process = self.hosts[number].start([*line, *module, *map(str, overrides)], mounts, **extra)
         self.running.append(process)
         return process
 

@@ -18,13 +18,13 @@ with World.connect() as world:
     seen = {}
     world.exchange("")
     seen["start"] = {rank: status.name for rank, status in world.get_worker_status().items()}
-    world.start_process_group(torch.device("cpu"), timeout=timedelta(seconds=2))
+    world.start_process_group(torch.device("cpu"), timeout=timedelta(seconds=1))
     world.set_status(WorkerStatus.PROCESSING)
     values = world.exchange(f"value of {world.rank}")
     seen["complete_at_work"] = world.is_complete()
     world.exchange("")
     if world.rank == 1:
-        time.sleep(5)
+        time.sleep(3)
         world.set_status(WorkerStatus.FAILED)
     else:
         world.set_status(WorkerStatus.COMPLETED)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from helpers.command import MODEL, environment, read_report, run_ranks
+from helpers.command import HELPERS, MODEL, read_report, run_ranks
 from helpers.compare import digests
 
-SLOWED = Path(__file__).parents[1] / "helpers" / "slowed.py"
+SLOWED = HELPERS / "slowed.py"
 PROTEIN = "ACDEFGHIKLMNPQRSTVWY" * 10
 LIMIT_SECONDS = 120
 
@@ -40,11 +38,7 @@ def settings(inputs: Path, out: Path, *more: str) -> list[str]:
 
 
 def run_slowed(num_ranks: int, rank: int, seconds: float, *overrides: str) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    line = [sys.executable, *launcher, str(SLOWED), str(rank), str(seconds), *overrides]
-    done = subprocess.run(
-        line, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=environment(), check=False
-    )
+    done = run_ranks(num_ranks, rank, seconds, *overrides, script=SLOWED, timeout=LIMIT_SECONDS)
     assert done.returncode == 0, done.stderr
 
 

@@ -167,17 +167,10 @@ def test_a_device_that_fails_one_file_after_the_other_aborts_the_run_and_the_oth
     for i in range(60):
         text = "".join(f">{j}\n{protein[j + i :]}\n" for j in range(8))
         (tmp_path / "in" / f"good{i:02}.fasta").write_text(text)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    poisoned = [str(HELPERS / "poisoned.py"), "forward", "RuntimeError", "MWWWWWWWWK"]
+    poison = ["forward", "RuntimeError", "MWWWWWWWWK"]
     settings = [f"input={tmp_path / 'in'}", f"output_dir={tmp_path / 'out'}", MODEL, "toks_per_batch=1000"]
-    result = subprocess.run(
-        [*launcher, *poisoned, *settings, f"model.weights={checkpoint_8m}", "dedupe=false"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment(),
-        check=False,
-    )
+    settings += [f"model.weights={checkpoint_8m}", "dedupe=false"]
+    result = run_ranks(2, *poison, *settings, script=HELPERS / "poisoned.py")
     assert result.returncode == 1
     report = read_report(tmp_path / "out")
     assert report["status"] == "aborted"
@@ -227,6 +220,7 @@ def test_a_missing_input_or_checkpoint_is_said_once(tmp_path):
         f"output_dir={tmp_path / 'out'}",
         MODEL,
         f"model.weights={tmp_path / 'none.pt'}",
+        forks=False,
     )
     assert result.returncode == 1
     assert result.stderr.count("dist_esm: error:") == 1
@@ -244,6 +238,7 @@ def test_more_ranks_than_gpus_is_one_clear_error(tmp_path):
         f"output_dir={tmp_path}",
         MODEL,
         "model.weights=random",
+        is_warm=False,
         CUDA_VISIBLE_DEVICES=visible_gpus(),
     )
     assert result.returncode == 1
@@ -265,7 +260,7 @@ def test_nccl_ranks_give_the_bits_of_one_gpu(model, tmp_path):
             "model.weights=random",
             "include=[mean,per_tok]",
         ]
-        result = run_ranks(num_ranks, *settings, CUDA_VISIBLE_DEVICES=visible_gpus())
+        result = run_ranks(num_ranks, *settings, is_warm=False, CUDA_VISIBLE_DEVICES=visible_gpus())
         assert result.returncode == 0, result.stderr
         assert {rank["device"].split()[0] for rank in read_report(tmp_path / str(num_ranks))["ranks"]} == {
             f"cuda:{rank}" for rank in range(num_ranks)

@@ -5,17 +5,21 @@ Each test has a limit of time of its own, so that a run that hangs fails it.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from helpers.command import environment, read_report
+from helpers.command import HELPERS, command, environment, processes_of, read_report, run_ranks
+from helpers.slurm import wait_until
+from helpers.warm import WarmProcess
 
 LIMIT_SECONDS = 90
-FAULTY = Path(__file__).parents[1] / "helpers" / "faulty.py"
+FAULTY = HELPERS / "faulty.py"
 PROTEIN = "ACDEFGHIKLMNPQRSTVWY" * 10
 
 
@@ -31,16 +35,11 @@ def inputs(tmp_path):
 
 
 def run_faulty(
-    num_ranks: int | None, place: str, ending: str, rank: int, *overrides: str, **extra: str
+    num_ranks: int | None, place: str, ending: str, rank: int, *overrides: str, is_warm: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """Run the command, one function of which ends its thread or process on one rank."""
-    launcher = [sys.executable]
-    if num_ranks is not None:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    line = [*launcher, str(FAULTY), place, ending, str(rank), *overrides]
-    return subprocess.run(
-        line, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=environment(**extra), check=False
-    )
+    words = [place, ending, rank, *overrides]
+    return run_ranks(num_ranks, *words, script=FAULTY, timeout=LIMIT_SECONDS, is_warm=is_warm)
 
 
 def settings(inputs: Path, out: Path) -> list[str]:
@@ -130,7 +129,8 @@ def test_a_thread_that_ends_on_one_rank_is_named_and_the_others_work_is_kept(ran
 )
 def test_a_rank_that_leaves_is_named_with_how_it_ended(ending, words, inputs, tmp_path):
     out = tmp_path / "out"
-    done = run_faulty(2, "dist_esm.pipeline.worker:finish@3", ending, 1, *settings(inputs, out))
+    line = settings(inputs, out)
+    done = run_faulty(2, "dist_esm.pipeline.worker:finish@3", ending, 1, *line, is_warm=False)
     assert done.returncode == 1
     report = read_report(out)
     assert report["status"] == "aborted"
@@ -143,14 +143,26 @@ def test_a_rank_that_leaves_is_named_with_how_it_ended(ending, words, inputs, tm
 @pytest.mark.distributed
 def test_a_rank_that_is_stopped_is_named_after_the_time_that_was_set(inputs, tmp_path):
     out = tmp_path / "out"
-    line = settings(inputs, out)
-    done = run_faulty(2, "dist_esm.pipeline.worker:finish@3", "SIGSTOP", 1, *line, "heartbeat_timeout=6")
-    assert done.returncode == 1
+    words = ["dist_esm.pipeline.worker:finish@3", "SIGSTOP", "1", *settings(inputs, out)]
+    line = command(2, *words, "heartbeat_timeout=6", script=FAULTY, forks=True)
+    process = WarmProcess(line, environment())
+    try:
+        wait_until(lambda: is_aborted(out), LIMIT_SECONDS, "the report")
+    finally:
+        for pid in processes_of(out):  # torchrun itself gives it half a minute
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 1
     report = read_report(out)
     assert report["status"] == "aborted"
     assert report["reason"].startswith("rank 1 (")
     assert "gave no sign of life for" in report["reason"]
     assert_accounted(report, out)
+
+
+def is_aborted(out: Path) -> bool:
+    return (out / "report.json").exists() and read_report(out)["status"] == "aborted"
 
 
 def test_while_a_run_is_under_way_its_report_says_so(inputs, tmp_path):

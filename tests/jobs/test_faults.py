@@ -16,6 +16,7 @@ from helpers.command import MODEL, command, environment, read_report, run_meanwh
 from helpers.data import PROTEINS
 from helpers.fasta import read_sequences
 from helpers.standin import embed_directory, expected
+from helpers.warm import WarmProcess
 
 
 @pytest.fixture
@@ -137,9 +138,7 @@ def test_an_output_directory_that_is_removed_leaves_no_file_called_done_that_is_
         f"model.weights={checkpoint_8m}",
         "toks_per_batch=1000",
     ]
-    process = subprocess.Popen(
-        command(None, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
+    process = WarmProcess(command(None, *settings), environment())
     deadline = time.monotonic() + 60
     while len(list(out.glob("*.pt"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)

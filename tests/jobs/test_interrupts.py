@@ -20,6 +20,7 @@ import dist_esm
 from helpers.command import MODEL, command, environment, processes_of, read_report, run_meanwhile, run_ranks
 from helpers.compare import digests
 from helpers.data import PROTEINS
+from helpers.warm import WarmProcess
 
 SECONDS = 15
 """Within which an interrupted run must have ended, on a machine that may be busy."""
@@ -46,14 +47,7 @@ def interrupt(
     The signal goes to torchrun, as a terminal's does, to one rank alone, or to every process, as a
     scheduler's does. In the last case ranks get torchrun's signal, too.
     """
-    process = subprocess.Popen(
-        command(2, *settings),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
+    process = WarmProcess(command(2, *settings, forks=True), environment(), start_new_session=True)
     try:
         deadline = time.monotonic() + 90
         while len(list(output_dir.glob("*.pt"))) < enough and time.monotonic() < deadline:
@@ -225,16 +219,10 @@ def test_ranks_that_torchrun_starts_again_go_on_from_the_journal(tmp_path, check
         MODEL,
         f"model.weights={checkpoint_8m}",
         "toks_per_batch=2000",
+        torchrun=["--max-restarts=1"],
+        forks=True,
     )
-    line.insert(3, "--max-restarts=1")
-    process = subprocess.Popen(
-        line,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
+    process = WarmProcess(line, environment(), start_new_session=True)
     try:
         deadline = time.monotonic() + 90
         while len(list(out.glob("*.pt"))) < 2 and time.monotonic() < deadline:

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from helpers.command import MODEL, command, environment, processes_of, read_repo
 from helpers.compare import digests
 from helpers.data import PROTEINS
 from helpers.fasta import read_sequences
+from helpers.warm import WarmProcess
 
 HOW = ("one rank", "all ranks", "torchrun", "SIGTERM", "SIGINT")
 
@@ -56,7 +56,7 @@ def job(tmp_path_factory, checkpoint_8m):
     return settings, folder / "undisturbed"
 
 
-def kill(how: str, launcher: subprocess.Popen, output_dir: Path, chance: random.Random) -> None:
+def kill(how: str, launcher: WarmProcess, output_dir: Path, chance: random.Random) -> None:
     ranks = processes_of(output_dir)
     with contextlib.suppress(ProcessLookupError):
         if how == "one rank" and ranks:
@@ -67,7 +67,7 @@ def kill(how: str, launcher: subprocess.Popen, output_dir: Path, chance: random.
         elif how == "torchrun":
             launcher.kill()
         elif how == "SIGTERM":
-            launcher.terminate()
+            launcher.send_signal(signal.SIGTERM)
         else:
             os.killpg(launcher.pid, signal.SIGINT)
 
@@ -82,21 +82,19 @@ def kill_and_resume(job, output_dir: Path, seed: int, num_kills: int) -> dict[st
     chance = random.Random(seed)
     hits = dict.fromkeys(HOW, 0)
     for number in range(num_kills):
-        launcher = subprocess.Popen(
-            command(chance.choice((1, 2, 3)), *settings, f"output_dir={output_dir}"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-            start_new_session=True,
-        )
         how = HOW[number % len(HOW)]
-        wait = chance.uniform(1, 11)  # from before the ranks have found each other to about the last output
+        # Ranks that were forked would hold what was torchrun's open, and so not see that it is gone.
+        line = command(
+            chance.choice((1, 2, 3)), *settings, f"output_dir={output_dir}", forks=how != "torchrun"
+        )
+        launcher = WarmProcess(line, environment(), start_new_session=True)
+        # From before the ranks have found each other to about the last output.
+        wait = chance.uniform(3, 9) if how == "torchrun" else chance.uniform(0.2, 6)
         time.sleep(wait)
         hits[how] += launcher.poll() is None
         kill(how, launcher, output_dir, chance)
         said = launcher.communicate(timeout=60)[1]
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while processes_of(output_dir) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not processes_of(output_dir), f"ranks outlive the run that was killed by {how}"

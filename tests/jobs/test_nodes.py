@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 import time
 from functools import partial
@@ -15,10 +14,11 @@ import pytest
 
 import dist_esm
 from helpers.checkpoints import A8M, random_state, write_checkpoint
-from helpers.command import HELPERS, MODEL, environment, read_report, run_ranks
+from helpers.command import HELPERS, MODEL, read_report, run_ranks
 from helpers.compare import assert_same
 from helpers.hosts import CONF, Host, Hosts, are_name_spaces_allowed, two_hosts
 from helpers.slurm import free_ports
+from helpers.warm import WarmProcess
 
 pytestmark = pytest.mark.distributed
 needs_hosts = pytest.mark.skipif(
@@ -52,7 +52,7 @@ def settings(inputs: Path, out: Path, weights: object = "random") -> list[str]:
     return [f"input={inputs}", f"output_dir={out}", MODEL, f"model.weights={weights}", "device=cpu"]
 
 
-def finish(*agents: subprocess.Popen[str]) -> list[str]:
+def finish(*agents: WarmProcess) -> list[str]:
     """Wait for all torchruns; gives what each wrote to stderr."""
     deadline = time.monotonic() + LIMIT_SECONDS
     return [agent.communicate(timeout=max(1, deadline - time.monotonic()))[1] for agent in agents]
@@ -101,6 +101,7 @@ def test_two_hosts_complete_with_the_bits_of_one_and_each_fetches_the_weights_on
                     *settings(inputs, tmp_path / "out", "null"),
                     num_ranks=2,
                     module=[str(HELPERS / "fetching.py")],
+                    forks=False,
                     TORCH_HOME=str(home),
                 )
             )
@@ -199,15 +200,7 @@ def test_ranks_of_two_hosts_find_their_places_without_a_local_rank(hosts, inputs
     meeting = {"MASTER_ADDR": hosts.hosts[0].address, "MASTER_PORT": str(hosts.port), "WORLD_SIZE": "3"}
     line = [sys.executable, "-m", "dist_esm", *settings(inputs, tmp_path / "out")]
     for rank, number in enumerate([0, 1, 1]):
-        process = subprocess.Popen(
-            hosts.hosts[number].line(line),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(RANK=str(rank), **meeting),
-            start_new_session=True,
-        )
-        hosts.running.append(process)
+        hosts.running.append(hosts.hosts[number].start(line, RANK=str(rank), **meeting))
     said = finish(*hosts.running)
     assert [process.returncode for process in hosts.running] == [0, 0, 0], said
     assert read_report(tmp_path / "out")["status"] == "complete"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from helpers.command import environment, read_report
+from helpers.command import HELPERS, read_report, run_ranks
 
-POISONED = Path(__file__).parents[1] / "helpers" / "poisoned.py"
+POISONED = HELPERS / "poisoned.py"
 POISON = "MWWWWWWWWWWWWK"
 PROTEIN = "ACDEFGHIKLMNPQRSTVWY" * 6
 LIMIT_SECONDS = 200
@@ -32,7 +31,7 @@ def inputs(tmp_path):
 
 
 def launch(
-    launcher: list[str], where: str, ending: str, inputs: Path, out: Path
+    num_ranks: int | None, where: str, ending: str, inputs: Path, out: Path, max_restarts: int = 0
 ) -> subprocess.CompletedProcess[str]:
     settings = [
         f"input={inputs}",
@@ -42,20 +41,9 @@ def launch(
         "device=cpu",
         "toks_per_batch=500",
     ]
-    line = [sys.executable, *launcher, str(POISONED), where, ending, POISON, *settings]
-    return subprocess.run(
-        line, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=environment(), check=False
-    )
-
-
-def torchrun(num_ranks: int, max_restarts: int = 0) -> list[str]:
-    return [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={num_ranks}",
-        f"--max-restarts={max_restarts}",
-    ]
+    words = [where, ending, POISON, *settings]
+    torchrun = [f"--max-restarts={max_restarts}"]
+    return run_ranks(num_ranks, *words, script=POISONED, torchrun=torchrun, timeout=LIMIT_SECONDS)
 
 
 def assert_only_the_poison_failed(out: Path, protein: str) -> None:
@@ -79,7 +67,7 @@ def test_within_one_command_that_may_restart_all_but_the_poison_is_done(
     where, ending, protein, inputs, tmp_path
 ):
     out = tmp_path / "out"
-    done = launch(torchrun(2, max_restarts=3), where, ending, inputs, out)
+    done = launch(2, where, ending, inputs, out, max_restarts=3)
     assert_only_the_poison_failed(out, protein)
     assert "09.fasta was in hand when a process died: it runs alone" in done.stderr
 
@@ -87,25 +75,23 @@ def test_within_one_command_that_may_restart_all_but_the_poison_is_done(
 @pytest.mark.distributed
 def test_over_launches_of_two_ranks_the_third_is_through(inputs, tmp_path):
     out = tmp_path / "out"
-    assert launch(torchrun(2), "forward", "exit_code_3", inputs, out).returncode == 1
+    assert launch(2, "forward", "exit_code_3", inputs, out).returncode == 1
     assert read_report(out)["status"] in ("aborted", "running"), "running: rank 0 is the one that died"
-    assert launch(torchrun(2), "forward", "exit_code_3", inputs, out).returncode == 1
+    assert launch(2, "forward", "exit_code_3", inputs, out).returncode == 1
     suspects = json.loads((out / ".dist_esm" / "suspects.json").read_text())["units"]
     assert any(name.endswith("09_ESM") for name in suspects)
     assert len(list(out.glob("*.pt"))) >= 20 - len(suspects), "suspects come last"
-    launch(torchrun(2), "forward", "exit_code_3", inputs, out)
+    launch(2, "forward", "exit_code_3", inputs, out)
     assert_only_the_poison_failed(out, "9_1: the process")
     (out / ".dist_esm" / "suspects.json").unlink()
-    healthy = launch(torchrun(2), "forward", "exit_code_0", inputs / "00.fasta", out)
+    healthy = launch(2, "forward", "exit_code_0", inputs / "00.fasta", out)
     assert healthy.returncode == 0, healthy.stderr
 
 
 @pytest.mark.distributed
 def test_a_file_that_fails_restarts_nothing(inputs, tmp_path):
     (inputs / "no.fasta").write_text("this is no FASTA")
-    done = launch(
-        torchrun(2, max_restarts=2), "forward", "exit_code_3", inputs / "no.fasta", tmp_path / "out"
-    )
+    done = launch(2, "forward", "exit_code_3", inputs / "no.fasta", tmp_path / "out", max_restarts=2)
     assert done.returncode == 0, "torchrun would start the ranks again for any other code"
     assert read_report(tmp_path / "out")["status"] == "partial"
     assert done.stdout.count("partial: 0 of 1 files embedded") == 1
@@ -116,6 +102,6 @@ def test_over_launches_of_one_process_that_nobody_sees_die_the_fifth_is_through(
     """A process alone may have been killed by a person, so it takes more deaths to blame a protein."""
     out = tmp_path / "out"
     for _ in range(4):
-        assert launch([], "forward", "SIGKILL", inputs, out).returncode == -9
-    launch([], "forward", "SIGKILL", inputs, out)
+        assert launch(None, "forward", "SIGKILL", inputs, out).returncode == -9
+    launch(None, "forward", "SIGKILL", inputs, out)
     assert_only_the_poison_failed(out, "9_1: the process")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from dist_esm.atomic import size_of
 from dist_esm.config import Compression, Format, Include, ReportKind
 from dist_esm.distributed import World
 from dist_esm.outputs.row_buffer import Memory
-from helpers.command import HELPERS, environment
+from helpers.command import HELPERS, run_ranks
 from helpers.standin import ReportRead
 from helpers.written import bytes_written, so_far
 
@@ -71,16 +69,8 @@ def test_two_ranks_write_no_more_than_one(tmp_path, kind):
     include, num_proteins = [("mean", 3000), ("per_tok", 200)][list(Format).index(kind) % 2]
     (tmp_path / "a.fasta").write_text(fasta(num_proteins))
     out = tmp_path / "out"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = [tmp_path / "a.fasta", out, kind.name, include]
-    result = subprocess.run(
-        [*launch, HELPERS / "written.py", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment(PYTHONPATH=str(HELPERS.parent)),
-        check=False,
-    )
+    words = [tmp_path / "a.fasta", out, kind.name, include]
+    result = run_ranks(2, *words, script=HELPERS / "written.py")
     assert result.returncode == 0, result.stderr
     by_rank = [int(Path(f"{out}.{rank}").read_text()) for rank in (0, 1)]
     assert min(by_rank) > 0

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import torch
 
 from dist_esm.model.kernels import kernel_cache as aot
 from helpers.c_kernel import FORM, SOURCE, Compiler, answer
+from helpers.command import environment
+from helpers.warm import WarmProcess
 
 pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is not installed")
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -43,8 +44,7 @@ def test_another_fingerprint_is_another_kernel():
 
 
 RANK = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
+import time
 from dist_esm.model.kernels import kernel_cache as aot
 from helpers.c_kernel import Compiler, answer
 
@@ -58,11 +58,9 @@ print(answer(aot.load_or_compile("triple", "f1", compiler)), compiler.calls)
 """
 
 
-def other_process() -> subprocess.Popen[str]:
+def other_process() -> WarmProcess:
     """A process that loads the kernel, and prints its answer and how often it had to compile."""
-    return subprocess.Popen(
-        [sys.executable, "-c", RANK, str(Path(__file__).parents[1])], stdout=subprocess.PIPE, text=True
-    )
+    return WarmProcess([sys.executable, "-c", RANK], environment())
 
 
 @pytest.mark.parametrize("damage", ["library", "form", "library gone", "form gone"])

@@ -118,21 +118,20 @@ def test_the_passes_in_fp32_are_compiled_and_fit(card):
     assert max(shared) <= SHARED_KIB[card] << 10
 
 
+LARGE_HEADS = [(64, "bf16"), (128, "bf16"), (64, "fp32"), (128, "fp32")]
+SMALL_HEADS = [(16, "bf16"), (24, "bf16"), (32, "bf16"), (24, "fp32")]
+"""Of the 8M, 35M and 150M models, which take less shared memory than the large ones."""
+TENSOR_CORES = [80, 90, 100]
+"""A card of each kind: mma (as have 86, 89 and 120), wgmma, tcgen05."""
+
+
 @pytest.mark.parametrize(
-    ("head", "dtype"),
+    ("card", "head", "dtype"),
     [
-        (16, "bf16"),
-        (24, "bf16"),
-        (32, "bf16"),
-        (64, "bf16"),
-        (128, "bf16"),
-        (24, "fp32"),
-        (64, "fp32"),
-        (128, "fp32"),
+        *((card, *case) for card in SHARED_KIB for case in LARGE_HEADS),
+        *((card, *case) for card in TENSOR_CORES for case in SMALL_HEADS),
     ],
-    ids=str,
 )
-@pytest.mark.parametrize("card", SHARED_KIB)
 def test_attention_is_compiled_and_fits(card, head, dtype):
     block = max(16, triton.next_power_of_2(head))
     pairs = dtype == "fp32"

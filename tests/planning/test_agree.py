@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import socket
-import subprocess
 
 import pytest
 
 from helpers.command import command, environment
+from helpers.warm import WarmProcess
 
 
 @pytest.mark.distributed
-def test_ranks_that_see_different_inputs_stop_and_say_who_saw_what(tmp_path, checkpoint_8m):
+def test_ranks_that_see_different_inputs_stop_and_say_who_saw_what(tmp_path, checkpoint_8m, monkeypatch):
     for rank, text in enumerate((">a\nMKT\n", ">a\nMKTAYI\n")):
         (tmp_path / str(rank)).mkdir()
         (tmp_path / str(rank) / "a.fasta").write_text(text)
@@ -31,17 +31,8 @@ def test_ranks_that_see_different_inputs_stop_and_say_who_saw_what(tmp_path, che
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "29561",
         }
-        line = command(None, "input=a.fasta", *overrides)
-        ranks.append(
-            subprocess.Popen(
-                line,
-                cwd=tmp_path / str(rank),
-                env=environment(**variables),
-                stderr=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
+        monkeypatch.chdir(tmp_path / str(rank))
+        ranks.append(WarmProcess(command(None, "input=a.fasta", *overrides), environment(**variables)))
     ends = [process.communicate(timeout=120) for process in ranks]
     # torchrun has seven lines for each rank that fails, so one of a host is enough.
     assert [process.returncode for process in ranks] == [1, 0]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 from dist_esm.jobs.report.content import Report
 from dist_esm.jobs.report.job import rebuild_report
 from dist_esm.outputs.load import load
-from helpers.command import MODEL, environment, run_ranks
+from helpers.command import HELPERS, MODEL, run_ranks
 from helpers.reports import SCHEMA, checked_report
 from helpers.standin import embed_directory
 
@@ -127,15 +125,8 @@ def test_a_run_that_was_killed_is_reported_as_its_journal_has_it(inputs, tmp_pat
         "unit_share=0.2",
         "report=json",
     ]
-    helper = Path(__file__).parents[2] / "helpers" / "faulty.py"
     place = ["dist_esm.jobs.embed:join_file", "SIGKILL", "0"]
-    done = subprocess.run(
-        [sys.executable, str(helper), *place, *line],
-        capture_output=True,
-        timeout=100,
-        env=environment(),
-        check=False,
-    )
+    done = run_ranks(None, *place, *line, script=HELPERS / "faulty.py")
     assert done.returncode == -signal.SIGKILL
     assert checked_report(out)["status"] == "running"
     (out / "report.json").unlink()
