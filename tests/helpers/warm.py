@@ -246,6 +246,8 @@ def show(words: Sequence[str]) -> None:
     line = [sys.executable, *words]
     variables = [f"{name}={value}" for name, value in os.environ.items()]
     for start, end, texts in ((*places[:2], line), (*places[2:], variables)):
+        if not start:  # this system does not say where they are
+            continue
         text = b"".join(os.fsencode(text) + b"\0" for text in texts)
         ctypes.memset(start, 0, end - start)
         ctypes.memmove(start, text, min(len(text), end - start - 1))

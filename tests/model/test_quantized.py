@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -42,6 +43,13 @@ def make_model(arch, state, device: torch.device, linear: LinearKind, fp8: Fp8 |
     return model.eval()
 
 
+@cache
+def hard_narrow_model(fp8: Fp8 | None) -> ESM2:
+    """One that is hard to round, made once: nobody changes it."""
+    state = random_state(NARROW, seed=1, hard=True)
+    return make_model(NARROW, state, CPU, LinearKind.torch, fp8)
+
+
 def means(engine: Engine, proteins: list[bytes]) -> list[np.ndarray]:
     """The mean of each protein, embedded in one pack."""
     pack = Pack(tuple(segment_of(protein, i) for i, protein in enumerate(proteins)))
@@ -60,19 +68,16 @@ def test_8_bit_products_keep_within_their_limits_of_fair_esm_and_ffn_is_closer()
     theirs = fair_esm_means(NARROW, state, proteins)
     errors = {}
     for fp8 in (None, *Fp8):
-        model = make_model(NARROW, state, CPU, LinearKind.torch, fp8)
-        with Engine(model, [NARROW.num_layers], wants_rows=False) as engine:
+        with Engine(hard_narrow_model(fp8), [NARROW.num_layers], wants_rows=False) as engine:
             errors[fp8] = assert_within(Include.mean, E4M3, means(engine, proteins), theirs).median_error
     assert errors[None] < errors[Fp8.ffn] < errors[Fp8.all]
 
 
 def test_each_rounded_layer_keeps_its_mean_output_over_the_calibration_set():
-    state = random_state(NARROW, seed=1, hard=True)
     outputs = {}
     for fp8 in (None, Fp8.all):
-        model = make_model(NARROW, state, CPU, LinearKind.torch, fp8)
         with torch.inference_mode():
-            hidden = model(*calibration_pack(CPU), range(NARROW.num_layers + 1))
+            hidden = hard_narrow_model(fp8)(*calibration_pack(CPU), range(NARROW.num_layers + 1))
         outputs[fp8] = [
             hidden[layer].mean(0) for layer in range(NARROW.num_layers)
         ]  # before the last LayerNorm
