@@ -35,7 +35,7 @@ from dist_esm.outputs.journal import Entry, entry_of
 from dist_esm.outputs.output_dir import OutputDir, inside
 from dist_esm.outputs.placed import output_in_making
 from dist_esm.outputs.shards import assemble_output
-from dist_esm.pipeline.worker import Destination, embed_units
+from dist_esm.pipeline.worker import Destination, embed_units, no_garbage_collection_of_modules
 from dist_esm.planning.agree import agree_on_output_dir, agree_on_plan, results_in_journal
 from dist_esm.planning.claims import ClaimOrder
 from dist_esm.planning.inputs import Inputs
@@ -435,7 +435,8 @@ def join_cut_files(
     joined: dict[str, JoinedFile | Failure] = {}
     for file in ready[world.rank :: world.world_size]:
         shards = [results[file][ordinal] for ordinal in sorted(results[file])]
-        output = as_value(join_file, plan, file, shards, config, out)
+        with no_garbage_collection_of_modules():
+            output = as_value(join_file, plan, file, shards, config, out)
         if isinstance(output, Exception):
             failure = Failure.of(plan.files[file].path, output, world.rank)
             out.events.write("fail", file=str(plan.files[file].output), failure=vars(failure))
