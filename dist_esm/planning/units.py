@@ -31,7 +31,7 @@ from dist_esm.types import (
 )
 
 MAX_UNIT_BYTES = 32 << 20
-MIN_UNIT_BYTES = 64 << 10
+MIN_UNIT_BYTES = 32 << 10
 
 CountedSlice = tuple[int, Slice, Count, str | None]
 """Index of a file, a slice of it, what it holds, and why it cannot be read, if so."""
