@@ -52,7 +52,7 @@ def job(tmp_path_factory, checkpoint_8m):
     ]
     result = run_ranks(None, *settings, f"output_dir={folder / 'undisturbed'}")
     assert result.returncode == 0, result.stderr
-    assert [entry["units"] for entry in read_report(folder / "undisturbed")["files"]] == [1] * 40 + [4]
+    assert [entry["units"] for entry in read_report(folder / "undisturbed")["files"]] == [1] * 40 + [7]
     return settings, folder / "undisturbed"
 
 
