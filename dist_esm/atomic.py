@@ -169,12 +169,7 @@ class SummedFolder:
         Exception
             Whatever `write` raises.
         """
-
-        def write_in_turn(number: int) -> WrittenFile:
-            with FILE_TURNS:
-                return write(number)
-
-        self._written += in_shares(write_in_turn, range(num_files), FILE_THREADS, "file", FEWEST_FILES)
+        self._written += in_shares(write, range(num_files), FILE_TURNS, FILE_THREADS, "file", FEWEST_FILES)
 
     @contextmanager
     def text(self, name: str) -> Iterator[TextIO]:
@@ -401,7 +396,12 @@ def discard(temporary: Path) -> None:
 
 
 def in_shares(
-    work: Callable[[Item], Answer], items: Sequence[Item], most_threads: int, name: str, fewest: int = 1
+    work: Callable[[Item], Answer],
+    items: Sequence[Item],
+    turns: BoundedSemaphore,
+    most_threads: int,
+    name: str,
+    fewest: int = 1,
 ) -> list[Answer]:
     """Return what `work` makes of each item, in order; each of some threads takes an equal share of them.
 
@@ -414,6 +414,8 @@ def in_shares(
         Called in several threads.
     items
         What to do.
+    turns
+        Taken for each item: it bounds how many are worked on by all callers together.
     most_threads
         How many threads there may be.
     name
@@ -427,11 +429,16 @@ def in_shares(
         Whatever `work` raises, when all threads have ended.
     """
     num_threads = max(1, min(most_threads, len(items) // fewest))
-    if num_threads == 1:
-        return list(map(work, items))
 
     def do_share(first: int) -> list[Answer]:
-        return [work(item) for item in items[first::num_threads]]
+        answers = []
+        for item in items[first::num_threads]:
+            with turns:
+                answers.append(work(item))
+        return answers
+
+    if num_threads == 1:
+        return do_share(0)
 
     with ThreadPoolExecutor(num_threads, name) as threads:
         shares = list(threads.map(do_share, range(num_threads)))
@@ -449,12 +456,7 @@ def sync(path: Path) -> None:
 
 def sync_all(paths: Sequence[Path]) -> None:
     """Wait until many files are on disk, some at a time: the file system then writes them together."""
-
-    def sync_in_turn(path: Path) -> None:
-        with SYNC_TURNS:
-            sync(path)
-
-    in_shares(sync_in_turn, paths, SYNC_THREADS, "sync")
+    in_shares(sync, paths, SYNC_TURNS, SYNC_THREADS, "sync")
 
 
 def size_of(path: Path) -> int:

@@ -95,6 +95,25 @@ class LostRankError(RuntimeError):
     """A rank that was waited for is gone; the message names it."""
 
 
+def wait_for_listener(address: str, port: int) -> None:
+    """Wait until somebody listens at a port.
+
+    Raises
+    ------
+    DistNetworkError
+        If nobody does for `CONNECT_SECONDS`.
+    """
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            socket.create_connection((address, port), max(1.0, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise DistNetworkError(str(error)) from error
+            time.sleep(POLL_SECONDS)
+
+
 class World:
     """This rank among all ranks."""
 
@@ -153,6 +172,8 @@ class World:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         try:
             socket.getaddrinfo(os.environ["MASTER_ADDR"].strip(), None)
+            if is_there:  # torch itself would look for three times as long as it is told
+                wait_for_listener(os.environ["MASTER_ADDR"].strip(), int(os.environ["MASTER_PORT"]))
             with ended_by_signals():
                 store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
         except socket.gaierror as error:

@@ -169,7 +169,7 @@ def setup_on(device: torch.device, weights: WeightsId, config: Config, world: Wo
     readying = None
     if device.type == "cuda":
         ready = kernels.get_ready, device, config.model.embed_dim
-        readying = threading.Thread(target=as_value, args=ready, name="ready", daemon=True)
+        readying = threading.Thread(target=as_value, args=ready, name="ready")
         readying.start()
     numbers = numbers_of(config, precision_of(dtype, kernels), weights.fingerprint)
     provenance = {**numbers, "weights_in_words": weights.words, "dist_esm": code_version()}

@@ -94,8 +94,7 @@ def kill_and_resume(job, output_dir: Path, seed: int, num_kills: int) -> dict[st
         hits[how] += launcher.poll() is None
         kill(how, launcher, output_dir, chance)
         said = launcher.communicate(timeout=60)[1]
-        # One whose torchrun is killed while it imports torch looks for the store for a minute.
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 60
         while processes_of(output_dir) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not processes_of(output_dir), f"ranks outlive the run that was killed by {how}"

@@ -7,7 +7,7 @@ here.
     Our own kernel (`triton_ops.attend`), a single launch over tiles of `TILE` queries: CUDA, not in fp64.
 ``sdpa``
     `torch.nn.functional.scaled_dot_product_attention`, a call for each protein: any device and dtype, more
-    launches. cuDNN's is left out, which makes a plan for each new length of a protein, 20 ms on an H200.
+    launches. cuDNN's is left out: over proteins of many lengths it took 4 to 7 times as long (LOG.md).
 
 Shape suffixes: T tokens of a pack, N heads, H head width, C tiles.
 """

@@ -15,7 +15,7 @@ The numbers of all row groups come first, so that their places depend on the len
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import IO, Any
@@ -90,13 +90,16 @@ def read_value(file: IO[bytes], kind: int) -> Any:
             return items, [file.read(1) for _ in range(count)]
         return items, [read_value(file, items) for _ in range(count)]
     if kind == STRUCT:
-        fields: dict[int, tuple[int, Any]] = {}
-        field = 0
-        while head := file.read(1)[0]:
-            field = field + (head >> 4) if head >> 4 else read_value(file, I16)
-            fields[field] = (head & 15, read_value(file, head & 15))
-        return Struct(fields)
+        return Struct({field: (inner, read_value(file, inner)) for field, inner in field_heads(file)})
     return file.read({BYTE: 1, DOUBLE: 8}[kind])
+
+
+def field_heads(file: IO[bytes]) -> Iterator[tuple[int, int]]:
+    """Give number and type of each field of a struct; the caller reads its value before the next."""
+    field = 0
+    while head := file.read(1)[0]:
+        field = field + (head >> 4) if head >> 4 else read_value(file, I16)
+        yield field, head & 15
 
 
 def value_bytes(kind: int, value: Any) -> bytes:
@@ -288,10 +291,9 @@ def footer_of(written: bytes) -> Struct:
     """Read the footer of a whole Parquet file: rows, field 3, and row groups, field 4; all else stays raw."""
     size = int.from_bytes(written[-8:-4], "little")
     file = io.BytesIO(written[-8 - size : -8])
-    footer, field = Struct({}), 0
-    while head := file.read(1)[0]:
-        field += head >> 4
-        kind, begun = head & 15, file.tell()
+    footer = Struct({})
+    for field, kind in field_heads(file):
+        begun = file.tell()
         value = read_value(file, kind)
         footer.fields[field] = (kind, value if field in (3, 4) else Raw(file.getvalue()[begun : file.tell()]))
     return footer
