@@ -228,6 +228,12 @@ def temporary_path(scratch: Path) -> Path:
     return scratch / str(next(_numbers))
 
 
+def number_names_from(first: int) -> None:
+    """Number temporary names of this process from here on: others may use the same folder."""
+    global _numbers
+    _numbers = count(first)
+
+
 def require_scratch(scratch: Path) -> None:
     """Make sure that a folder of this process is still there, before anything is written elsewhere.
 

@@ -90,6 +90,14 @@ class Compression(Enum):
     zstd = "zstd"
 
 
+class Writers(Enum):
+    """What writes the outputs of a rank."""
+
+    auto = "auto"
+    threads = "threads"
+    processes = "processes"
+
+
 class SaveDtype(Enum):
     """Precision of the numbers in outputs."""
 
@@ -292,6 +300,9 @@ class Config:
     """Precision of the numbers in outputs."""
     compression: Compression = Compression.none
     """What numbers are compressed with; zstd: for format=parquet alone, 7% smaller and slower."""
+    writers: Writers = Writers.auto
+    """What writes outputs: threads, or processes of their own, whose memory comes on top; auto: processes on
+    a GPU for residues, and for formats with many files."""
     assign_by: AssignBy = AssignBy.sequences
     """What is balanced over the ranks."""
     unit_share: float = 0.01

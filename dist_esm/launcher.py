@@ -26,6 +26,11 @@ PARTIAL = 2
 PR_SET_PDEATHSIG = 1
 
 
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def is_main_rank() -> bool:
     """Tell whether this process speaks for the run, as the launcher's environment has it."""
     return os.environ.get("RANK", "0") == "0"

@@ -84,6 +84,7 @@ HELP_GROUPS = {
         "job",
         "resume",
         "max_restarts",
+        "writers",
         "assign_by",
         "unit_share",
         "max_proteins_per_output",

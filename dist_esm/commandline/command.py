@@ -12,14 +12,16 @@ import gc
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from dist_esm.commandline.arguments import read_options
 from dist_esm.commandline.cli import compose_config, config_text, help_text
 from dist_esm.config import Config, DeviceKind, Job, Verbosity, check
-from dist_esm.launcher import is_main_rank, launch_environment, tell_torchrun
+from dist_esm.launcher import is_main_rank, launch_environment, num_cores, tell_torchrun
 from dist_esm.logs import setup_logging
 from dist_esm.names import one_line, printable
+from dist_esm.pipeline.writer_processes import WriterProcesses, are_worth_it, num_writers
 from dist_esm.stop import on_signals
 from dist_esm.version import code_version
 
@@ -30,6 +32,7 @@ def run_command(words: Sequence[str]) -> int:
     problem: str | None = None
     text: str | None = None
     is_launched = launch_environment() is not None
+    num_ranks = 1
     try:
         options = read_options(words)
         if options.help:
@@ -41,7 +44,8 @@ def run_command(words: Sequence[str]) -> int:
             if options.cfg:
                 text = config_text(config)
             check(config)
-            num_ranks = wanted_ranks(config) if text is None else 1
+            if text is None:
+                num_ranks = wanted_ranks(config)
     except ValueError as error:
         problem = one_line(error)
     if problem is None and text is not None:
@@ -49,7 +53,7 @@ def run_command(words: Sequence[str]) -> int:
             print(text, end="")
         return 0
     if is_launched:
-        return run_job(config, problem)
+        return run_job(config, problem, num_ranks)
     if problem is not None:
         print_error(problem)
         return 1
@@ -58,7 +62,7 @@ def run_command(words: Sequence[str]) -> int:
         from dist_esm.commandline.ranks import run_ranks  # it needs torch
 
         return run_ranks(num_ranks, words, config.max_restarts)
-    return run_job(config, None)
+    return run_job(config, None, 1)
 
 
 def wanted_ranks(config: Config) -> int:
@@ -104,8 +108,26 @@ def give_up(reason: str) -> None:
     raise KeyboardInterrupt(reason)
 
 
-def run_job(config: Config | None, problem: str | None) -> int:
-    """Join the other ranks and run, or refuse with all problems of all ranks, said once."""
+def run_job(config: Config | None, problem: str | None, num_ranks: int) -> int:
+    """Join the other ranks and run, or refuse with all problems of all ranks, said once.
+
+    Processes that write outputs start first, since they import as much as this one does.
+
+    Parameters
+    ----------
+    config, problem
+        Checked configuration, or what is wrong with the command line.
+    num_ranks
+        Ranks of this host.
+    """
+    with WriterProcesses() as processes:
+        if config is not None and config.job is Job.embed and are_worth_it(config):
+            processes.start(num_writers(num_cores() // num_ranks), config.format)
+        return run_beside(processes, config, problem)
+
+
+def run_beside(processes: WriterProcesses, config: Config | None, problem: str | None) -> int:
+    """Do what `run_job` says, now that these processes start."""
     gc.disable()  # imports make a million objects and no garbage
     from dist_esm.distributed import LostRankError, RefusedError, World
     from dist_esm.jobs.embed import run
@@ -124,8 +146,8 @@ def run_job(config: Config | None, problem: str | None) -> int:
         try:
             world.agree(problem)
             assert config is not None
-            jobs = {
-                Job.embed: run,
+            jobs: dict[Job, Callable[[Config, World], int]] = {
+                Job.embed: partial(run, processes=processes),
                 Job.plan: plan,
                 Job.selfcheck: selfcheck,
                 Job.verify: verify,

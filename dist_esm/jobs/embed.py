@@ -13,12 +13,12 @@ from typing import Any
 
 from dist_esm.atomic import commit_together, discard
 from dist_esm.attempt import as_value
-from dist_esm.config import Compression, Config, ReportKind
+from dist_esm.config import Compression, Config, ReportKind, Writers
 from dist_esm.distributed import LostRankError, World
 from dist_esm.jobs.plan.checks import problems_of
 from dist_esm.jobs.plan.room import remark_on_room, room_in
 from dist_esm.jobs.plan.short import short_lines
-from dist_esm.jobs.plan.work import output_of, work_of
+from dist_esm.jobs.plan.work import content_size, output_of, work_of
 from dist_esm.jobs.progress.ticker import Ticker
 from dist_esm.jobs.report.content import Ending, Report
 from dist_esm.jobs.report.draw import draw_page
@@ -36,6 +36,7 @@ from dist_esm.outputs.output_dir import OutputDir, inside
 from dist_esm.outputs.placed import output_in_making
 from dist_esm.outputs.shards import assemble_output
 from dist_esm.pipeline.worker import Destination, embed_units, no_garbage_collection_of_modules
+from dist_esm.pipeline.writer_processes import WriterProcesses
 from dist_esm.planning.agree import agree_on_output_dir, agree_on_plan, results_in_journal
 from dist_esm.planning.claims import ClaimOrder
 from dist_esm.planning.inputs import Inputs
@@ -63,7 +64,12 @@ log = logging.getLogger("dist_esm")
 OUTCOME_TYPES = (UnitResult, UnitFailure, Failure, Tally, WrittenFile)
 
 
-def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> int:
+def run(
+    config: Config,
+    world: World,
+    make_engine: MakeEngine = load_engine,
+    processes: WriterProcesses | None = None,
+) -> int:
     """Embed all inputs with all ranks.
 
     Parameters
@@ -74,6 +80,8 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
         The ranks.
     make_engine
         Makes the model on this rank's device; tests and benchmarks give another.
+    processes
+        Write outputs on a GPU, or where `config.writers` asks for it; None: threads do.
 
     Returns
     -------
@@ -88,11 +96,13 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
     KeyboardInterrupt
         If it is interrupted before it is known what there is to do.
     """
-    clock = Clock()
+    clock, processes = Clock(), processes or WriterProcesses()
     world.progress.enter(Phase.counting)
     with Ticker(config, world) as ticker, ExitStack() as held:
         inputs = find_inputs(config, world)
         setup = choose_setup(config, world, inputs)
+        if config.writers is Writers.auto and setup.device.type == "cpu":
+            processes.end()
         words = setup.provenance["weights_in_words"]
         out = held.enter_context(OutputDir.open(config, setup.settings, world, words))
         held.enter_context(keeping_records(out, setup, world))
@@ -111,9 +121,9 @@ def run(config: Config, world: World, make_engine: MakeEngine = load_engine) -> 
             write_running_report(plan, about, out)
         mine = account(world, setup, WorkerStatus.FAILED)
         try:
-            with engine_for(plan, config, setup, world, make_engine) as engine:
+            with engine_for(plan, config, setup, world, make_engine, processes) as engine:
                 clock.loaded = time.monotonic()
-                mine = embed_bin(plan, engine, config, setup, out, world, stop)
+                mine = embed_bin(plan, engine, config, setup, out, world, stop, processes)
             if not stop.at_once:
                 with stop.patiently():
                     ranks = world.all_gather(mine, RankSummary, *OUTCOME_TYPES)
@@ -182,20 +192,29 @@ def say_what_is_to_do(plan: Plan, config: Config, setup: Setup, world: World, lo
 
 
 def engine_for(
-    plan: Plan, config: Config, setup: Setup, world: World, make_engine: MakeEngine
+    plan: Plan,
+    config: Config,
+    setup: Setup,
+    world: World,
+    make_engine: MakeEngine,
+    processes: WriterProcesses,
 ) -> Engine | nullcontext[None]:
     """The engine of every rank that has work to do; all ranks that need one get it, or all refuse.
 
-    What the format imports is imported beside the loading of the model.
+    Beside the loading of the model the format's packages are imported, and memory is got for rows.
     """
 
     def engine_if_needed() -> Engine | nullcontext[None]:
         if not plan.bins[world.rank] and not plan.suspects:
             return nullcontext()
-        with ThreadPoolExecutor(1, "format") as thread:
-            prepared = thread.submit(FORMATS[config.format.name].codec.prepare)
+        with ThreadPoolExecutor(2, "ready") as threads:
+            prepared = [threads.submit(FORMATS[config.format.name].codec.prepare)]
+            if processes.arena is not None:
+                most = content_size(work_of(plan), config).number_bytes
+                prepared.append(threads.submit(processes.arena.populate, most))
             engine = make_engine(config, setup, world)
-            prepared.result()
+            for each in prepared:
+                each.result()
             return engine
 
     return world.all_or_none(engine_if_needed)
@@ -209,6 +228,7 @@ def embed_bin(
     out: OutputDir,
     world: World,
     stop: Stop,
+    processes: WriterProcesses,
 ) -> RankSummary:
     """Embed what this rank claims, and wait until all ranks are done or the run is to end at once."""
     units = [plan.units[index] for index in plan.bins[world.rank]]
@@ -228,6 +248,7 @@ def embed_bin(
                 record_results(plan, out, world.progress.now),
                 record_failures(plan, out),
                 world.progress,
+                processes,
             )
             taken = take_units(plan, config, out, world, stop, taken_over)
             result = embed_units(taken, plan.files, config, engine, world.rank, stop, destination)

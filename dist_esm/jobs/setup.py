@@ -17,9 +17,10 @@ from dist_esm.config import Config, Dtype, ModelConfig, check_layers, model_conf
 from dist_esm.distributed import RefusedError, World
 from dist_esm.fasta.formats import SUFFIXES as PACKED
 from dist_esm.jobs.progress.lines import duration
+from dist_esm.launcher import num_cores
 from dist_esm.model import NUMERICS
 from dist_esm.model.checkpoints.locate import AUTO, RANDOM, fetch, missing
-from dist_esm.model.engine import Engine, build_engine, default_toks_per_batch, num_cores
+from dist_esm.model.engine import Engine, build_engine, default_toks_per_batch
 from dist_esm.model.kernels.choose import (
     Kernels,
     choose_device,

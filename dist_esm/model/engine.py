@@ -14,7 +14,6 @@ Packs are submitted before the results of earlier ones are read, so that the dev
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 from dist_esm.attempt import as_value
 from dist_esm.config import Config, Include
 from dist_esm.fasta.tokens import token_table, tokenize
+from dist_esm.launcher import num_cores
 from dist_esm.model.esm2 import ESM2
 from dist_esm.model.kernels.attention import Seqlens, tiles
 from dist_esm.model.kernels.choose import PLAIN, Kernels
@@ -42,11 +42,6 @@ PADDING = 128
 AHEAD = 2
 """Packs that are submitted before the first of their results is read."""
 POLL_SECONDS = 0.2
-
-
-def num_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_toks_per_batch(device_type: str, embed_dim: int) -> int:

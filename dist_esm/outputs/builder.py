@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,8 +31,9 @@ from dist_esm.outputs.placed import (
     write_placed_shard,
 )
 from dist_esm.outputs.region import OutsideError, Region, WrittenRegion
-from dist_esm.outputs.row_buffer import Memory, NamelessFile, RowBuffer, torch_dtype
+from dist_esm.outputs.row_buffer import Memory, NamelessFile, RowBuffer, RowFile, torch_dtype
 from dist_esm.outputs.shards import write_shard
+from dist_esm.outputs.work import Work
 from dist_esm.types import Extent, FastaFile, ProteinEmbedding, Row, Unit
 
 MAX_PLACES = 8
@@ -221,17 +222,16 @@ class OutputBuilder:
     def _buffer(
         self, kind: Include, layer: int, settings: OutputSettings, memory: Memory, unit: Unit
     ) -> RowBuffer:
-        counted, make_file = unit.count.residues, partial(NamelessFile, settings.scratch)
-        num_rows = counted if kind is Include.per_tok else unit.count.sequences
-        if self.target is None:
-            return RowBuffer(settings.width, settings.dtype, make_file, memory, num_rows)
-        own = self.target.layout.own
-        num_rows = own.residues if kind is Include.per_tok else own.proteins
-        place = self.target.places.get((kind.name, layer))
-        if place is None:
-            return RowBuffer(settings.width, settings.dtype, make_file, memory, num_rows)
-        make_region = partial(self._row_file, kind, layer, self.target, settings.scratch)
-        return RowBuffer(settings.width, settings.dtype, make_region, memory, num_rows)
+        make_file: Callable[[], RowFile] = partial(NamelessFile, settings.scratch)
+        count = unit.count.residues if kind is Include.per_tok else unit.count.sequences
+        is_shared = True
+        if self.target is not None:
+            own = self.target.layout.own
+            count = own.residues if kind is Include.per_tok else own.proteins
+            is_shared = not unit.is_shard
+            if (kind.name, layer) in self.target.places:
+                make_file = partial(self._row_file, kind, layer, self.target, settings.scratch)
+        return RowBuffer(settings.width, settings.dtype, make_file, memory, count, is_shared)
 
     def _row_file(self, kind: Include, layer: int, target: Target, scratch: Path) -> Region | RowsInPages:
         return target.row_file((kind.name, layer), self._region(kind, layer, target, scratch))
@@ -253,22 +253,25 @@ class OutputBuilder:
         if self.target is not None and not self.target.is_shared:
             discard(self.target.path)
 
-    def write(self, settings: OutputSettings, file: FastaFile, unit: Unit) -> Staged:
-        """Write it under temporary names: a whole output, a numbered part of one, or a shard."""
+    def work(self, settings: OutputSettings, file: FastaFile, unit: Unit) -> Work:
+        """Return what writes it under temporary names: a whole output, a numbered part of one, or a shard."""
         if unit.is_shard and self.target is not None:
-            return self._write_placed_shard(settings, file, unit, self.target)
+            return Work(partial(self._write_placed_shard, settings, file, unit, self.target))
         if unit.is_shard:
             path = settings.output_dir / SHARDS / f"{shards_name(file)}.{unit.ordinal:06d}"
             table = self._table(settings, file)
-            return write_shard(table, settings.format, path, settings.scratch, self.early)
+            write = partial(write_shard, table, settings.format, path, settings.scratch, self.early)
+            return Work(write, is_movable=self.early is None)
         stem = settings.output_dir / file.output
         part = "" if unit.first_part is None else f".part{unit.first_part + self.part + 1:05d}"
         if self.target is not None and any(buffer.is_in_place for buffer in self.buffers.values()):
-            return self._write_around(settings, file, stem, part, self.target)
+            return Work(partial(self._write_around, settings, file, stem, part, self.target))
         table = self._table(settings, file)
         if self.early is not None:
-            return write_loose_output(table, settings.format, stem, settings.scratch, part, self.early)
-        return write_output(settings.format, table, stem, settings.scratch, part, settings.is_compressed)
+            early = table, settings.format, stem, settings.scratch, part, self.early
+            return Work(partial(write_loose_output, *early))
+        whole = settings.format, table, stem, settings.scratch, part, settings.is_compressed
+        return Work(partial(write_output, *whole), is_movable=True)
 
     def _write_placed_shard(
         self, settings: OutputSettings, file: FastaFile, unit: Unit, target: Target

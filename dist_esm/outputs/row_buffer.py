@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.atomic import write_all_at
+from dist_esm.outputs.arena import BUFFER_BYTES, Arena
 
-BUFFER_BYTES = 3 << 29
-"""Rows that are kept in memory, of all outputs in the making together; what is more waits on disk."""
 KEPT_BYTES = 16 << 20
 """Rows of one buffer that are kept in memory even if there is none left: a file would be open for each of
 them."""
@@ -38,6 +37,8 @@ class Memory:
     """Bytes that they may still take."""
     copiers: Executor | None = None
     """Threads that copy large rows, if there are any."""
+    arena: Arena | None = None
+    """Where rows are that other processes write; None: none does."""
 
     def has_room(self, more: int, num_bytes: int) -> bool:
         """Tell if what takes so many bytes in all may take so many more of memory."""
@@ -94,6 +95,8 @@ class RowBuffer:
     expected
         How many rows there may be. Room for them is reserved at once, which takes no memory before they are
         written.
+    is_shared
+        Another process may write them, if any does.
     """
 
     def __init__(
@@ -103,11 +106,13 @@ class RowBuffer:
         file: Callable[[], RowFile],
         memory: Memory,
         expected: int = 0,
+        is_shared: bool = False,
     ) -> None:
         self.num_rows = 0
         self._expected = expected
         self._make_file = file
         self._memory = memory
+        self._arena = memory.arena if is_shared else None
         self._taken = 0
         self._rows: NDArray[Any] = np.empty((0, width), dtype)
         self._is_there: NDArray[np.bool_] = np.empty(0, np.bool_)
@@ -160,18 +165,23 @@ class RowBuffer:
         self._taken += more
         if self.num_rows > len(self._rows):
             most = (self._taken + self._memory.left) // self._row_bytes
-            rows = np.empty(
-                (
-                    max(min(self._expected, most), self.num_rows, len(self._rows) * 5 // 4),
-                    self._rows.shape[1],
-                ),
-                self._rows.dtype,
-            )
+            num_rows = max(min(self._expected, most), self.num_rows, len(self._rows) * 5 // 4)
+            rows = self._empty(num_rows)
             self._finish_copies()
             rows[: len(self._rows)] = self._rows
+            self._leave()
             is_there = np.zeros(len(rows), np.bool_)
             is_there[: len(self._rows)] = self._is_there
             self._rows, self._is_there = rows, is_there
+
+    def _empty(self, num_rows: int) -> NDArray[Any]:
+        shape, dtype = (num_rows, self._rows.shape[1]), self._rows.dtype
+        rows = self._arena.take(shape, dtype) if self._arena is not None else None
+        return np.empty(shape, dtype) if rows is None else rows
+
+    def _leave(self) -> None:
+        if self._arena is not None:
+            self._arena.give_back(self._rows)
 
     def _finish_copies(self) -> None:
         for copy in self._copies:
@@ -179,8 +189,10 @@ class RowBuffer:
         self._copies.clear()
 
     def _give_back(self) -> None:
+        self._finish_copies()
         self._memory.left += self._taken
         self._taken = 0
+        self._leave()
         self._rows, self._is_there = self._rows[:0].copy(), self._is_there[:0].copy()
 
     @property

@@ -306,8 +306,8 @@ class Assembly:
     def _submit_if_complete(self, key: int, state: UnitInProgress, builder: OutputBuilder) -> None:
         if builder.is_complete and not builder.is_submitted:
             builder.is_submitted = True
-            write = partial(builder.write, self.settings, self.files[state.unit.file], state.unit)
-            self.to_write.append(WriteTask(key, builder, write))
+            work = partial(builder.work, self.settings, self.files[state.unit.file], state.unit)
+            self.to_write.append(WriteTask(key, builder, work))
 
     def _credit_protein(self, state: UnitInProgress) -> None:
         """Count a protein as done, with its share of its unit's cost."""

@@ -35,7 +35,8 @@ from dist_esm.pipeline.failures import Failures
 from dist_esm.pipeline.reader import Reader
 from dist_esm.pipeline.retry import finish
 from dist_esm.pipeline.threads import describe_ending
-from dist_esm.pipeline.writer_pool import MAX_WRITERS, MIN_WRITERS, WriterPool
+from dist_esm.pipeline.writer_pool import WriterPool
+from dist_esm.pipeline.writer_processes import WriterProcesses, num_writers
 from dist_esm.progress import Progress, RankProgress
 from dist_esm.stop import Stop
 from dist_esm.types import Failure, FastaFile, Pack, RankResult, TakenUnit, UnitFailure, UnitResult
@@ -62,6 +63,8 @@ class Destination:
     """Called with each unit that failed."""
     progress: Progress = field(default_factory=Progress)
     """Is told how far this rank is."""
+    processes: WriterProcesses = field(default_factory=WriterProcesses)
+    """Write outputs, if they were started; else threads do."""
 
 
 def embed_units(
@@ -147,16 +150,18 @@ def _run_threads(
         destination.progress.now.failed += 1
         destination.record_failure(failed)
 
-    num_writers = max(MIN_WRITERS, min(MAX_WRITERS, engine.num_threads // 2))
+    at_once, processes = num_writers(engine.num_threads), destination.processes
     with (
         short_turns() if engine.is_gpu else nullcontext(),
         no_garbage_collection_of_modules(),
         ExitStack() as threads,
     ):  # torn down in reverse, whatever happens
-        copiers = threads.enter_context(ThreadPoolExecutor(max(1, num_writers // 2), "copier"))
-        memory, progress = Memory(copiers=copiers), destination.progress.now
+        copiers = threads.enter_context(ThreadPoolExecutor(max(1, at_once // 2), "copier"))
+        memory, progress = Memory(copiers=copiers, arena=processes.arena), destination.progress.now
         assembly = Assembly(files, output_settings(config, destination), rank, memory, progress)
-        writers = threads.enter_context(WriterPool(destination.output_dir, num_writers, rank, stop))
+        writers = threads.enter_context(
+            WriterPool(destination.output_dir, at_once, rank, stop, processes.lines)
+        )
         collector = Collector(assembly, writers, rank, stop, on_results, on_failure)
         threads.enter_context(collector)
         reader = Reader(units, files, config, engine.toks_per_batch, collector, failures, in_hand, rank, stop)

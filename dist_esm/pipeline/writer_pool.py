@@ -9,24 +9,30 @@ so small outputs are synced many at a time.
 from __future__ import annotations
 
 import errno
+import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from dist_esm.atomic import Staged, commit_together
+from dist_esm.atomic import commit_together
 from dist_esm.attempt import as_value
 from dist_esm.outputs.builder import OutputBuilder
+from dist_esm.outputs.work import Work, stage_all
 from dist_esm.pipeline.threads import Service, get
+from dist_esm.pipeline.writer_processes import GoneError, WriterProcess
 from dist_esm.stop import Stop
 from dist_esm.types import WrittenFile
 
-MIN_WRITERS, MAX_WRITERS = 3, 8
-"""One writes and hashes about 0.5 GB/s; a rank gets one for every two of its cores, within these bounds."""
+log = logging.getLogger("dist_esm")
+Written = list[WrittenFile | Exception]
+WriteAll = Callable[[Sequence[Work | Exception], Path], Written]
+"""Writes outputs and puts them in their places, below the path."""
 MAX_PENDING = 64
 PENDING_BYTES = 64 << 20
 """Outputs that are written or wait for it, beyond one for each writer."""
@@ -41,7 +47,8 @@ class WriteTask:
 
     key: int
     builder: OutputBuilder
-    write: Callable[[], Staged]
+    work: Callable[[], Work]
+    """Puts together what is to be done."""
     is_second_try: bool = False
 
 
@@ -59,9 +66,18 @@ class WriterPool:
         Threads.
     rank, stop
         As of `Service`.
+    processes
+        Write for the threads, as far as there are any.
     """
 
-    def __init__(self, output_dir: Path, num_writers: int, rank: int, stop: Stop) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        num_writers: int,
+        rank: int,
+        stop: Stop,
+        processes: Sequence[WriterProcess] = (),
+    ) -> None:
         self.output_dir = output_dir
         self.on_written: Callable[[], None] = lambda: None
         """Called in a writer's thread when `take_written` has something new."""
@@ -70,7 +86,10 @@ class WriterPool:
         self._put_off: deque[WriteTask] = deque()
         self._num_pending = 0
         self._pending_bytes = 0
-        self._writers = [Writer(self, rank, stop) for _ in range(num_writers)]
+        self._writers = [
+            Writer(self, rank, stop, process)
+            for _, process in zip_longest(range(num_writers), processes[:num_writers])
+        ]
         self._threads = ExitStack()
 
     def __enter__(self) -> Self:
@@ -134,15 +153,15 @@ class WriterPool:
         for writer in self._writers:
             writer.check()
 
-    def write_next(self) -> bool:
-        """Write the next output, with small ones that wait behind it; false when the pool is closed. For
-        writers."""
+    def write_next(self, write: WriteAll) -> bool:
+        """Have the next output written, with small ones that wait behind it; false when the pool is closed.
+        For writers."""
         task = self._tasks.get()
         if task is None:
             return False
         tasks = [task, *self._small_ones_behind(task.builder.num_bytes)]
-        staged = [as_value(task.write) for task in tasks]
-        for pair in zip(tasks, commit_together(staged, self.output_dir), strict=True):
+        works = [as_value(task.work) for task in tasks]
+        for pair in zip(tasks, write(works, self.output_dir), strict=True):
             self._written.put(pair)
         self.on_written()
         return True
@@ -164,16 +183,27 @@ class WriterPool:
 
 
 class Writer(Service):
-    """One thread of a `WriterPool`."""
+    """One thread of a `WriterPool`, and the process that writes for it, if there is one."""
 
-    def __init__(self, pool: WriterPool, rank: int, stop: Stop) -> None:
+    def __init__(self, pool: WriterPool, rank: int, stop: Stop, process: WriterProcess | None) -> None:
         super().__init__("writer", rank, stop)
         self._pool = pool
+        self._process = process
 
     def work(self) -> None:
         """Write what the pool has, until it is closed."""
-        while self._pool.write_next():
+        while self._pool.write_next(self._write):
             pass
+
+    def _write(self, works: Sequence[Work | Exception], output_dir: Path) -> Written:
+        written = None
+        if self._process is not None:
+            try:
+                written = self._process.write(works, output_dir)
+            except GoneError as error:
+                log.warning("rank %d: %s: a thread of the rank writes in its place", self.rank, error)
+                self._process = None
+        return written if written is not None else commit_together(stage_all(works), output_dir)
 
     def ask_to_end(self) -> None:
         """Do nothing: the pool tells all its writers at once."""

@@ -21,9 +21,9 @@ from dist_esm.config import Compression, Config, Include
 from dist_esm.distributed import World
 from dist_esm.fasta.parser import read_proteins
 from dist_esm.fasta.segments import apply_length_policy, num_embedded
+from dist_esm.outputs.arena import BUFFER_BYTES
 from dist_esm.outputs.formats.base import InPlace
 from dist_esm.outputs.placed import in_place
-from dist_esm.outputs.row_buffer import BUFFER_BYTES
 from dist_esm.planning.assign import assign_to_bins
 from dist_esm.types import Extent, Layout, RecordOutcome, Row, Unit, UnitResult
 

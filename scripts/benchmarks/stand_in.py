@@ -17,11 +17,12 @@ from typing import Any, cast
 import torch
 
 from benchmarks.harness import cpu_seconds, peak_mib
-from dist_esm.config import Config
+from dist_esm.config import Config, Writers
 from dist_esm.distributed import World
 from dist_esm.jobs.embed import run
 from dist_esm.jobs.setup import Setup
 from dist_esm.model.engine import Engine
+from dist_esm.pipeline.writer_processes import WriterProcesses, num_writers
 from dist_esm.types import Pack, Segment, SegmentEmbedding
 
 TOKS_PER_BATCH = 16384
@@ -156,7 +157,10 @@ def run_without_model(config: Config, engine: StandInEngine) -> RunCost:
         planned.append((time.perf_counter() - began, peak_mib(), cpu_seconds()))
         return cast(Engine, engine)
 
-    exit_code = run(config, World(None, 0, 1, 0, 1), make_engine)
+    with WriterProcesses() as processes:
+        if config.writers is Writers.processes:
+            processes.start(num_writers(engine.num_threads), config.format)
+        exit_code = run(config, World(None, 0, 1, 0, 1), make_engine, processes)
     seconds = time.perf_counter() - began
     report = json.loads((config.output_dir / "report.json").read_text(encoding="utf-8"))
     if exit_code != 0 or report["status"] != "complete":

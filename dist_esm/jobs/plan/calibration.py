@@ -18,8 +18,9 @@ from dist_esm.config import Config, Include
 from dist_esm.distributed import World
 from dist_esm.fasta.segments import Span, make_segments
 from dist_esm.jobs.setup import Setup
+from dist_esm.launcher import num_cores
 from dist_esm.model.checkpoints.locate import RANDOM
-from dist_esm.model.engine import AHEAD, Engine, Submitted, is_out_of_memory, num_cores
+from dist_esm.model.engine import AHEAD, Engine, Submitted, is_out_of_memory
 from dist_esm.model.memory import parameter_bytes
 from dist_esm.model.speed import CPU_FLOPS, flops_of
 from dist_esm.model.weights import architecture, load_model

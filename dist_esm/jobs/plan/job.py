@@ -23,9 +23,9 @@ from dist_esm.jobs.setup import (
     first_on_host,
     setup_on,
 )
-from dist_esm.launcher import num_restarts
+from dist_esm.launcher import num_cores, num_restarts
 from dist_esm.model.checkpoints.locate import AUTO
-from dist_esm.model.engine import default_toks_per_batch, num_cores
+from dist_esm.model.engine import default_toks_per_batch
 from dist_esm.model.memory import device_memory, pack_bytes, parameter_bytes
 from dist_esm.model.weights import WeightsId, architecture
 from dist_esm.outputs import journal

@@ -7,7 +7,7 @@ from dist_esm.jobs.plan.room import Room
 from dist_esm.jobs.plan.work import Output, Work, count_of
 from dist_esm.jobs.progress.lines import duration
 from dist_esm.jobs.setup import Setup
-from dist_esm.model.engine import num_cores
+from dist_esm.launcher import num_cores
 from dist_esm.model.memory import size_in_words
 from dist_esm.model.speed import CPU_FLOPS, SOURCE, flops_of, known_figures
 from dist_esm.model.weights import architecture

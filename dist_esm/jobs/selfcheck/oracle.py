@@ -21,8 +21,8 @@ from dist_esm.distributed import World
 from dist_esm.fair_esm import fair_esm_hidden, fair_esm_model, fair_esm_tokens
 from dist_esm.jobs.selfcheck.sample import SampledProtein, segments_of
 from dist_esm.jobs.setup import describe
+from dist_esm.launcher import num_cores
 from dist_esm.model.checkpoints.checkpoint import tensor_shapes
-from dist_esm.model.engine import num_cores
 from dist_esm.model.esm2 import Architecture
 from dist_esm.model.weights import architecture, fair_esm_tensors
 from dist_esm.types import ProteinEmbedding, Segment

@@ -1,0 +1,162 @@
+"""The other end of a `WriterProcess`: a process that writes outputs, and what is said to it and by it."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_esm.atomic import commit_together, number_names_from
+from dist_esm.attempt import as_value
+from dist_esm.outputs.arena import Arena
+from dist_esm.outputs.formats.registry import FORMATS
+from dist_esm.outputs.work import Work, stage_all
+from dist_esm.types import WrittenFile
+
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that schedulers and people send to all processes of a run: what they mean is the rank's to say."""
+CARRIED_BYTES = 1 << 20
+"""Rows that are not in the arena and are sent all the same."""
+NAMES = 1 << 32
+"""Temporary names that a process may use."""
+
+
+class HereError(Exception):
+    """Something cannot be sent: the rank has to do it itself."""
+
+
+class Sender(pickle.Pickler):
+    """Pickles work; rows in the arena go as their place in it."""
+
+    def __init__(self, file: io.BytesIO, arena: Arena) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._arena = arena
+
+    def persistent_id(self, obj: Any) -> Any:
+        """Name rows by their place.
+
+        Raises
+        ------
+        HereError
+            If this cannot be done elsewhere.
+        """
+        if isinstance(obj, Work) and not obj.is_movable:
+            raise HereError
+        if not isinstance(obj, torch.Tensor):
+            return None
+        rows = obj.numpy()
+        offset = self._arena.offset_of(rows)
+        if offset is None and rows.nbytes > CARRIED_BYTES:
+            raise HereError
+        return offset, rows.tobytes() if offset is None else None, rows.shape, rows.dtype.str
+
+
+class Receiver(pickle.Unpickler):
+    """The inverse of `Sender`, in the other process."""
+
+    def __init__(self, file: io.BytesIO, arena: Arena) -> None:
+        super().__init__(file)
+        self._arena = arena
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        """Return the rows of a place."""
+        offset, numbers, shape, dtype = pid
+        if offset is not None:
+            return torch.from_numpy(self._arena.array(offset, shape, np.dtype(dtype)))
+        return torch.from_numpy(np.frombuffer(bytearray(numbers), dtype).reshape(shape))
+
+
+def pack_work(works: Sequence[Work | Exception], output_dir: Path, arena: Arena) -> bytes:
+    """Put into bytes what is asked of a process.
+
+    Raises
+    ------
+    HereError
+        If it cannot be done elsewhere.
+    """
+    file = io.BytesIO()
+    Sender(file, arena).dump((works, output_dir))
+    return file.getvalue()
+
+
+def unpack_answer(answer: bytes) -> list[WrittenFile | Exception]:
+    """Read what a process answers: what became of each output.
+
+    Raises
+    ------
+    Exception
+        If it says that it could not make anything of what was asked: a fault of ours.
+    """
+    written = pickle.loads(answer)
+    if isinstance(written, Exception):
+        raise written
+    return list(written)
+
+
+def serve() -> None:
+    """Be the processes that write, as long as their sockets have another end.
+
+    The arguments of this program are a format, the descriptor of an arena, and one of a socket for each
+    process.
+    """
+    for ignored in IGNORED:
+        signal.signal(ignored, signal.SIG_IGN)
+    name, descriptor, *lines = sys.argv[1:]
+    FORMATS[name].codec.prepare()
+    torch.set_num_threads(1)
+    gc.freeze()
+    for number, line in enumerate(lines, start=1):
+        if os.fork() == 0:
+            for other in lines:
+                if other != line:
+                    os.close(int(other))
+            number_names_from(number * NAMES)
+            with suppress(EOFError, OSError):  # the other end is gone
+                answer_all(Connection(int(line)), Arena(int(descriptor)))
+            os._exit(0)
+    for line in lines:
+        os.close(int(line))
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
+
+
+def answer_all(line: Connection, arena: Arena) -> None:
+    """Say that this process is ready, and do what comes over a line.
+
+    Raises
+    ------
+    EOFError, OSError
+        If the other end is gone.
+    """
+    line.send_bytes(b"ready")
+    while True:
+        asked = line.recv_bytes()
+        answer = as_value(answer_one, asked, line, arena)
+        line.send_bytes(pickle.dumps(answer))
+
+
+def answer_one(asked: bytes, line: Connection, arena: Arena) -> list[WrittenFile | Exception]:
+    """Write outputs, and put them in their places.
+
+    Raises
+    ------
+    EOFError
+        If the other end is gone: then others may be at work in the same places.
+    """
+    works, output_dir = Receiver(io.BytesIO(asked), arena).load()
+    staged = stage_all(works)
+    if line.poll():
+        raise EOFError
+    return commit_together(staged, output_dir)
