@@ -136,14 +136,15 @@ class Embedder:
         fetch(config.model)
         complete(config.model)
         check_layers(config)
-        self.weights = check_weights(config.model).words
+        weights_id = check_weights(config.model)
+        self.weights = weights_id.words
         self.config = config
         self.repr_layers = repr_layers
         place = choose_device(config.device, 0, 1, "this machine")
         precision = choose_dtype(config.dtype, place)
         head_dim, products = architecture(config.model).head_dim, quantized_products(config.dtype, config.fp8)
         kernels = choose_kernels(config.attention, config.linear, place, precision, head_dim, products)
-        self.engine = build_engine(config, place, precision, kernels)
+        self.engine = build_engine(config, place, precision, kernels, fingerprint=weights_id.fingerprint)
 
     def embed(
         self,

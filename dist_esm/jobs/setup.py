@@ -354,8 +354,9 @@ def load_engine(config: Config, setup: Setup, world: World) -> Engine:
     world.progress.enter(Phase.loading)
     if setup.kernels.quantized:  # weights are rounded with them
         setup.wait_for_kernels()
+    num_threads = max(1, num_cores() // world.local_world_size)
     engine = build_engine(
-        config, setup.device, setup.dtype, setup.kernels, max(1, num_cores() // world.local_world_size)
+        config, setup.device, setup.dtype, setup.kernels, num_threads, setup.provenance["weights"]
     )
     loaded = time.monotonic()
     if world.is_main:

@@ -316,11 +316,17 @@ class Engine:
 
 
 def build_engine(
-    config: Config, device: torch.device, dtype: torch.dtype, kernels: Kernels, num_threads: int | None = None
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    num_threads: int | None = None,
+    fingerprint: str | None = None,
 ) -> Engine:
     """Load the model that a configuration names and return its engine.
 
-    The wider dtype is fp32 for bf16 and fp16, and fp64 for fp32.
+    The wider dtype is fp32 for bf16 and fp16, and fp64 for fp32. `fingerprint` is that of the weights, as for
+    `load_model`.
 
     Raises
     ------
@@ -329,7 +335,7 @@ def build_engine(
     """
     wider = torch.float64 if dtype is torch.float32 else torch.float32
     return Engine(
-        load_model(config.model, device, dtype, kernels),
+        load_model(config.model, device, dtype, kernels, fingerprint),
         config.resolved_layers(),
         Include.per_tok in config.include,
         config.toks_per_batch,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_esm.config import ModelConfig
+from dist_esm.model import quantized_cache
 from dist_esm.model.checkpoints.adapter import with_adapter
 from dist_esm.model.checkpoints.checkpoint import KNOWN, Checkpoint, read_checkpoint, tensor_shapes
 from dist_esm.model.checkpoints.files import check_and_fingerprint
@@ -113,21 +114,35 @@ def check_weights(config: ModelConfig, is_kept: bool = True) -> WeightsId:
     return WeightsId(prints[0], f"{checkpoint.words}{caveat}, from {place}")
 
 
-def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, kernels: Kernels) -> ESM2:
+def load_model(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    fingerprint: str | None = None,
+) -> ESM2:
     """Return an ESM-2 in eval mode: matrix products in `dtype`, norms and embeddings in fp32 or wider.
 
-    The layers that the kernels want so multiply e4m3 numbers.
+    The layers that the kernels want so multiply e4m3 numbers. A model of a checkpoint with a `fingerprint`
+    (see `check_weights`; None: not known) is then kept on disk, and taken from there by the next call.
 
     Raises
     ------
     ValueError
         If the checkpoint is damaged, incomplete or of another architecture.
     """
-    with torch.device("meta"):
-        model = ESM2(architecture(config), kernels)
-    fill_parameters(model, tensor_source(config, device), device, dtype)
-    if kernels.quantized:
-        quantize_(model, kernels.quantized)
+    arch, path = architecture(config), None
+    if kernels.quantized and fingerprint is not None and config.weights != RANDOM:
+        path = quantized_cache.kept_path(fingerprint, arch, dtype, kernels, device)
+    model = None if path is None else quantized_cache.recall(path, arch, kernels, device)
+    if model is None:
+        with torch.device("meta"):
+            model = ESM2(arch, kernels)
+        fill_parameters(model, tensor_source(config, device), device, dtype)
+        if kernels.quantized:
+            quantize_(model, kernels.quantized)
+        if path is not None:
+            quantized_cache.keep(model, path)
     return model.eval().requires_grad_(False)
 
 

@@ -23,10 +23,18 @@ def test_two_ranks_in_8_bits_give_the_bits_of_one_and_do_not_mix_with_others(tmp
         "linear=torch",
         "device=cpu",
     ]
-    for num_ranks, name in ((None, "one"), (2, "two")):
-        done = run_ranks(num_ranks, *options, f"output_dir={tmp_path / name}", timeout=300)
+    for num_ranks, name, cache in ((None, "one", "a"), (2, "two", "b"), (2, "kept", "b")):
+        done = run_ranks(
+            num_ranks,
+            *options,
+            f"output_dir={tmp_path / name}",
+            timeout=300,
+            XDG_CACHE_HOME=str(tmp_path / cache),
+        )
         assert done.returncode == 0, done.stderr
-    assert digests(tmp_path / "one") == digests(tmp_path / "two") != {}
+        assert ("rounded weights are taken from" in done.stderr) is (name == "kept")
+    assert digests(tmp_path / "one") == digests(tmp_path / "two") == digests(tmp_path / "kept") != {}
+    assert len(list(tmp_path.glob("b/dist_esm/*.pt"))) == 1
     run = load(tmp_path / "one")
     assert (run.provenance["dtype"], run.provenance["fp8"]) == ("float8_e4m3fn", "all")
     other = run_ranks(None, *options, "fp8=ffn", f"output_dir={tmp_path / 'one'}")

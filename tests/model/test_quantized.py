@@ -151,7 +151,8 @@ def test_8_bit_products_run_or_say_what_they_need(linear, message):
         choose_kernels(Attention.auto, LinearKind[linear], CPU, choose_dtype(Dtype.fp8, CPU), 64, products)
 
 
-def test_a_protein_that_saturates_is_embedded_again_in_fp32(tmp_path):
+def test_a_protein_that_saturates_is_embedded_again_in_fp32(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = write_checkpoint(tmp_path / "narrow.pt", NARROW, random_state(NARROW, seed=1))
     proteins = [protein.decode() for protein in real_proteins()[:3]]
     eight_bits, fp32 = (
