@@ -301,8 +301,8 @@ class Config:
     compression: Compression = Compression.none
     """What numbers are compressed with; zstd: for format=parquet alone, 7% smaller and slower."""
     writers: Writers = Writers.auto
-    """What writes outputs: threads, or processes of their own, whose memory comes on top; auto: processes on
-    a GPU for residues, and for formats with many files."""
+    """What writes a rank's outputs: threads of its process, or processes of their own; auto: processes where
+    there is a GPU."""
     assign_by: AssignBy = AssignBy.sequences
     """What is balanced over the ranks."""
     unit_share: float = 0.01

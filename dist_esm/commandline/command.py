@@ -21,7 +21,7 @@ from dist_esm.config import Config, DeviceKind, Job, Verbosity, check
 from dist_esm.launcher import is_main_rank, launch_environment, num_cores, tell_torchrun
 from dist_esm.logs import setup_logging
 from dist_esm.names import one_line, printable
-from dist_esm.pipeline.writer_processes import WriterProcesses, are_worth_it, num_writers
+from dist_esm.pipeline.writer_processes import WriterProcesses, are_wanted, num_writers
 from dist_esm.stop import on_signals
 from dist_esm.version import code_version
 
@@ -121,7 +121,7 @@ def run_job(config: Config | None, problem: str | None, num_ranks: int) -> int:
         Ranks of this host.
     """
     with WriterProcesses() as processes:
-        if config is not None and config.job is Job.embed and are_worth_it(config):
+        if config is not None and config.job is Job.embed and are_wanted(config):
             processes.start(num_writers(num_cores() // num_ranks), config.format)
         return run_beside(processes, config, problem)
 

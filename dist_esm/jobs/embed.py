@@ -103,6 +103,8 @@ def run(
         setup = choose_setup(config, world, inputs)
         if config.writers is Writers.auto and setup.device.type == "cpu":
             processes.end()
+        if processes.problem is not None:
+            log.warning("threads write the outputs, no processes can be started: %s", processes.problem)
         words = setup.provenance["weights_in_words"]
         out = held.enter_context(OutputDir.open(config, setup.settings, world, words))
         held.enter_context(keeping_records(out, setup, world))
@@ -124,6 +126,7 @@ def run(
             with engine_for(plan, config, setup, world, make_engine, processes) as engine:
                 clock.loaded = time.monotonic()
                 mine = embed_bin(plan, engine, config, setup, out, world, stop, processes)
+            processes.end()
             if not stop.at_once:
                 with stop.patiently():
                     ranks = world.all_gather(mine, RankSummary, *OUTCOME_TYPES)

@@ -58,6 +58,10 @@ class Arena:
         os.ftruncate(descriptor, num_bytes)
         return cls(descriptor)
 
+    def close(self) -> None:
+        """Let nobody else have it from now on; its memory goes with the last array."""
+        os.close(self.descriptor)
+
     def populate(self, num_bytes: int) -> None:
         """Get the first pages from the system beforehand, if it can do so; else each comes when it is
         written."""

@@ -145,8 +145,8 @@ class OutputDir:
     def _leave(self) -> None:
         self.journal.close()
         self.events.close()
-        with suppress(OSError):  # what an error left in there stays for the next launch to remove
-            self.scratch.rmdir()
+        discard(self.scratch)  # what a thread or process that ended early left in there with it
+        with suppress(OSError):  # unless other ranks have theirs there
             self.scratch.parent.rmdir()
 
     def record_inputs(self, files: Sequence[FastaFile], about: Mapping[str, Any] | None = None) -> None:

@@ -86,6 +86,7 @@ class WriterPool:
         self._put_off: deque[WriteTask] = deque()
         self._num_pending = 0
         self._pending_bytes = 0
+        self._is_one_gone = False
         self._writers = [
             Writer(self, rank, stop, process)
             for _, process in zip_longest(range(num_writers), processes[:num_writers])
@@ -153,6 +154,12 @@ class WriterPool:
         for writer in self._writers:
             writer.check()
 
+    def note_gone(self, rank: int, error: GoneError) -> None:
+        """Say once that a process is gone which wrote for a thread. For writers."""
+        if not self._is_one_gone:
+            self._is_one_gone = True
+            log.warning("rank %d: %s: a thread of this rank writes in its place", rank, error)
+
     def write_next(self, write: WriteAll) -> bool:
         """Have the next output written, with small ones that wait behind it; false when the pool is closed.
         For writers."""
@@ -196,14 +203,25 @@ class Writer(Service):
             pass
 
     def _write(self, works: Sequence[Work | Exception], output_dir: Path) -> Written:
-        written = None
-        if self._process is not None:
-            try:
-                written = self._process.write(works, output_dir)
-            except GoneError as error:
-                log.warning("rank %d: %s: a thread of the rank writes in its place", self.rank, error)
-                self._process = None
-        return written if written is not None else commit_together(stage_all(works), output_dir)
+        """Write all that can be moved in the process, and the rest here."""
+        movable = [place for place, work in enumerate(works) if isinstance(work, Work) and work.is_movable]
+        answered = self._send([works[place] for place in movable], output_dir) if movable else None
+        written = dict(zip(movable, answered, strict=True)) if answered is not None else {}
+        rest = [place for place in range(len(works)) if place not in written]
+        staged = stage_all([works[place] for place in rest])
+        written.update(zip(rest, commit_together(staged, output_dir), strict=True))
+        return [written[place] for place in range(len(works))]
+
+    def _send(self, works: Sequence[Work | Exception], output_dir: Path) -> Written | None:
+        """Have the process write; None if there is none, or it cannot."""
+        if self._process is None:
+            return None
+        try:
+            return self._process.write(works, output_dir)
+        except GoneError as error:
+            self._pool.note_gone(self.rank, error)
+            self._process = None
+            return None
 
     def ask_to_end(self) -> None:
         """Do nothing: the pool tells all its writers at once."""

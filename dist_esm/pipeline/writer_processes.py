@@ -24,9 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from dist_esm.config import Config, DeviceKind, Format, Include, Writers
+from dist_esm.config import Config, DeviceKind, Format, Writers
 from dist_esm.outputs.arena import Arena
-from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.types import WrittenFile
 
 if TYPE_CHECKING:
@@ -59,15 +58,29 @@ class WriterProcess:
         self._arena = arena
         self._is_ready = False
 
+    def is_ready(self, seconds: float = 0) -> bool:
+        """Tell whether the process has said that it is ready, or says so within so many seconds.
+
+        Raises
+        ------
+        EOFError, OSError
+            If it is gone.
+        """
+        if not self._is_ready and self._line.poll(seconds):
+            self._line.recv_bytes()
+            self._is_ready = True
+        return self._is_ready
+
     def write(
         self, works: Sequence[Work | Exception], output_dir: Path
     ) -> list[WrittenFile | Exception] | None:
-        """Have outputs written and put in their places, as `stage_all` and `commit_together` do.
+        """Have outputs written and put in their places, as `stage_all` and `commit_together` do: of work that
+        can be moved.
 
         Returns
         -------
         list, or None
-            None: they cannot be sent, or the process is not ready yet; nothing was done.
+            None: their rows cannot be sent, or the process is not ready yet; nothing was done.
 
         Raises
         ------
@@ -77,11 +90,8 @@ class WriterProcess:
         from dist_esm.pipeline.writing import HereError, pack_work, unpack_answer
 
         try:
-            if not self._is_ready and not self._line.poll():
+            if not self.is_ready():
                 return None
-            if not self._is_ready:
-                self._line.recv_bytes()  # it says so
-                self._is_ready = True
             self._line.send_bytes(pack_work(works, output_dir, self._arena))
             return unpack_answer(self._line.recv_bytes())
         except HereError:
@@ -103,15 +113,19 @@ class WriterProcesses:
         Where rows are to be that they write; None without processes.
     lines
         One for each.
+    problem
+        Why they could not be started, if that was tried in vain.
     """
 
     def __init__(self) -> None:
         self.arena: Arena | None = None
         self.lines: list[WriterProcess] = []
+        self.problem: OSError | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, num_processes: int, output_format: Format) -> None:
-        """Start them, and go on while they import what they need.
+        """Start them, and go on while they import what they need. If the system has none to give, `problem`
+        says so, and threads write.
 
         Parameters
         ----------
@@ -119,23 +133,24 @@ class WriterProcesses:
             How many.
         output_format
             What they will write.
-
-        Raises
-        ------
-        OSError
-            If the system has none to give.
         """
-        self.arena = Arena.make()
-        with ExitStack() as theirs:
-            ends = [self._new_line(self.arena, theirs) for _ in range(num_processes)]
-            inherited = [self.arena.descriptor, *ends]
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", SERVE, output_format.name, *map(str, inherited)],
-                pass_fds=inherited,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,  # Ctrl-C is the rank's
-            )
+        try:
+            self.arena = Arena.make()
+            with ExitStack() as theirs:
+                ends = [self._new_line(self.arena, theirs) for _ in range(num_processes)]
+                self._process = self._popen(output_format, [self.arena.descriptor, *ends])
+        except OSError as error:
+            self.end()
+            self.problem = error
+
+    def _popen(self, output_format: Format, inherited: Sequence[int]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-c", SERVE, output_format.name, *map(str, inherited)],
+            pass_fds=inherited,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # Ctrl-C is the rank's
+        )
 
     def _new_line(self, arena: Arena, theirs: ExitStack) -> int:
         ours, other = socket.socketpair()
@@ -155,6 +170,8 @@ class WriterProcesses:
         """End them; what one is writing is left as it is. There are none from then on."""
         for line in self.lines:
             line.close()
+        if self.arena is not None:
+            self.arena.close()
         self.lines, self.arena = [], None
         if self._process is not None:
             with suppress(OSError):
@@ -168,8 +185,8 @@ def num_writers(num_cores: int) -> int:
     return max(MIN_WRITERS, min(MAX_WRITERS, num_cores // 2))
 
 
-def are_worth_it(config: Config) -> bool:
-    """Tell whether processes write the outputs of a rank: on a GPU, if there is much to write.
+def are_wanted(config: Config) -> bool:
+    """Tell whether processes write the outputs of a rank: by default where it may have a GPU.
 
     Parameters
     ----------
@@ -178,6 +195,5 @@ def are_worth_it(config: Config) -> bool:
     """
     if config.writers is not Writers.auto:
         return config.writers is Writers.processes
-    has_much = Include.per_tok in config.include or FORMATS[config.format.name].is_folder
     may_have_gpu = config.device is not DeviceKind.cpu and any(map(os.path.exists, GPU_FILES))
-    return has_much and may_have_gpu and hasattr(os, "memfd_create")
+    return may_have_gpu and hasattr(os, "memfd_create")

@@ -33,7 +33,7 @@ NAMES = 1 << 32
 
 
 class HereError(Exception):
-    """Something cannot be sent: the rank has to do it itself."""
+    """Rows are too large to be sent: the rank has to write them itself."""
 
 
 class Sender(pickle.Pickler):
@@ -49,10 +49,8 @@ class Sender(pickle.Pickler):
         Raises
         ------
         HereError
-            If this cannot be done elsewhere.
+            If they are too large to be sent.
         """
-        if isinstance(obj, Work) and not obj.is_movable:
-            raise HereError
         if not isinstance(obj, torch.Tensor):
             return None
         rows = obj.numpy()
@@ -78,12 +76,12 @@ class Receiver(pickle.Unpickler):
 
 
 def pack_work(works: Sequence[Work | Exception], output_dir: Path, arena: Arena) -> bytes:
-    """Put into bytes what is asked of a process.
+    """Put into bytes what is asked of a process: work that can be moved.
 
     Raises
     ------
     HereError
-        If it cannot be done elsewhere.
+        If rows are too large to be sent.
     """
     file = io.BytesIO()
     Sender(file, arena).dump((works, output_dir))

@@ -18,7 +18,7 @@ import torch
 from esm.data import Alphabet
 
 from dist_esm.checksum import read_back
-from dist_esm.config import Config, DeviceKind, Include, ModelConfig
+from dist_esm.config import Config, DeviceKind, Include, ModelConfig, Writers
 from dist_esm.distributed import World
 from dist_esm.fasta.blocks import text_digest, whole_file
 from dist_esm.jobs.embed import run
@@ -26,6 +26,7 @@ from dist_esm.jobs.report.content import FileReport
 from dist_esm.jobs.setup import Setup
 from dist_esm.outputs.finished import FinishedFile
 from dist_esm.outputs.journal import Entry
+from dist_esm.pipeline.writer_processes import WriterProcesses
 from dist_esm.planning.agree import agree_on_plan
 from dist_esm.planning.inputs import find_files
 from dist_esm.planning.units import Plan
@@ -251,6 +252,7 @@ def embed_directory(
     output_dir: Path,
     poison: Sequence[str] = (),
     after_plan: Callable[[], object] = lambda: None,
+    processes: WriterProcesses | None = None,
     **overrides: Any,
 ) -> Embedded:
     """Embed `inputs` with `dist_esm.jobs.embed.run`: a world of one, with the stand-in for the model.
@@ -258,7 +260,8 @@ def embed_directory(
     `after_plan` is called when the plan is made and nothing has been read for it yet.
     """
     inputs = [str(item) for item in inputs] if isinstance(inputs, (list, tuple)) else str(inputs)
-    config = make_config(inputs, output_dir, **overrides)
+    writers = {} if processes is None else {"writers": Writers.processes}
+    config = make_config(inputs, output_dir, **writers, **overrides)
     engines: list[StandIn] = []
 
     def make_engine(config: Config, setup: Setup, world: World) -> StandIn:
@@ -270,7 +273,7 @@ def embed_directory(
 
     world = World(None, 0, 1, 0, 1)
     plan = agree_on_plan(config, find_files(config.input_list()), [], world)
-    run(config, world, make_engine)  # type: ignore[arg-type]
+    run(config, world, make_engine, processes)  # type: ignore[arg-type]
     engine = engines[0] if engines else StandIn([1], False, 1)
     return Embedded(ReportRead.of(output_dir), plan, engine, output_dir)
 

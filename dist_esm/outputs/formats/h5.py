@@ -234,7 +234,8 @@ def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
     scalar = h5py.h5s.create(h5py.h5s.SCALAR)
     number_type = h5py.h5t.py_create(numpy_dtype(getattr(table, root)[main].dtype))
     unfilled = _unfilled()
-    offsets, kept = [], []
+    offsets: list[int] = []
+    kept: list[Any] = []
 
     @lru_cache(maxsize=64)
     def kind_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[Any, Any]:
