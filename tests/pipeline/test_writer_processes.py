@@ -34,9 +34,18 @@ from helpers.warm import run_warm
 SECONDS = 60
 
 
-def start(output_format: str, num_processes: int = MIN_WRITERS) -> WriterProcesses:
+class OfManyRuns(WriterProcesses):
+    """Processes that a run does not end."""
+
+    def end(self) -> None:
+        """Go on."""
+
+
+def start(
+    output_format: str, num_processes: int = MIN_WRITERS, kind: type[WriterProcesses] = WriterProcesses
+) -> WriterProcesses:
     """Start processes, and wait until they are ready."""
-    processes = WriterProcesses()
+    processes = kind()
     processes.start(num_processes, Format[output_format])
     assert all(line.is_ready(SECONDS) for line in processes.lines)
     return processes
@@ -45,8 +54,9 @@ def start(output_format: str, num_processes: int = MIN_WRITERS) -> WriterProcess
 @pytest.fixture(scope="module")
 def processes():
     """One for each thread; they have imported all that parquet takes, and write any format."""
-    with start("parquet") as started:
-        yield started
+    started = start("parquet", kind=OfManyRuns)
+    yield started
+    WriterProcesses.end(started)
 
 
 @pytest.fixture
@@ -266,7 +276,10 @@ def wait_for(condition) -> bool:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name)
 def test_they_end_with_the_rank_however_it_ends(tmp_path, checkpoint_8m, how):
-    line = command(None, *settings_of(checkpoint_8m, tmp_path / "out"))
+    proteins = "".join(f">{number}\n{'MKTAYIAKQR' * 50}\n" for number in range(5000))
+    inputs = write_files(tmp_path / "in", a=proteins)
+    words = [*settings_of(checkpoint_8m, tmp_path / "out")[1:], f"input={inputs}", "dedupe=false"]
+    line = command(None, *words)
     with subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as rank:
         assert wait_for(lambda: sessions_of(rank.pid))
         (session,) = sessions_of(rank.pid)
