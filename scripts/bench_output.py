@@ -42,7 +42,7 @@ from benchmarks.harness import (
 )
 from benchmarks.stand_in import StandInEngine, run_without_model
 from dist_esm.atomic import size_of
-from dist_esm.config import Config, DeviceKind, Format, Include, ModelConfig, SaveDtype
+from dist_esm.config import Config, DeviceKind, Format, Include, ModelConfig, SaveDtype, Writers
 from dist_esm.types import Segment, SegmentEmbedding
 
 WIDTH = 1280
@@ -72,6 +72,7 @@ def measure_run(
     save_dtype: str,
     unit_share: float,
     num_launches: int,
+    writers: str,
 ) -> dict[str, Any]:
     """Run once, and return what it took."""
     numbers = np.random.default_rng(0).standard_normal((LONGEST, WIDTH), dtype=np.float32)
@@ -90,6 +91,7 @@ def measure_run(
         format=Format[format_name],
         save_dtype=SaveDtype[save_dtype],
         unit_share=unit_share,
+        writers=Writers[writers],
         dedupe=False,
     )
     before = written_bytes()
@@ -128,6 +130,12 @@ def main() -> None:
     parser.add_argument("--proteins-per-file", type=int, default=100)
     parser.add_argument("--one-file", action="store_true")
     parser.add_argument("--launches", type=int, default=0, help="calls of torch for each pack (%(default)s)")
+    parser.add_argument(
+        "--writers",
+        choices=["threads", "processes"],
+        default="threads",
+        help="what writes outputs; core s/GB and what was written are this process's own",
+    )
     parser.add_argument("--uncut", action="store_true", help="one rank takes each file whole")
     parser.add_argument(
         "--shares",
@@ -176,6 +184,7 @@ def main() -> None:
                 format_name=options.format,
                 save_dtype=options.save_dtype,
                 num_launches=options.launches,
+                writers=options.writers,
                 unit_share=1.0 if options.uncut or not options.one_file else Config.unit_share,
             )
             shutil.rmtree(folder / "out")
@@ -198,6 +207,7 @@ def main() -> None:
         "disk_bytes_per_second": rate,
         "format": options.format,
         "save_dtype": options.save_dtype,
+        "writers": options.writers,
         "runs": runs,
     }
     end(results, [table], options)
