@@ -234,6 +234,14 @@ def number_names_from(first: int) -> None:
     _numbers = count(first)
 
 
+def discard_names(scratch: Path, numbers: range) -> None:
+    """Remove what a process left under temporary names of these numbers when it was killed."""
+    for path in scratch.iterdir():
+        number = path.name.removesuffix(".old")
+        if number.isdecimal() and int(number) in numbers:
+            discard(path)
+
+
 def require_scratch(scratch: Path) -> None:
     """Make sure that a folder of this process is still there, before anything is written elsewhere.
 

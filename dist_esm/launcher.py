@@ -44,12 +44,18 @@ def is_started_by_us() -> bool:
 def follow_launcher() -> None:
     """Make the kernel send SIGTERM to this rank when the command that started it ends in any way (Linux)."""
     pid = os.environ.get(LAUNCHER_PID, "")
-    if not pid.isdecimal() or sys.platform != "linux":
+    if pid.isdecimal():
+        end_with_parent(int(pid), signal.SIGTERM)
+
+
+def end_with_parent(parent: int, how: signal.Signals) -> None:
+    """Make the kernel send a signal to this process when the one that started it ends in any way (Linux)."""
+    if sys.platform != "linux":
         return
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(pid):  # it has ended already
-        signal.raise_signal(signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, how)
+    if os.getppid() != parent:  # it has ended already
+        signal.raise_signal(how)
 
 
 def num_restarts() -> int:

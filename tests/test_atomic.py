@@ -19,6 +19,7 @@ from dist_esm.atomic import (
     SummedFolder,
     atomically,
     commit_together,
+    discard_names,
     is_leftover,
     refuse_to_replace,
     temporary_path,
@@ -259,3 +260,12 @@ def test_a_file_that_one_of_the_threads_cannot_write_fails_all(tmp_path):
     with pytest.raises(OSError, match="no room"), SummedFolder(tmp_path / "a") as folder:
         folder.add_files(write, 32)
     assert not folder.written
+
+
+def test_what_a_killed_process_left_under_its_names_is_removed(tmp_path):
+    for name in ("3", "7", "7.old", "9", "x7"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "8").mkdir()
+    (tmp_path / "8" / "a").write_text("")
+    discard_names(tmp_path, range(7, 9))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "9", "x7"]

@@ -32,7 +32,6 @@ def run_command(words: Sequence[str]) -> int:
     problem: str | None = None
     text: str | None = None
     is_launched = launch_environment() is not None
-    num_ranks = 1
     try:
         options = read_options(words)
         if options.help:
@@ -44,8 +43,7 @@ def run_command(words: Sequence[str]) -> int:
             if options.cfg:
                 text = config_text(config)
             check(config)
-            if text is None:
-                num_ranks = wanted_ranks(config)
+            num_ranks = wanted_ranks(config) if text is None else 1
     except ValueError as error:
         problem = one_line(error)
     if problem is None and text is not None:
@@ -53,7 +51,7 @@ def run_command(words: Sequence[str]) -> int:
             print(text, end="")
         return 0
     if is_launched:
-        return run_job(config, problem, num_ranks)
+        return run_job(config, problem)
     if problem is not None:
         print_error(problem)
         return 1
@@ -62,7 +60,7 @@ def run_command(words: Sequence[str]) -> int:
         from dist_esm.commandline.ranks import run_ranks  # it needs torch
 
         return run_ranks(num_ranks, words, config.max_restarts)
-    return run_job(config, None, 1)
+    return run_job(config, None)
 
 
 def wanted_ranks(config: Config) -> int:
@@ -108,7 +106,7 @@ def give_up(reason: str) -> None:
     raise KeyboardInterrupt(reason)
 
 
-def run_job(config: Config | None, problem: str | None, num_ranks: int) -> int:
+def run_job(config: Config | None, problem: str | None) -> int:
     """Join the other ranks and run, or refuse with all problems of all ranks, said once.
 
     Processes that write outputs start first, since they import as much as this one does.
@@ -117,12 +115,11 @@ def run_job(config: Config | None, problem: str | None, num_ranks: int) -> int:
     ----------
     config, problem
         Checked configuration, or what is wrong with the command line.
-    num_ranks
-        Ranks of this host.
     """
     with WriterProcesses() as processes:
-        if config is not None and config.job is Job.embed and are_wanted(config):
-            processes.start(num_writers(num_cores() // num_ranks), config.format)
+        if problem is None and config is not None and config.job is Job.embed and are_wanted(config):
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+            processes.start(num_writers(num_cores() // ranks_here), config.format)
         return run_beside(processes, config, problem)
 
 

@@ -18,7 +18,7 @@ from dist_esm.distributed import LostRankError, World
 from dist_esm.jobs.plan.checks import problems_of
 from dist_esm.jobs.plan.room import remark_on_room, room_in
 from dist_esm.jobs.plan.short import short_lines
-from dist_esm.jobs.plan.work import content_size, output_of, work_of
+from dist_esm.jobs.plan.work import Work, content_size, count_of, output_of, work_of
 from dist_esm.jobs.progress.ticker import Ticker
 from dist_esm.jobs.report.content import Ending, Report
 from dist_esm.jobs.report.draw import draw_page
@@ -213,7 +213,7 @@ def engine_for(
         with ThreadPoolExecutor(2, "ready") as threads:
             prepared = [threads.submit(FORMATS[config.format.name].codec.prepare)]
             if processes.arena is not None:
-                most = content_size(work_of(plan), config).number_bytes
+                most = row_bytes_of(plan, world.rank, config)
                 prepared.append(threads.submit(processes.arena.populate, most))
             engine = make_engine(config, setup, world)
             for each in prepared:
@@ -221,6 +221,13 @@ def engine_for(
             return engine
 
     return world.all_or_none(engine_if_needed)
+
+
+def row_bytes_of(plan: Plan, rank: int, config: Config) -> int:
+    """Return the bytes of the numbers that processes may write for a rank: of all units that do not write
+    them to their places in a file that was cut."""
+    whole = [index for index in plan.bins[rank] if plan.units[index].layout is None]
+    return content_size(Work(0, count_of(plan, whole), 0), config).number_bytes
 
 
 def embed_bin(

@@ -1,8 +1,7 @@
 """Memory that this process shares with those that write its outputs.
 
 Rows that wait for their output are written here once; a process that writes them is told where they are.
-Pages stay once they are there: to get them from the system, and to give them back, takes longer than to fill
-them.
+Pages stay once they are there: to get them from the system takes several times as long as to fill them.
 """
 
 from __future__ import annotations
@@ -54,9 +53,15 @@ class Arena:
         OSError
             If the system has no such memory.
         """
+        if not hasattr(os, "memfd_create"):
+            raise OSError("this system has no memory without a name (Linux has)")
         descriptor = os.memfd_create("rows", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, num_bytes)
-        return cls(descriptor)
+        try:
+            os.ftruncate(descriptor, num_bytes)
+            return cls(descriptor)
+        except OSError:
+            os.close(descriptor)
+            raise
 
     def close(self) -> None:
         """Let nobody else have it from now on; its memory goes with the last array."""

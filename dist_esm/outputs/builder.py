@@ -224,6 +224,9 @@ class OutputBuilder:
     ) -> RowBuffer:
         make_file: Callable[[], RowFile] = partial(NamelessFile, settings.scratch)
         count = unit.count.residues if kind is Include.per_tok else unit.count.sequences
+        if unit.first_part is not None and unit.count.sequences:  # it is one of several outputs of the unit
+            size = min(unit.part_size or settings.max_proteins_per_output, unit.count.sequences)
+            count = -(-count * size // unit.count.sequences)
         is_shared = True
         if self.target is not None:
             own = self.target.layout.own

@@ -160,7 +160,7 @@ def _run_threads(
         memory, progress = Memory(copiers=copiers, arena=processes.arena), destination.progress.now
         assembly = Assembly(files, output_settings(config, destination), rank, memory, progress)
         writers = threads.enter_context(
-            WriterPool(destination.output_dir, at_once, rank, stop, processes.lines)
+            WriterPool(destination.output_dir, destination.scratch, at_once, rank, stop, processes.lines)
         )
         collector = Collector(assembly, writers, rank, stop, on_results, on_failure)
         threads.enter_context(collector)

@@ -20,12 +20,12 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from dist_esm.atomic import commit_together
+from dist_esm.atomic import commit_together, discard_names
 from dist_esm.attempt import as_value
 from dist_esm.outputs.builder import OutputBuilder
 from dist_esm.outputs.work import Work, stage_all
 from dist_esm.pipeline.threads import Service, get
-from dist_esm.pipeline.writer_processes import GoneError, WriterProcess
+from dist_esm.pipeline.writer_processes import GoneError, WriterProcess, names_of
 from dist_esm.stop import Stop
 from dist_esm.types import WrittenFile
 
@@ -62,6 +62,8 @@ class WriterPool:
     ----------
     output_dir
         Folder that paths of written files are relative to.
+    scratch
+        Folder of this rank's temporary files.
     num_writers
         Threads.
     rank, stop
@@ -73,12 +75,14 @@ class WriterPool:
     def __init__(
         self,
         output_dir: Path,
+        scratch: Path,
         num_writers: int,
         rank: int,
         stop: Stop,
         processes: Sequence[WriterProcess] = (),
     ) -> None:
         self.output_dir = output_dir
+        self.scratch = scratch
         self.on_written: Callable[[], None] = lambda: None
         """Called in a writer's thread when `take_written` has something new."""
         self._tasks: SimpleQueue[WriteTask | None] = SimpleQueue()
@@ -220,6 +224,7 @@ class Writer(Service):
             return self._process.write(works, output_dir)
         except GoneError as error:
             self._pool.note_gone(self.rank, error)
+            discard_names(self._pool.scratch, names_of(self._process.number))
             self._process = None
             return None
 

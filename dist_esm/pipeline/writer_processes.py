@@ -12,6 +12,8 @@ the rank ends.
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import signal
 import socket
@@ -31,9 +33,22 @@ from dist_esm.types import WrittenFile
 if TYPE_CHECKING:
     from dist_esm.outputs.work import Work
 
+log = logging.getLogger("dist_esm")
 MIN_WRITERS, MAX_WRITERS = 3, 8
 """One writes and hashes about 0.5 GB/s; a rank gets one for every two of its cores, within these bounds."""
-SERVE = "from dist_esm.pipeline.writing import serve; serve()"
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that schedulers and people send to all processes of a run: what they mean is the rank's to say."""
+SERVE = f"""
+import signal, sys
+for number in {tuple(map(int, IGNORED))}:
+    signal.signal(number, signal.SIG_IGN)
+from dist_esm.pipeline.writing import serve
+parent, name, *descriptors = sys.argv[1:]
+serve(int(parent), name, *map(int, descriptors))
+"""
+"""The program of the first process; signals are ignored before imports take seconds."""
+NAMES = 1 << 32
+"""Temporary names that a process may use."""
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Where drivers of GPUs are seen before torch is imported: NVIDIA's, AMD's, and Windows' from within WSL."""
 
@@ -51,9 +66,12 @@ class WriterProcess:
         Socket to it.
     arena
         Where rows are.
+    number
+        Among the processes of its rank, from 0.
     """
 
-    def __init__(self, line: socket.socket, arena: Arena) -> None:
+    def __init__(self, line: socket.socket, arena: Arena, number: int = 0) -> None:
+        self.number = number
         self._line = Connection(line.detach())
         self._arena = arena
         self._is_ready = False
@@ -80,7 +98,7 @@ class WriterProcess:
         Returns
         -------
         list, or None
-            None: their rows cannot be sent, or the process is not ready yet; nothing was done.
+            None: they cannot be sent, or the process is not ready yet; nothing was done.
 
         Raises
         ------
@@ -92,12 +110,15 @@ class WriterProcess:
         try:
             if not self.is_ready():
                 return None
-            self._line.send_bytes(pack_work(works, output_dir, self._arena))
+            asked = pack_work(works, output_dir, self._arena)
+            self._line.send_bytes(asked)
             return unpack_answer(self._line.recv_bytes())
-        except HereError:
+        except (HereError, MemoryError) as error:
+            log.debug("a thread writes %d outputs: %s", len(works), error)
             return None
         except (EOFError, OSError) as error:
-            raise GoneError("a process that writes outputs is gone (out of memory?)") from error
+            how = "is gone (killed, or out of memory)" if self._is_ready else "did not start"
+            raise GoneError(f"a process that writes outputs {how}") from error
 
     def close(self) -> None:
         """End the process."""
@@ -137,26 +158,18 @@ class WriterProcesses:
         try:
             self.arena = Arena.make()
             with ExitStack() as theirs:
-                ends = [self._new_line(self.arena, theirs) for _ in range(num_processes)]
-                self._process = self._popen(output_format, [self.arena.descriptor, *ends])
+                rows = beyond_standard_streams(self.arena.descriptor, theirs)
+                ends = [self._new_line(number, self.arena, theirs) for number in range(num_processes)]
+                self._process = popen(output_format, [rows, *ends])
         except OSError as error:
             self.end()
             self.problem = error
 
-    def _popen(self, output_format: Format, inherited: Sequence[int]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-c", SERVE, output_format.name, *map(str, inherited)],
-            pass_fds=inherited,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,  # Ctrl-C is the rank's
-        )
-
-    def _new_line(self, arena: Arena, theirs: ExitStack) -> int:
+    def _new_line(self, number: int, arena: Arena, theirs: ExitStack) -> int:
         ours, other = socket.socketpair()
-        self.lines.append(WriterProcess(ours, arena))
-        theirs.enter_context(other)
-        return other.fileno()
+        self.lines.append(WriterProcess(ours, arena, number))
+        with other:
+            return beyond_standard_streams(other.fileno(), theirs)
 
     def __enter__(self) -> Self:
         return self
@@ -172,7 +185,7 @@ class WriterProcesses:
             line.close()
         if self.arena is not None:
             self.arena.close()
-        self.lines, self.arena = [], None
+        self.lines, self.arena, self.problem = [], None, None
         if self._process is not None:
             with suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -185,6 +198,31 @@ def num_writers(num_cores: int) -> int:
     return max(MIN_WRITERS, min(MAX_WRITERS, num_cores // 2))
 
 
+def beyond_standard_streams(descriptor: int, held: ExitStack) -> int:
+    """Return a copy of a descriptor, closed with `held`, that does not stand for a standard stream: these may
+    be closed, and then the next file that is opened takes their place."""
+    copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    held.callback(os.close, copy)
+    return copy
+
+
+def popen(output_format: Format, inherited: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Start the first process, which imports from where this one does and from nowhere else."""
+    path = [entry for entry in sys.path if isinstance(entry, str) and entry]
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", SERVE, str(os.getpid()), output_format.name, *map(str, inherited)],
+        pass_fds=inherited,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        start_new_session=True,  # Ctrl-C is the rank's
+    )
+
+
+def names_of(number: int) -> range:
+    """Return the numbers that a process may use for temporary names; the rank's own are below."""
+    return range((number + 1) * NAMES, (number + 2) * NAMES)
+
+
 def are_wanted(config: Config) -> bool:
     """Tell whether processes write the outputs of a rank: by default where it may have a GPU.
 
@@ -195,5 +233,4 @@ def are_wanted(config: Config) -> bool:
     """
     if config.writers is not Writers.auto:
         return config.writers is Writers.processes
-    may_have_gpu = config.device is not DeviceKind.cpu and any(map(os.path.exists, GPU_FILES))
-    return may_have_gpu and hasattr(os, "memfd_create")
+    return config.device is not DeviceKind.cpu and any(map(os.path.exists, GPU_FILES))

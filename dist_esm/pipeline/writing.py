@@ -7,7 +7,6 @@ import io
 import os
 import pickle
 import signal
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -19,21 +18,19 @@ import torch
 
 from dist_esm.atomic import commit_together, number_names_from
 from dist_esm.attempt import as_value
+from dist_esm.launcher import end_with_parent
 from dist_esm.outputs.arena import Arena
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.work import Work, stage_all
+from dist_esm.pipeline.writer_processes import names_of
 from dist_esm.types import WrittenFile
 
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that schedulers and people send to all processes of a run: what they mean is the rank's to say."""
 CARRIED_BYTES = 1 << 20
 """Rows that are not in the arena and are sent all the same."""
-NAMES = 1 << 32
-"""Temporary names that a process may use."""
 
 
 class HereError(Exception):
-    """Rows are too large to be sent: the rank has to write them itself."""
+    """Something cannot be sent, or not be read where it is sent: the rank has to do it itself."""
 
 
 class Sender(pickle.Pickler):
@@ -93,38 +90,46 @@ def unpack_answer(answer: bytes) -> list[WrittenFile | Exception]:
 
     Raises
     ------
-    Exception
-        If it says that it could not make anything of what was asked: a fault of ours.
+    HereError
+        If it could make nothing of what was asked, as for want of memory.
     """
     written = pickle.loads(answer)
     if isinstance(written, Exception):
-        raise written
+        raise HereError(f"{type(written).__name__}: {written}")
     return list(written)
 
 
-def serve() -> None:
-    """Be the processes that write, as long as their sockets have another end.
+def serve(parent: int, output_format: str, descriptor: int, *lines: int) -> None:
+    """Be the processes that write, as long as their sockets have another end and the rank lives.
 
-    The arguments of this program are a format, the descriptor of an arena, and one of a socket for each
-    process.
+    Parameters
+    ----------
+    parent
+        The rank.
+    output_format
+        What is to be written.
+    descriptor
+        Of the arena.
+    lines
+        Of a socket for each process.
     """
-    for ignored in IGNORED:
-        signal.signal(ignored, signal.SIG_IGN)
-    name, descriptor, *lines = sys.argv[1:]
-    FORMATS[name].codec.prepare()
+    end_with_parent(parent, signal.SIGKILL)
+    FORMATS[output_format].codec.prepare()
     torch.set_num_threads(1)
     gc.freeze()
-    for number, line in enumerate(lines, start=1):
+    first = os.getpid()
+    for number, line in enumerate(lines):
         if os.fork() == 0:
+            end_with_parent(first, signal.SIGKILL)
             for other in lines:
                 if other != line:
-                    os.close(int(other))
-            number_names_from(number * NAMES)
+                    os.close(other)
+            number_names_from(names_of(number).start)
             with suppress(EOFError, OSError):  # the other end is gone
-                answer_all(Connection(int(line)), Arena(int(descriptor)))
+                answer_all(Connection(line), Arena(descriptor))
             os._exit(0)
     for line in lines:
-        os.close(int(line))
+        os.close(line)
     with suppress(ChildProcessError):
         while True:
             os.wait()
@@ -142,7 +147,22 @@ def answer_all(line: Connection, arena: Arena) -> None:
     while True:
         asked = line.recv_bytes()
         answer = as_value(answer_one, asked, line, arena)
-        line.send_bytes(pickle.dumps(answer))
+        line.send_bytes(pickle.dumps(sendable(answer)))
+
+
+def sendable(answer: Any) -> Any:
+    """Return what can be pickled and read again: an exception that cannot becomes one of its type and
+    message."""
+    if isinstance(answer, list):
+        return [sendable(one) for one in answer]
+    if isinstance(answer, Exception) and isinstance(as_value(copied, answer), Exception):
+        return RuntimeError(f"{type(answer).__name__}: {answer}")
+    return answer
+
+
+def copied(error: Exception) -> list[Any]:
+    """Return an exception as the other end would read it."""
+    return [pickle.loads(pickle.dumps(error))]
 
 
 def answer_one(asked: bytes, line: Connection, arena: Arena) -> list[WrittenFile | Exception]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from functools import partial
 from multiprocessing.connection import Connection
@@ -154,7 +157,7 @@ def test_processes_that_are_killed_leave_their_work_to_threads(tmp_path, monkeyp
     assert run.report.status == "complete"
     said = [record.getMessage() for record in caplog.records if "gone" in record.getMessage()]
     assert said == [
-        "rank 0: a process that writes outputs is gone (out of memory?): "
+        "rank 0: a process that writes outputs is gone (killed, or out of memory): "
         "a thread of this rank writes in its place"
     ]
     threads = embed_directory(inputs, tmp_path / "threads", include=ALL_KINDS)
@@ -300,9 +303,114 @@ def test_a_rank_of_the_command_has_its_outputs_written_by_them(tmp_path, checkpo
     assert content_of(tmp_path / "out") == content_of(tmp_path / "threads")
 
 
-@pytest.mark.parametrize("number", writing.IGNORED, ids=lambda number: number.name)
-def test_signals_to_all_processes_of_a_run_are_the_ranks_alone(number):
-    with start("pt", 1) as started:
-        os.killpg(started._process.pid, number)
+@pytest.mark.parametrize("is_early", [True, False], ids=["while they import", "when they are ready"])
+def test_signals_to_all_processes_of_a_run_are_the_ranks_alone(is_early):
+    with WriterProcesses() as started:
+        started.start(1, Format["pt"])
         (line,) = started.lines
+        if is_early:
+            time.sleep(0.5)  # so long Python itself takes at most
+        else:
+            assert line.is_ready(SECONDS)
+        for number in writer_processes.IGNORED:
+            os.killpg(started._process.pid, number)
+        assert line.is_ready(SECONDS)
         assert line.write([], Path()) == []
+
+
+READY = """
+from pathlib import Path
+from dist_esm.config import Format
+from dist_esm.pipeline.writer_processes import WriterProcesses
+with WriterProcesses() as started:
+    started.start(1, Format["pt"])
+    print(started.problem, [line.is_ready(60) for line in started.lines])
+"""
+
+
+@pytest.mark.parametrize("shell", ["", " <&-", " <&- 2>&-"], ids=["open", "no stdin", "no stdin, no stderr"])
+def test_they_start_whatever_is_in_the_folder_and_whatever_is_closed(tmp_path, shell):
+    (tmp_path / "queue.py").write_text("raise RuntimeError('this is not the queue')")
+    line = f'{sys.executable} -P -c "$0"{shell}'
+    done = subprocess.run(
+        ["bash", "-c", line, READY],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("None [True]\n", "", 0)
+
+
+KILLED = """
+import os, signal, sys, threading, time
+from functools import partial
+from pathlib import Path
+from dist_esm.config import Format
+from dist_esm.outputs.work import Work
+from dist_esm.pipeline.writer_processes import WriterProcesses
+started = WriterProcesses()
+started.start(1, Format["pt"])
+(line,) = started.lines
+assert line.is_ready(60)
+threading.Thread(target=line.write, args=([Work(partial(time.sleep, 600), True)], Path())).start()
+time.sleep(0.5)
+print(started._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_one_that_writes_does_not_outlive_the_rank():
+    """It would write beside the next launch."""
+    done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    session = int(done.stdout)
+    assert wait_for(lambda: not members_of(session))
+
+
+class OddError(Exception):
+    """Its arguments are not those that it is made with."""
+
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__(f"{one} and {other}")
+
+
+class UnpicklableError(Exception):
+    """It holds what no other process can have."""
+
+    def __init__(self) -> None:
+        super().__init__("a lock")
+        self.lock = threading.Lock()
+
+
+def test_an_exception_that_cannot_be_sent_fails_its_output_with_its_words():
+    sent = writing.sendable([OddError(1, 2), UnpicklableError(), OSError(28, "full"), ValueError("no")])
+    got = pickle.loads(pickle.dumps(sent))
+    assert [str(error) for error in got] == [
+        "OddError: 1 and 2",
+        "UnpicklableError: a lock",
+        "[Errno 28] full",
+        "no",
+    ]
+    assert isinstance(got[2], OSError)
+    assert got[2].errno == 28
+
+
+def test_what_a_process_can_make_nothing_of_is_done_by_the_thread():
+    with start("pt", 1) as started:
+        (line,) = started.lines
+        assert line.write(no_works(), Path()) is None
+        assert line.write([], Path()) == []
+
+
+class Unreadable:
+    """Nothing that another process can make again."""
+
+    def __reduce__(self):
+        return int, ("not a number",)
+
+
+def no_works() -> list[Work]:
+    """Work whose arguments cannot be read again."""
+    return [Work(partial(print, Unreadable()), True)]
