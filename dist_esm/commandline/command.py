@@ -118,7 +118,7 @@ def run_job(config: Config | None, problem: str | None) -> int:
     """
     with WriterProcesses() as processes:
         if problem is None and config is not None and config.job is Job.embed and are_wanted(config):
-            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+            ranks_here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
             processes.start(num_writers(num_cores() // ranks_here), config.format)
         return run_beside(processes, config, problem)
 

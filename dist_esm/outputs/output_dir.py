@@ -473,8 +473,8 @@ def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
     """
     shutil.rmtree(inside(output_dir) / "scratch", ignore_errors=True)
     for folder, names in (
-        (output_dir, REPORTS),
-        (inside(output_dir), ("settings.json", "config.json", "progress.json")),
+        (output_dir, (*REPORTS, "selfcheck.json")),
+        (inside(output_dir), ("settings.json", "config.json", "progress.json", in_hand.RECORD.name)),
     ):
         for path in folder.glob(".*.tmp"):
             if is_leftover(path, names):

@@ -53,7 +53,7 @@ class Sender(pickle.Pickler):
         rows = obj.numpy()
         offset = self._arena.offset_of(rows)
         if offset is None and rows.nbytes > CARRIED_BYTES:
-            raise HereError
+            raise HereError("rows that found no room in shared memory")
         return offset, rows.tobytes() if offset is None else None, rows.shape, rows.dtype.str
 
 

@@ -141,13 +141,23 @@ def test_only_what_dead_launches_left_is_cleared(tmp_path):
     file of ours."""
     out = tmp_path / "out"
     with open_alone(out) as first:
-        half = first.scratch / "3"
-        half.write_text("half an output")
-        folder = first.scratch / "4"
-        folder.mkdir()
-        (folder / "protein.pt").write_text("half a folder")
+        (first.scratch / "2").write_text("of a thread that ended early")
+    assert not first.scratch.exists()
+    half = first.scratch / "3"
+    folder = first.scratch / "4"
+    folder.mkdir(parents=True)
+    half.write_text("half an output")
+    (folder / "protein.pt").write_text("half a folder")
     report = out / f".report.json.{'0123456789abcdef' * 2}.tmp"
-    report.write_text("half a report")
+    beside = [
+        report,
+        *(
+            out / ".dist_esm" / f".{name}.json.{'0123456789abcdef' * 2}.tmp"
+            for name in ("settings", "suspects")
+        ),
+    ]
+    for path in beside:
+        path.write_text("half a report")
     nested = out / "nested"
     with open_alone(nested) as other:
         (other.scratch / "5").write_text("another run is writing this")
@@ -170,7 +180,7 @@ def test_only_what_dead_launches_left_is_cleared(tmp_path):
             assert all(path.exists() for path in others)
             assert not half.exists()
             assert not folder.exists()
-            assert not report.exists()
+            assert not any(path.exists() for path in beside)
 
 
 def cut_and_joined(tmp_path, monkeypatch) -> tuple[Path, Path]:
