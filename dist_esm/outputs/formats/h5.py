@@ -230,7 +230,8 @@ def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
         if (kind, layer) != (root, main)
     ]
     names = Names(dataset_name)
-    text = h5py.h5t.py_create(h5py.string_dtype(), logical=True)
+    text_dtype = h5py.string_dtype()
+    text = h5py.h5t.py_create(text_dtype, logical=True)
     scalar = h5py.h5s.create(h5py.h5s.SCALAR)
     number_type = h5py.h5t.py_create(numpy_dtype(getattr(table, root)[main].dtype))
     unfilled = _unfilled()
@@ -238,14 +239,16 @@ def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
     kept: list[Any] = []
 
     @lru_cache(maxsize=64)
-    def kind_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[Any, Any]:
-        hdf5_type = text if dtype.kind == "O" else h5py.h5t.py_create(dtype)
-        return hdf5_type, h5py.h5s.create_simple(shape) if shape else scalar
+    def kind_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
+        in_memory = h5py.h5t.py_create(dtype)
+        hdf5_type = text if dtype.kind == "O" else in_memory
+        return hdf5_type, h5py.h5s.create_simple(shape) if shape else scalar, in_memory
 
     # h5py's high-level calls take twice as long, and a dataset and three attributes for each protein add up.
-    def attach(owner: Any, name: str, value: NDArray[Any]) -> None:
-        hdf5_type, space = kind_of(value.dtype, value.shape)
-        h5py.h5a.create(owner, name.encode(), hdf5_type, space).write(value)
+    # So does the type in memory, which it works out again for each value unless it is told.
+    def attach(owner: Any, name: bytes, value: NDArray[Any]) -> None:
+        hdf5_type, space, in_memory = kind_of(value.dtype, value.shape)
+        h5py.h5a.create(owner, name, hdf5_type, space).write(value, in_memory)
 
     with _create(metadata, size_of_root(table)) as file:
         # All datasets come first: texts and large attributes would take room among their numbers.
@@ -264,15 +267,15 @@ def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
         }
         root_attributes = {**about.to_text(), "kind": root, "records": json.dumps(records)}
         for key, text_of in root_attributes.items():
-            attach(file.id, key, np.array(text_of, dtype=h5py.string_dtype()))
-        attach(file.id, "layer", np.array(main))
+            attach(file.id, key.encode(), np.array(text_of, dtype=text_dtype))
+        attach(file.id, b"layer", np.array(main))
         for place, (name, row) in enumerate(zip(taken, table.rows, strict=True)):
             dataset = kept[place] if place < len(kept) else h5py.h5d.open(file.id, name)
-            attach(dataset, "original_id", np.array(row.id, dtype=h5py.string_dtype()))
-            attach(dataset, "index", np.array(row.number))
-            attach(dataset, "length", np.array(row.embedded))
+            attach(dataset, b"original_id", np.array(row.id, dtype=text_dtype))
+            attach(dataset, b"index", np.array(row.number))
+            attach(dataset, b"length", np.array(row.embedded))
             for kind, layer in attributes:
-                attach(dataset, f"{kind}_layer_{layer}", value_of(table, kind, layer, place))
+                attach(dataset, b"%s_layer_%d" % (kind.encode(), layer), value_of(table, kind, layer, place))
     return offsets
 
 
