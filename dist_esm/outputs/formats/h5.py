@@ -89,10 +89,12 @@ def root_kind(table: OutputTable) -> str:
     return "per_tok" if table.per_tok else "mean" if "mean" in table.include else "bos"
 
 
-def value_of(table: OutputTable, kind: str, layer: int, place: int) -> NDArray[Any]:
-    """Return the numbers of a protein, of shape (L, D) or (D,)."""
+def values_of(table: OutputTable, kind: str, layer: int) -> Iterator[NDArray[Any]]:
+    """Give the numbers of each protein, of shape (L, D) or (D,)."""
     rows = getattr(table, kind)[layer]
-    return little_endian(rows[slice(*table.span(place))] if kind == "per_tok" else rows[place])
+    if kind == "per_tok":
+        return (little_endian(rows[slice(*table.span(place))]) for place in range(len(table.rows)))
+    return iter(little_endian(rows))
 
 
 def size_of_root(table: OutputTable) -> int:
@@ -269,13 +271,17 @@ def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
         for key, text_of in root_attributes.items():
             attach(file.id, key.encode(), np.array(text_of, dtype=text_dtype))
         attach(file.id, b"layer", np.array(main))
+        values = [
+            (b"%s_layer_%d" % (kind.encode(), layer), values_of(table, kind, layer))
+            for kind, layer in attributes
+        ]
         for place, (name, row) in enumerate(zip(taken, table.rows, strict=True)):
             dataset = kept[place] if place < len(kept) else h5py.h5d.open(file.id, name)
             attach(dataset, b"original_id", np.array(row.id, dtype=text_dtype))
             attach(dataset, b"index", np.array(row.number))
             attach(dataset, b"length", np.array(row.embedded))
-            for kind, layer in attributes:
-                attach(dataset, b"%s_layer_%d" % (kind.encode(), layer), value_of(table, kind, layer, place))
+            for attribute, numbers in values:
+                attach(dataset, attribute, next(numbers))
     return offsets
 
 
