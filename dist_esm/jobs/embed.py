@@ -210,14 +210,11 @@ def engine_for(
     def engine_if_needed() -> Engine | nullcontext[None]:
         if not plan.bins[world.rank] and not plan.suspects:
             return nullcontext()
-        with ThreadPoolExecutor(2, "ready") as threads:
-            prepared = [threads.submit(FORMATS[config.format.name].codec.prepare)]
-            if processes.arena is not None:
-                most = row_bytes_of(plan, world.rank, config)
-                prepared.append(threads.submit(processes.arena.populate, most))
+        processes.get_memory(row_bytes_of(plan, world.rank, config))
+        with ThreadPoolExecutor(1, "format") as thread:
+            prepared = thread.submit(FORMATS[config.format.name].codec.prepare)
             engine = make_engine(config, setup, world)
-            for each in prepared:
-                each.result()
+            prepared.result()
             return engine
 
     return world.all_or_none(engine_if_needed)

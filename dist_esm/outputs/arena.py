@@ -73,7 +73,7 @@ class Arena:
         libc, stop = ctypes.CDLL(None), min(num_bytes, len(self._bytes))
         for first in range(0, stop, POPULATED_BYTES):
             address = ctypes.c_void_p(self._begin + first)
-            size = ctypes.c_size_t(min(POPULATED_BYTES, len(self._bytes) - first))
+            size = ctypes.c_size_t(min(POPULATED_BYTES, stop - first))
             if libc.madvise(address, size, POPULATE_WRITE) != 0:
                 return
 

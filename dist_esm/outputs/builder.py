@@ -227,14 +227,13 @@ class OutputBuilder:
         if unit.first_part is not None and unit.count.sequences:  # it is one of several outputs of the unit
             size = min(unit.part_size or settings.max_proteins_per_output, unit.count.sequences)
             count = -(-count * size // unit.count.sequences)
-        is_shared = True
+        is_movable = self.target is None or not self.target.is_shared
         if self.target is not None:
             own = self.target.layout.own
             count = own.residues if kind is Include.per_tok else own.proteins
-            is_shared = not unit.is_shard
             if (kind.name, layer) in self.target.places:
                 make_file = partial(self._row_file, kind, layer, self.target, settings.scratch)
-        return RowBuffer(settings.width, settings.dtype, make_file, memory, count, is_shared)
+        return RowBuffer(settings.width, settings.dtype, make_file, memory, count, is_movable)
 
     def _row_file(self, kind: Include, layer: int, target: Target, scratch: Path) -> Region | RowsInPages:
         return target.row_file((kind.name, layer), self._region(kind, layer, target, scratch))

@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
@@ -164,6 +165,14 @@ class WriterProcesses:
         except OSError as error:
             self.end()
             self.problem = error
+
+    def get_memory(self, num_bytes: int) -> None:
+        """Get memory for so many bytes of rows beside all else, before they come.
+
+        Nobody waits for it: what is not there yet comes when it is written.
+        """
+        if self.arena is not None:
+            threading.Thread(target=self.arena.populate, args=(num_bytes,), name="rows", daemon=True).start()
 
     def _new_line(self, number: int, arena: Arena, theirs: ExitStack) -> int:
         ours, other = socket.socketpair()

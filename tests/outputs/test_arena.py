@@ -75,3 +75,9 @@ def test_populating_keeps_what_is_there(small):
     rows[:] = 7
     small.populate(100 * PAGE)
     assert (rows == 7).all()
+
+
+def test_no_more_is_populated_than_is_asked_for(small):
+    small.populate(PAGE + 1)
+    taken = os.fstat(small.descriptor).st_blocks * 512
+    assert taken in (0, 2 * PAGE)  # 0: a system that cannot do it
