@@ -38,7 +38,6 @@ from benchmarks.harness import (
     in_child,
     make_parser,
     parse_options,
-    written_bytes,
 )
 from benchmarks.stand_in import StandInEngine, run_without_model
 from dist_esm.atomic import size_of
@@ -94,11 +93,9 @@ def measure_run(
         writers=Writers[writers],
         dedupe=False,
     )
-    before = written_bytes()
     engine = StandInEngine(answer, tokens_per_second, num_launches=num_launches)
     with Watched() as most:
         cost = run_without_model(config, engine)
-    written = written_bytes() - before
     (rank,) = cost.report["ranks"]
     outputs = [config.output_dir / output for file in cost.report["files"] for output in file["outputs"]]
     seconds = cost.report["embedding_seconds"]
@@ -108,9 +105,10 @@ def measure_run(
         "last_outputs": rank["write_seconds"],
         "joining": max(0.0, seconds - rank["seconds"]),
         "bytes": num_bytes,
-        "written_share": written / num_bytes,
+        "written_share": cost.written_bytes / num_bytes,
         "threads": most.threads,
         "files": most.files,
+        "files_below": most.files_below,
         "waited": rank["waited_for_output"],
         "cpu": cost.cpu_seconds,
         "peak_mib": cost.peak_mib,
@@ -134,7 +132,7 @@ def main() -> None:
         "--writers",
         choices=["threads", "processes"],
         default="threads",
-        help="what writes outputs; core s/GB and what was written are this process's own",
+        help="what writes outputs (%(default)s)",
     )
     parser.add_argument("--uncut", action="store_true", help="one rank takes each file whole")
     parser.add_argument(
@@ -166,6 +164,7 @@ def main() -> None:
             "written for a byte",
             "threads",
             "open files",
+            "of processes",
             "launching, ms a pack",
         )
         table = Table(disk, headings)
@@ -201,6 +200,7 @@ def main() -> None:
                 f"{run['written_share']:.3f}",
                 str(run["threads"]),
                 str(run["files"]),
+                str(run["files_below"]),
                 f"{run['launching'] * 1e3:.1f}",
             )
     results |= {

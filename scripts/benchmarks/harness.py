@@ -207,24 +207,41 @@ def peak_mib() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def written_bytes() -> int:
-    """Return the bytes that this process gave to the system to write so far; 0 where nobody counts them."""
+def written_bytes(process: int | str = "self") -> int:
+    """Return the bytes that a process gave to the system to write so far; 0 where nobody counts them."""
     try:
-        lines = Path("/proc/self/io").read_text().splitlines()
+        lines = Path(f"/proc/{process}/io").read_text().splitlines()
         return int(dict(line.split(": ") for line in lines)["wchar"])
     except (OSError, KeyError):
         return 0
 
 
-class Watched:
-    """The most threads and open files that this process has while the block runs, its own not counted.
+def processes_below(process: int) -> list[int]:
+    """Return the processes that a process has started, and those that they have; none where there is no
+    /proc."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found = children.get(process, [])
+    for child in found:  # grows on the way
+        found += children.get(child, [])
+    return found
 
-    They are looked at ten times a second; where there is no /proc, both stay 0.
+
+class Watched:
+    """The most threads and open files that this process has while the block runs, its own not counted, and
+    the processes below it.
+
+    They are looked at ten times a second; where there is no /proc, all stay 0.
     """
 
     def __init__(self) -> None:
         self.threads = 0
         self.files = 0
+        self.files_below = 0
+        """Of all processes below it together."""
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
 
@@ -241,12 +258,23 @@ class Watched:
             with suppress(OSError):
                 self.threads = max(self.threads, len(os.listdir("/proc/self/task")) - 1)
                 self.files = max(self.files, len(os.listdir("/proc/self/fd")) - 1)
+            below = 0
+            for process in processes_below(os.getpid()):
+                with suppress(OSError):
+                    below += len(os.listdir(f"/proc/{process}/fd"))
+            self.files_below = max(self.files_below, below)
 
 
-def cpu_seconds() -> float:
-    """Return the seconds that all threads of this process took so far, in the kernel and outside."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+def cpu_seconds(process: int | None = None) -> float:
+    """Return the seconds that all threads of a process took so far, in the kernel and outside; of this one by
+    default, and of another 0 where there is no /proc."""
+    if process is None:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return used.ru_utime + used.ru_stime
+    with suppress(OSError):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def environment() -> dict[str, Any]:

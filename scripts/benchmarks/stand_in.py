@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from benchmarks.harness import cpu_seconds, peak_mib
+from benchmarks.harness import cpu_seconds, peak_mib, processes_below, written_bytes
 from dist_esm.config import Config, Writers
 from dist_esm.distributed import World
 from dist_esm.jobs.embed import run
@@ -137,8 +137,26 @@ class RunCost:
     peak_mib: float
     """Peak memory of the process at the end."""
     cpu_seconds: float
-    """Seconds of all threads since there was a plan."""
+    """Seconds of all threads since there was a plan, and of the processes that write, from their start."""
+    written_bytes: int
+    """What was given to the system to write, by those processes, too."""
     report: dict[str, Any]
+
+
+class CountedProcesses(WriterProcesses):
+    """Processes that write, whose cost is looked at before they end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cpu_seconds = 0.0
+        self.written_bytes = 0
+
+    def end(self) -> None:
+        """Look, and end them."""
+        for process in processes_below(os.getpid()):
+            self.cpu_seconds += cpu_seconds(process)
+            self.written_bytes += written_bytes(process)
+        super().end()
 
 
 def run_without_model(config: Config, engine: StandInEngine) -> RunCost:
@@ -149,7 +167,7 @@ def run_without_model(config: Config, engine: StandInEngine) -> RunCost:
     RuntimeError
         If the run is not complete.
     """
-    began = time.perf_counter()
+    began, written_before = time.perf_counter(), written_bytes()
     planned: list[tuple[float, float, float]] = []
 
     def make_engine(config: Config, setup: Setup, world: World) -> Engine:
@@ -157,7 +175,7 @@ def run_without_model(config: Config, engine: StandInEngine) -> RunCost:
         planned.append((time.perf_counter() - began, peak_mib(), cpu_seconds()))
         return cast(Engine, engine)
 
-    with WriterProcesses() as processes:
+    with CountedProcesses() as processes:
         if config.writers is Writers.processes:
             processes.start(num_writers(engine.num_threads), config.format)
         exit_code = run(config, World(None, 0, 1, 0, 1), make_engine, processes)
@@ -168,4 +186,12 @@ def run_without_model(config: Config, engine: StandInEngine) -> RunCost:
             f"exit code {exit_code}, {report['status']}: {report['reason']} {report['failed'][:3]}"
         )
     ((plan_seconds, plan_peak, cpu_before),) = planned
-    return RunCost(seconds, plan_seconds, plan_peak, peak_mib(), cpu_seconds() - cpu_before, report)
+    return RunCost(
+        seconds,
+        plan_seconds,
+        plan_peak,
+        peak_mib(),
+        cpu_seconds() - cpu_before + processes.cpu_seconds,
+        written_bytes() - written_before + processes.written_bytes,
+        report,
+    )

@@ -15,13 +15,24 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_esm.atomic import size_of
 from dist_esm.config import Format, Include, ModelConfig, SaveDtype
 from dist_esm.distributed import World
 from dist_esm.jobs.embed import run
+from dist_esm.pipeline.writer_processes import WriterProcesses
 from dist_esm.types import Pack, Segment, SegmentEmbedding
-from helpers.standin import StandIn, make_config
+from helpers.standin import ReportRead, StandIn, make_config
 
 WIDTH = 1280
+MOST = {
+    Format.pt: 1.05,
+    Format.h5: 1.05,
+    Format.safetensors: 1.05,
+    Format.npy: 1.05,
+    Format.fair_esm: 1.1,
+    Format.parquet: 1.1,
+}
+"""Bytes that may be written for each byte of output."""
 
 
 class Wide(StandIn):
@@ -40,19 +51,37 @@ class Wide(StandIn):
         return SegmentEmbedding({1: rows[0].astype(np.float32)}, {}, {1: rows} if self.wants_rows else {})
 
 
-def so_far(counter: str) -> int:
-    """Return a counter of this process: the bytes that it gave to the system to write, or asked to read."""
-    lines = Path("/proc/self/io").read_text().splitlines()
+def so_far(counter: str, process: int | str = "self") -> int:
+    """Return a counter of a process: the bytes that it gave to the system to write, or asked to read."""
+    lines = Path(f"/proc/{process}/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)[counter])
 
 
-def bytes_written(path: Path, output_dir: Path, world: World, **settings) -> int:
-    """Embed one file, and return the bytes that this rank wrote."""
+def fasta(num_proteins: int) -> str:
+    return "".join(
+        f">sp|P{i:05d}|X_Y a protein of some family OS=Homo sapiens\n{'ACDEFGHIKL' * (10 + i % 40)}\n"
+        for i in range(num_proteins)
+    )
+
+
+def share_of(written: int, output_dir: Path) -> float:
+    """Return the bytes that were written for each byte of output."""
+    report = ReportRead.of(output_dir)
+    (file,) = report.files
+    assert report.status == "complete"
+    return written / sum(size_of(output_dir / output) for output in file.outputs)
+
+
+def bytes_written(
+    path: Path, output_dir: Path, world: World, processes: WriterProcesses | None = None, **settings
+) -> int:
+    """Embed one file, and return the bytes that this process wrote, without those of its writers."""
     config = make_config(str(path), output_dir, save_dtype=SaveDtype.float16, **settings)
     config = replace(config, model=ModelConfig("stand-in", 1, WIDTH, 20, "random"), dedupe=False)
     wants_rows = Include.per_tok in config.include
     before = so_far("wchar")
-    run(config, world, lambda *_: Wide([1], wants_rows, 20_000))  # type: ignore[arg-type, return-value]
+    engine = Wide([1], wants_rows, 20_000)
+    run(config, world, lambda *_: engine, processes)  # type: ignore[arg-type, return-value]
     return so_far("wchar") - before
 
 

@@ -12,38 +12,13 @@ from dist_esm.config import Compression, Format, Include, ReportKind
 from dist_esm.distributed import World
 from dist_esm.outputs.row_buffer import Memory
 from helpers.command import HELPERS, run_ranks
-from helpers.standin import ReportRead
-from helpers.written import bytes_written, so_far
-
-MOST = {
-    Format.pt: 1.05,
-    Format.h5: 1.05,
-    Format.safetensors: 1.05,
-    Format.npy: 1.05,
-    Format.fair_esm: 1.1,
-    Format.parquet: 1.1,
-}
+from helpers.written import MOST, bytes_written, fasta, share_of, so_far
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no counters of written bytes")
 
 
 def name_of(value: object) -> str:
     return getattr(value, "name", str(value))
-
-
-def fasta(num_proteins: int) -> str:
-    return "".join(
-        f">sp|P{i:05d}|X_Y a protein of some family OS=Homo sapiens\n{'ACDEFGHIKL' * (10 + i % 40)}\n"
-        for i in range(num_proteins)
-    )
-
-
-def share_of(written: int, output_dir: Path) -> float:
-    """Return the bytes that were written for each byte of output."""
-    report = ReportRead.of(output_dir)
-    (file,) = report.files
-    assert report.status == "complete"
-    return written / sum(size_of(output_dir / output) for output in file.outputs)
 
 
 def share_written(tmp_path: Path, num_proteins: int, **settings) -> float:

@@ -16,7 +16,7 @@ import torch
 
 from dist_esm import Embedder
 from dist_esm.config import Attention, Dtype, Fp8, LinearKind, ModelConfig
-from dist_esm.model import quantized_cache, weights
+from dist_esm.model import quantize, quantized_cache, weights
 from dist_esm.model.engine import Engine
 from dist_esm.model.esm2 import ESM2, Architecture
 from dist_esm.model.kernels.choose import choose_kernels, quantized_products
@@ -31,6 +31,15 @@ from helpers.warm import WarmProcess
 CPU = torch.device("cpu")
 NARROW = Architecture(2, 64, 4)
 BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def few_proteins(tmp_path, monkeypatch, request) -> None:
+    """Round by 3 proteins of the 48, which takes less long; a GPU takes all."""
+    if not request.node.get_closest_marker("gpu"):
+        few = tmp_path / "few.fasta"
+        few.write_bytes(b"".join(quantize.PROTEINS.read_bytes().splitlines(keepends=True)[:6]))
+        monkeypatch.setattr(quantize, "PROTEINS", few)
 
 
 @pytest.fixture(autouse=True)

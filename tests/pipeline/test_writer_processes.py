@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from dist_esm.config import FORMAT_NAMES, Config, DeviceKind, Format, Include, Writers
+from dist_esm.distributed import World
 from dist_esm.outputs import arena, builder
 from dist_esm.outputs.arena import Arena
 from dist_esm.outputs.work import Work
@@ -33,6 +34,7 @@ from helpers.fasta import write_files
 from helpers.intake import MANY_TEXT
 from helpers.standin import ALL_KINDS, embed_directory
 from helpers.warm import run_warm
+from helpers.written import MOST, bytes_written, fasta, share_of, so_far
 
 SECONDS = 60
 
@@ -105,6 +107,23 @@ def test_processes_write_the_bytes_of_threads(tmp_path, monkeypatch, processes, 
     assert len(ours) >= 3
     assert ours == theirs
     assert sum(number for number, is_done in written if is_done) >= 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no counters of written bytes")
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_rank_and_processes_together_write_an_output_once(tmp_path, processes, written, name):
+    """Of a file that is cut the rank writes alone."""
+    (tmp_path / "a.fasta").write_text(fasta(200))
+    writers = members_of(processes._process.pid)
+    before = sum(so_far("wchar", writer) for writer in writers)
+    alone = World(None, 0, 1, 0, 1)
+    settings = {"include": [Include.per_tok], "format": Format[name], "unit_share": 1.0}
+    in_rank = bytes_written(
+        tmp_path / "a.fasta", tmp_path / "out", alone, processes, writers=Writers.processes, **settings
+    )
+    in_processes = sum(so_far("wchar", writer) for writer in writers) - before
+    assert any(is_done for _, is_done in written)
+    assert 1 <= share_of(in_rank + in_processes, tmp_path / "out") < MOST[Format[name]]
 
 
 @pytest.mark.parametrize("carried", [0, 1 << 20], ids=["done here", "sent"])
