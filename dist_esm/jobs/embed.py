@@ -61,6 +61,8 @@ from dist_esm.types import (
 
 log = logging.getLogger("dist_esm")
 
+BY_SIGNAL = ("by SIGTERM", "by SIGINT")
+"""End of what is said of signals that come from people, schedulers and torchrun."""
 OUTCOME_TYPES = (UnitResult, UnitFailure, Failure, Tally, WrittenFile)
 
 
@@ -420,25 +422,25 @@ def gather_what_is_left(mine: RankSummary, world: World) -> list[RankSummary]:
 def note_deaths(out: OutputDir, world: World) -> None:
     """Write down which processes this rank saw end before their work was done, for the next launch.
 
-    SIGTERM and SIGINT come from people, schedulers and torchrun: no protein is to blame for them. But
-    torchrun's own may come before this rank has noticed the death that it answers.
+    No protein is to blame for a signal. But torchrun's own may come before this rank has noticed the death
+    that it answers.
     """
     world.wait_for_news_of_deaths()
     for rank, how in world.lost_ranks.items():
         notes = notes_of(out.path, out.launch, rank)
-        if notes.exists() and not how.endswith(("by SIGTERM", "by SIGINT")):
+        if notes.exists() and not how.endswith(BY_SIGNAL):
             note_death(notes, how)
 
 
 def reason_of(stop: Stop, world: World) -> str | None:
     """Why the run was stopped, if it was.
 
-    A signal may be torchrun's answer to what happened to another rank: then that is the reason.
+    A signal, to this rank or another, may be torchrun's answer to what happened to a rank: then that is the
+    reason, also if it was seen after the signal came.
     """
-    published = world.stop_reason()
-    if stop.reason is None or (stop.is_by_signal and published and not published.endswith(stop.reason)):
-        return published
-    return stop.reason
+    told = [stop.reason, world.stop_reason(), *world.lost_ranks.values()]
+    reasons = [reason for reason in told if reason is not None]
+    return next((reason for reason in reasons if not reason.endswith(BY_SIGNAL)), next(iter(reasons), None))
 
 
 def join_cut_files(

@@ -124,6 +124,7 @@ def test_a_thread_that_ends_on_one_rank_is_named_and_the_others_work_is_kept(ran
     [
         ("exit_code_0", "ended"),
         ("exit_code_3", "ended"),
+        ("exit_code_3_seen_late", "ended"),
         ("SIGKILL", "ended before its work was done|was killed by SIGKILL"),
     ],
 )
