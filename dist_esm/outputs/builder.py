@@ -27,6 +27,7 @@ from dist_esm.outputs.placed import (
     Target,
     checksum_of_output,
     in_place,
+    link_output,
     shapes,
     write_placed_shard,
 )
@@ -291,7 +292,10 @@ class OutputBuilder:
     def _write_around(
         self, settings: OutputSettings, file: FastaFile, stem: Path, part: str, target: Target
     ) -> Staged:
-        """Complete an output of which some numbers are in their places already.
+        """Complete an output of which some numbers are in their places already, and give it a second name.
+
+        The first goes with the builder: until then the output can be completed again, if the disk turns out
+        to be full.
 
         Raises
         ------
@@ -308,11 +312,11 @@ class OutputBuilder:
         for key, region in regions.items():
             known.setdefault(target.places[key].file, {}).update(region.whole_blocks())
 
-        def rename(path: Path) -> str:
-            os.rename(target.path, path)
+        def name(path: Path) -> str:
+            link_output(target.path, path)
             return checksum_of_output(path, known)
 
-        return stage_output(settings.format, table.tsv_lines, stem, settings.scratch, rename, part)
+        return stage_output(settings.format, table.tsv_lines, stem, settings.scratch, name, part)
 
     def _write_numbers(
         self, settings: OutputSettings, file: FastaFile, target: Target

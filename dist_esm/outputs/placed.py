@@ -409,7 +409,6 @@ def finish_placed(
         return None
     for shard in shards:
         for key, region in shard.regions.items():
-            shard.file(key).parent.mkdir(exist_ok=True)
             region.write_ends(shard.file(key))
     crcs = {
         key: reduce(

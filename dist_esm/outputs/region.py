@@ -80,6 +80,7 @@ class WrittenRegion:
         """Write the bytes at both ends. Nobody else may write to the file any more."""
         for start, data in ((self.start, self.head), (self.stop - len(self.tail), self.tail)):
             if data:
+                path.parent.mkdir(exist_ok=True)  # no page may have been written
                 write_at(path, start, data)
 
     def is_intact(self, path: Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_esm import atomic
 from dist_esm.checksum import read_back
 from dist_esm.config import Chains, Format, Include
 from dist_esm.outputs import builder as builder_module
@@ -240,6 +241,44 @@ def test_outputs_larger_than_memory_are_those_that_find_room_in_it(tmp_path, mon
     assert run.report.status == "complete"
     assert files_of(tmp_path / "large") == files_of(tmp_path / "small")
     assert not list((tmp_path / "large" / ".dist_esm").rglob("scratch/*/*"))
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_numbers_that_fill_no_page_come_to_an_output_all_the_same(tmp_path, monkeypatch, kind):
+    """As of a last part of one short protein, when others have taken the memory: nothing wrote to it early."""
+    monkeypatch.setattr("dist_esm.outputs.region.PAGE_BYTES", 4096)
+    path = tmp_path / "a.fasta"
+    path.write_text(">p0\nMKT\n>p1\nGAV\n")
+    embed(path, tmp_path / "small", share=1.0, format=kind, max_proteins_per_output=1)
+    monkeypatch.setattr("dist_esm.planning.layout.LARGE_BYTES", 0)
+    monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, 0))
+    run = embed(path, tmp_path / "large", share=1.0, format=kind, max_proteins_per_output=1)
+    assert run.report.status == "complete", run.report.failed
+    assert files_of(tmp_path / "large") == files_of(tmp_path / "small")
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_a_disk_that_turned_out_full_when_an_output_was_synced_loses_no_numbers(tmp_path, monkeypatch, kind):
+    """Network file systems say so then. The output is completed again from the numbers in their places."""
+    path = tmp_path / "a.fasta"
+    path.write_text(fasta())
+    embed(path, tmp_path / "small", share=1.0, format=kind)
+    monkeypatch.setattr("dist_esm.planning.layout.LARGE_BYTES", 0)
+    monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, 300))
+    sync_files, calls = atomic._sync_files, []
+
+    def fail_once(output):
+        calls.append(output)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync_files(output)
+
+    monkeypatch.setattr(atomic, "_sync_files", fail_once)
+    run = embed(path, tmp_path / "large", share=1.0, format=kind)
+    assert run.report.status == "complete", run.report.failed
+    assert len(calls) == 2
+    assert files_of(tmp_path / "large") == files_of(tmp_path / "small")
+    assert all(file.stat().st_nlink == 1 for file in (tmp_path / "large").rglob("*") if file.is_file())
 
 
 def refuse_file(file, directory) -> None:
