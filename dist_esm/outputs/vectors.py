@@ -74,8 +74,10 @@ class Vectors(NDArrayOperatorsMixin):
 
     def __getitem__(self, key: Any) -> Any:
         rows, *columns = key if isinstance(key, tuple) and key else (key,)
-        if len(columns) > 1 or any(
-            isinstance(part, (bool, type(None), type(...))) for part in (rows, *columns)
+        if (
+            len(columns) > 1
+            or any(isinstance(part, (bool, type(None), type(...), tuple)) for part in (rows, *columns))
+            or (isinstance(rows, np.ndarray) and rows.dtype == bool and rows.ndim != 1)
         ):
             return np.asarray(self)[key]
         if isinstance(rows, slice):

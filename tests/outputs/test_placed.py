@@ -245,7 +245,7 @@ def test_outputs_larger_than_memory_are_those_that_find_room_in_it(tmp_path, mon
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
 def test_numbers_that_fill_no_page_come_to_an_output_all_the_same(tmp_path, monkeypatch, kind):
-    """As of a last part of one short protein, when others have taken the memory: nothing wrote to it early."""
+    """As of a last part of one short protein, when others have taken the memory."""
     monkeypatch.setattr("dist_esm.outputs.region.PAGE_BYTES", 4096)
     path = tmp_path / "a.fasta"
     path.write_text(">p0\nMKT\n>p1\nGAV\n")

@@ -109,7 +109,8 @@ rows = st.one_of(
     st.sampled_from([np.int64(3), ..., None]),
 )
 columns = st.one_of(st.integers(-WIDTH, WIDTH - 1), st.slices(WIDTH), st.just(np.array([0, 2])), st.just(...))
-keys = st.one_of(rows, st.tuples(rows, columns), st.tuples(rows))
+masks = st.integers(0, 2**31).map(lambda seed: np.random.default_rng(seed).random((TOTAL, WIDTH)) < 0.01)
+keys = st.one_of(rows, st.tuples(rows, columns), st.tuples(rows), st.just(()), masks)
 
 
 @pytest.fixture(scope="module", params=LAZY, ids=lambda kind: kind.name)
