@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 NAME_BYTES = 255
 """Bytes of the longest name that file systems take."""
+_PART = re.compile(r"\.part(\d{5,})(?:\.[a-z0-9]+)?$")
 _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 
@@ -84,6 +86,23 @@ def output_path(stem: Path, ending: str) -> Path:
     """
     mark = "_ESM" if stem.name.endswith("_ESM") else ""
     return stem.with_name(fitted(stem.name.removesuffix("_ESM"), mark + ending))
+
+
+def part_ending(number: int) -> str:
+    """Return what the name of a numbered part has behind that of its file's output; the first is number 1."""
+    return f".part{number:05d}"
+
+
+def number_of_part(path: str) -> int | None:
+    """Return the number of the part that a path is of, with its suffix; None if it is of a whole output.
+
+    Examples
+    --------
+    >>> number_of_part("a_ESM.part00012.pt"), number_of_part("a_ESM.part00012"), number_of_part("a_ESM.pt")
+    (12, 12, None)
+    """
+    found = _PART.search(path)
+    return int(found[1]) if found else None
 
 
 def cut(name: str, whole: str, max_bytes: int) -> tuple[str, str]:

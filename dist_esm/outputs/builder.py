@@ -17,6 +17,7 @@ from torch import Tensor
 from dist_esm.atomic import Staged, discard, require_scratch
 from dist_esm.config import Format, Include
 from dist_esm.fasta.blocks import CHANGED, FastaError
+from dist_esm.names import part_ending
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
 from dist_esm.outputs.formats.base import Place
 from dist_esm.outputs.formats.registry import FORMATS
@@ -266,7 +267,7 @@ class OutputBuilder:
             write = partial(write_shard, table, settings.format, path, settings.scratch, self.early)
             return Work(write, is_movable=self.early is None)
         stem = settings.output_dir / file.output
-        part = "" if unit.first_part is None else f".part{unit.first_part + self.part + 1:05d}"
+        part = "" if unit.first_part is None else part_ending(unit.first_part + self.part + 1)
         if self.target is not None and any(buffer.is_in_place for buffer in self.buffers.values()):
             return Work(partial(self._write_around, settings, file, stem, part, self.target))
         table = self._table(settings, file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dist_esm.names import number_of_part
 from dist_esm.outputs.journal import Entry
 from dist_esm.types import WrittenFile
 
@@ -71,16 +72,21 @@ def _finished_file(entries: Sequence[Entry]) -> FinishedFile | None:
 
 
 def _parts(entries: Sequence[Entry]) -> tuple[int, ...] | None:
-    """Places of the newest entries that follow one another from the beginning of the text to its end; None if
-    there is a gap."""
-    by_start = {entry.slices[0][0]: place for place, entry in enumerate(entries) if not entry.is_whole}
+    """Places of the newest entries whose parts and slices follow one another from the beginning of the text
+    to its end; None if there is a gap."""
+    by_number = {
+        number_of_part(entry.written[0].path): place
+        for place, entry in enumerate(entries)
+        if not entry.is_whole
+    }
     places: list[int] = []
-    start: int | None = 0
-    while start in by_start:
-        places.append(by_start.pop(start))
+    number, start = 1, 0
+    while number in by_number and entries[by_number[number]].slices[0][0] == start:
+        places.append(by_number.pop(number))
         last = entries[places[-1]]
-        start = last.slices[-1][1]
         if last.is_last:
             return tuple(places)
+        number += len(last.written)
+        start = last.slices[-1][1] or 0
     # Version 1 does not say which part is the last: there it is the one that none follows.
     return tuple(places) if places and entries[places[-1]].is_last is None else None

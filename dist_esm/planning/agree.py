@@ -18,6 +18,7 @@ from dist_esm.config import Config
 from dist_esm.distributed import RefusedError, World
 from dist_esm.fasta.blocks import Digests, raw_blocks, text_digest, whole_file
 from dist_esm.fasta.parser import look_at_first_records
+from dist_esm.names import number_of_part
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.in_hand import Deaths
 from dist_esm.outputs.journal import Entry, is_intact
@@ -323,11 +324,33 @@ def joined_file(entry: Entry) -> JoinedFile:
 def units_covered(entry: Entry, units: Sequence[Unit]) -> list[Unit]:
     """Return the units of a file that an entry stands for.
 
-    These are all of them, however they are cut, or the one of the same text, or none.
+    These are all of them, however they are cut, or the one of the same text that would be written to the same
+    outputs, or none.
     """
     if is_of_whole_file(entry) and units[0].first_part is None:
         return list(units)
-    return [unit for unit in units if is_cut_alike(entry, [unit]) and unit.unreadable is None]
+    return [
+        unit
+        for unit in units
+        if is_cut_alike(entry, [unit])
+        and unit.unreadable is None
+        and is_named_alike(entry, unit, unit.ordinal == len(units) - 1)
+    ]
+
+
+def is_named_alike(entry: Entry, unit: Unit, is_last: bool) -> bool:
+    """Tell if an entry's outputs have the names of those that a unit would write.
+
+    Of a file in numbered parts they have not, if it was cut in other places before the unit: then another
+    unit writes to these names.
+    """
+    if entry.is_shard or unit.is_shard:
+        return entry.is_shard and unit.is_shard
+    numbers = [number_of_part(written.path) for written in entry.written]
+    if unit.first_part is None:
+        return numbers == [None]
+    first = unit.first_part + 1
+    return numbers == list(range(first, first + len(numbers))) and entry.is_last in (None, is_last)
 
 
 def is_of_whole_file(entry: Entry) -> bool:

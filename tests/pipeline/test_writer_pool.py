@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from dist_esm import load
 from dist_esm.outputs import builder
 from dist_esm.planning import units
 from helpers.fasta import write_files
@@ -32,6 +33,26 @@ def test_numbered_parts_end_to_end_are_the_file_in_one(tmp_path, monkeypatch, mo
         seen += content["proteins"]
     assert seen == [name for name, _ in MANY]
     assert sum(len(done.notes(part)) for part in parts) == done.report.records["skipped"] == 12
+
+
+@pytest.mark.parametrize("most", [1, 7, 50])
+def test_parts_of_a_file_that_is_cut_in_other_places_are_numbered_anew(tmp_path, monkeypatch, most):
+    """Another input moves the cuts. Texts that were done under other numbers are done again: their parts
+    would take the places of others."""
+    monkeypatch.setattr(units, "MIN_UNIT_BYTES", 50)
+    out = tmp_path / "out"
+    options = {"max_proteins_per_output": most, "include": ALL_KINDS, "dedupe": False}
+    poison = next(residues for name, residues in MANY if len(residues) > 20)
+    inputs = write_files(tmp_path / "in", a=MANY_TEXT)
+    for share, poisoned in ((0.05, [poison]), (0.3, [poison]), (0.1, [poison]), (0.3, []), (0.05, [])):
+        run = embed_directory(inputs, out, unit_share=share, poison=poisoned, **options)
+        parts = [output for file in run.report.files for output in file.outputs]
+        assert len(parts) == len(set(parts))
+        assert [name for part in parts for name in run.load(part.removesuffix(".pt"))["proteins"]] == (
+            [] if poisoned else [name for name, _ in MANY]
+        )
+        if not poisoned:
+            assert load(out).ids == [name for name, _ in MANY]
 
 
 def test_a_file_of_exactly_as_many_proteins_as_a_part_holds_is_in_one(tmp_path):
