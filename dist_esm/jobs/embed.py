@@ -28,12 +28,12 @@ from dist_esm.jobs.report.write import about_launch, describe_launch, write_repo
 from dist_esm.jobs.setup import MakeEngine, Setup, choose_setup, describe, find_inputs, load_engine
 from dist_esm.logs import logging_to
 from dist_esm.model.engine import Engine
+from dist_esm.outputs.builder import shards_name
 from dist_esm.outputs.events import start_details
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.in_hand import acquit, name_of, note_death, notes_of
 from dist_esm.outputs.journal import Entry, entry_of
 from dist_esm.outputs.output_dir import OutputDir, inside
-from dist_esm.outputs.placed import output_in_making
 from dist_esm.outputs.shards import assemble_output
 from dist_esm.pipeline.worker import Destination, embed_units, no_garbage_collection_of_modules
 from dist_esm.pipeline.writer_processes import WriterProcesses
@@ -515,7 +515,8 @@ def join_file(
         is_joined=True,
     )
     out.journal.append([entry])
-    for path in {*paths, *map(output_in_making, paths)}:
+    # Also those of a launch that cut the file in other places.
+    for path in {*paths, *out.shards.glob(f"{shards_name(plan.files[file])}.*")}:
         discard(path)
     return JoinedFile(written, tally.duplicate_ids)
 

@@ -492,8 +492,20 @@ def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
 
 
 def _shards_to_join(output_dir: Path, entries: Sequence[Entry]) -> set[str]:
-    """Return the paths of shards that an entry speaks of and that are not joined already. A kill may come
-    before joined shards are removed."""
+    """Return the paths of shards that an entry speaks of and that may be joined yet.
+
+    Some are joined already, as a kill may come before they are removed; of others a later launch has made the
+    output otherwise.
+    """
+    cut = {entry.output for entry in entries if entry.is_shard}
+    latest = {
+        entry.output: place
+        for place, entry in enumerate(entries)
+        if entry.output in cut
+        and entry.is_whole
+        and not entry.is_shard
+        and _is_there(output_dir, entry.written[0])
+    }
     joined = {
         (entry.output, text)
         for entry in entries
@@ -502,8 +514,10 @@ def _shards_to_join(output_dir: Path, entries: Sequence[Entry]) -> set[str]:
     }
     return {
         written.path
-        for entry in entries
-        if entry.is_shard and (entry.output, (entry.slices[0], entry.digests[0])) not in joined
+        for place, entry in enumerate(entries)
+        if entry.is_shard
+        and place > latest.get(entry.output, -1)
+        and (entry.output, (entry.slices[0], entry.digests[0])) not in joined
         for written in entry.written
     }
 

@@ -125,6 +125,17 @@ def again_format(out: Path) -> Format:
     return next(kind for kind in FORMATS if f'"format": "{kind.name}"' in text)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_nothing_stays_of_units_that_were_cut_in_other_places(half_done, share):
+    """It may be as large as the output. What is not known to be of no use goes with the next launch."""
+    embed_again, _, out, uncut = half_done
+    assert embed_again(share=share).report.status == "complete"
+    assert share == 1.0 or not list((out / ".dist_esm" / "shards").iterdir())
+    assert embed_again(share=share).report.status == "complete"
+    assert not list((out / ".dist_esm" / "shards").iterdir())
+    assert files_of(out) == files_of(uncut)
+
+
 def test_a_kill_between_the_name_and_its_line_in_the_journal_loses_nothing(half_done, monkeypatch):
     embed_again, _, out, uncut = half_done
     append = Journal.append
