@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,81 @@ from dist_esm.names import readable_name
 from dist_esm.outputs.formats.base import About, Opened
 from dist_esm.outputs.formats.registry import format_at
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 MAX_OPEN = 8
 """Outputs that are kept open at a time."""
 WORDS = ("dist_esm", "weights_in_words")
 """Provenance that tells nothing of the numbers that other keys do not tell."""
+
+
+def damaged(path: Path, error: Exception) -> ValueError:
+    """Return the error of an output that cannot be read."""
+    reason = " ".join(str(error).split())
+    return ValueError(
+        f"{path} is damaged or no output of dist_esm ({type(error).__name__}: {reason}): "
+        "embed its input again"
+    )
+
+
+class NamedOutput:
+    """An opened output, whose name is in every error.
+
+    Opening reads little: damage behind that is met by what reads the rest.
+
+    Parameters
+    ----------
+    opened
+        The output.
+    path
+        Its path.
+
+    Raises
+    ------
+    ValueError
+        By whatever reads, if the output is damaged.
+    """
+
+    def __init__(self, opened: Opened, path: Path) -> None:
+        self._opened = opened
+        self._path = path
+        self.about = opened.about
+
+    @property
+    def num_proteins(self) -> int:
+        """N."""
+        return self._read(lambda: self._opened.num_proteins)
+
+    def ids(self) -> list[str]:
+        """Read the ids of all proteins."""
+        return self._read(self._opened.ids)
+
+    def headers(self) -> list[str]:
+        """Read the headers of all proteins."""
+        return self._read(self._opened.headers)
+
+    def lengths(self) -> list[int]:
+        """Read the embedded residues of all proteins."""
+        return self._read(self._opened.lengths)
+
+    def vectors(self, kind: str, layer: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Return a representation of consecutive proteins, shape (n, D)."""
+        return self._read(self._opened.vectors, kind, layer, start, stop)
+
+    def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
+        """Return a representation of one protein, shape (D,)."""
+        return self._read(self._opened.vector, kind, layer, position)
+
+    def residues(self, layer: int, position: int) -> NDArray[Any]:
+        """Return the residues of one protein, shape (L, D)."""
+        return self._read(self._opened.residues, layer, position)
+
+    def _read(self, read: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        value = as_value(read, *args, **options)
+        if isinstance(value, Exception):
+            raise damaged(self._path, value)
+        return value
 
 
 def open_output(path: Path) -> Opened:
@@ -39,12 +110,8 @@ def open_output(path: Path) -> Opened:
     if isinstance(opened, ModuleNotFoundError):
         raise ValueError(f"reading {path} needs {opened.name}: pip install 'dist_esm[formats]'")
     if isinstance(opened, Exception):
-        reason = " ".join(str(opened).split())
-        raise ValueError(
-            f"{path} is damaged or no output of dist_esm ({type(opened).__name__}: {reason}): "
-            "embed its input again"
-        )
-    return opened
+        raise damaged(path, opened)
+    return NamedOutput(opened, path)
 
 
 def settings_of(about: About) -> tuple[dict[str, Any], dict[str, list[int]], int]:

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 
 from dist_esm import load
+from dist_esm.attempt import as_value
 from dist_esm.config import Format, Include, SaveDtype
 from dist_esm.outputs.formats.registry import FORMATS
 from helpers.compare import assert_same
@@ -252,3 +253,30 @@ def test_a_directory_is_read_by_its_journal_whatever_a_report_says(tmp_path):
     journal.write_text("")
     (out / "report.json").write_text(json.dumps({"status": "complete", "files": [{"outputs": ["c_ESM.pt"]}]}))
     assert "c" not in load(out).ids, "a report that says more than the journal is not believed"
+
+
+@pytest.mark.parametrize("kind", Format, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_whatever_is_read_of_a_damaged_output_names_it(tmp_path, kind, share):
+    """Damage that opening does not meet is met by what reads the numbers."""
+    path = tmp_path / "a.fasta"
+    path.write_text("".join(f">p{i}\n{'ACDEF' * (i + 1)}\n" for i in range(30)))
+    embed_directory(path, tmp_path / "out", format=kind, include=ALL_KINDS)
+    (output,) = (path for path in (tmp_path / "out").iterdir() if path.name.startswith("a_ESM"))
+    for file in sorted(output.iterdir()) if output.is_dir() else [output]:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: int(len(whole) * share)])
+        back = load(tmp_path / "out")
+        for read in (
+            lambda back: back.ids,
+            lambda back: np.asarray(back.vectors),
+            lambda back: back[7],
+            lambda back: np.asarray(back.vectors_of("bos", 1)),
+            lambda back: [back.residues(position) for position in range(30)],
+            lambda back: back.headers,
+        ):
+            error = as_value(read, back)
+            if isinstance(error, Exception):
+                assert str(output) in str(error), repr(error)
+                assert isinstance(error, ValueError)
+        file.write_bytes(whole)

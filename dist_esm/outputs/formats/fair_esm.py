@@ -143,7 +143,9 @@ class OpenedFairEsm:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
         self.about = About(**about)
         self._path = path
-        _, *lines, _ = (path / MAP).read_bytes().decode().split("\n")
+        _, *lines, rest = (path / MAP).read_bytes().decode().split("\n")
+        if rest:
+            raise ValueError(f"{MAP} ends within a line")
         self._lines: Sequence[list[str]] = [line.split("\t", len(MAP_COLUMNS) - 1) for line in lines]
 
     @property
