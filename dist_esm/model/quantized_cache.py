@@ -38,14 +38,17 @@ log = logging.getLogger("dist_esm")
 
 PACKAGES = ("triton", "quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")
 """Besides torch, the packages that compute what is kept, where they are installed."""
+NOT_KEPT = "the rounded weights cannot be kept, every start rounds them anew: %s"
 OF_A_CPU = ("vendor_id", "model name", "flags", "CPU", "Features")
 """Beginnings of the lines of /proc/cpuinfo that tell one kind of CPU from another."""
 
 
 def kept_path(
     weights: str, arch: Architecture, dtype: torch.dtype, kernels: Kernels, device: torch.device
-) -> Path:
+) -> Path | None:
     """Return where the rounded model is kept: ``e4m3-WHAT-CODE.pt`` in the cache.
+
+    If this user has no place for a cache, that is None, and a warning says so.
 
     Parameters
     ----------
@@ -54,8 +57,12 @@ def kept_path(
     arch, dtype, kernels, device
         Of the model.
     """
+    folder = as_value(kernel_cache.cache_dir)
+    if isinstance(folder, Exception):
+        log.warning(NOT_KEPT, folder)
+        return None
     what = kernel_cache.short_hash(weights, str(arch), str(dtype), str(kernels), about_device(device))
-    return kernel_cache.cache_dir() / f"e4m3-{what}-{code_hash()}.pt"
+    return folder / f"e4m3-{what}-{code_hash()}.pt"
 
 
 def about_device(device: torch.device) -> tuple[object, ...]:
@@ -127,7 +134,7 @@ def keep(model: ESM2, path: Path) -> None:
     """Keep a model that was rounded. If it cannot be kept, a warning says so."""
     error = as_value(write, model, path)
     if isinstance(error, Exception):
-        log.warning("the rounded weights cannot be kept, every start rounds them anew: %s: %s", path, error)
+        log.warning(NOT_KEPT, f"{path}: {error}")
 
 
 def write(model: ESM2, path: Path) -> None:

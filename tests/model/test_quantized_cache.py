@@ -26,6 +26,7 @@ from helpers.checkpoints import A650M_SHAPED, random_state, write_checkpoint
 from helpers.command import environment
 from helpers.data import real_proteins
 from helpers.layers import segment_of
+from helpers.nobody import be_nobody
 from helpers.warm import WarmProcess
 
 CPU = torch.device("cpu")
@@ -197,13 +198,15 @@ def test_a_damaged_file_is_not_used_but_made_again(config, cache, caplog, damage
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("obstacle", ["no folder", "full disk", "write fails", "folder of others"])
+@pytest.mark.parametrize("obstacle", ["no folder", "full disk", "write fails", "folder of others", "no home"])
 def test_where_nothing_can_be_kept_the_model_is_rounded_and_one_line_says_so(
     config, cache, tmp_path, monkeypatch, caplog, obstacle
 ):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if obstacle == "no folder":
         (tmp_path / "cache").write_text("a file where the folder should be")
+    elif obstacle == "no home":
+        be_nobody(monkeypatch)
     elif obstacle == "folder of others":
         cache.mkdir(parents=True)
         cache.chmod(0o777)
