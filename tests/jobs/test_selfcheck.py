@@ -297,6 +297,35 @@ def test_another_model_is_over_the_limit_in_bf16(parts):
     assert "OVER" in make_table([rank])
 
 
+def leaving_fp16() -> dict[str, torch.Tensor]:
+    """Weights with a product that fp16 cannot hold where a protein has a tryptophan."""
+    state = random_state(A8M, seed=3)
+    token = state["embed_tokens.weight"][Alphabet.from_architecture("ESM-1b").get_idx("W")]
+    direction = (token - token.mean()) / (token - token.mean()).norm()
+    state["layers.0.self_attn.out_proj.weight"] *= 0.01
+    state["layers.0.final_layer_norm.weight"].fill_(1)
+    state["layers.0.final_layer_norm.bias"].fill_(0)
+    state["layers.0.fc1.weight"][5] = 5e3 * direction
+    state["layers.0.fc2.weight"][:, 5] *= 1e-6
+    return state
+
+
+@pytest.mark.distributed
+def test_what_leaves_the_range_of_a_dtype_is_computed_again_as_in_a_run_and_named(tmp_path):
+    weights = write_checkpoint(tmp_path / "a.pt", A8M, leaving_fp16())
+    (tmp_path / "a.fa").write_text(">a\nMKTAYIAKQR\n>b\nMKTAYIAKQRWISF\n>c\nGAVLIPFMK\n")
+    settings = (f"model.weights={weights}", "dtype=fp16", "toks_per_batch=60", "device=cpu")
+    result, found = selfcheck(tmp_path / "a.fa", tmp_path / "out", *settings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    again = "b (a.fa, 14 residues)"
+    line = "rank 0: not finite in float16, so computed again in a wider dtype, as a run does: 1 proteins: "
+    assert f"{line}{again}\n" in result.stdout
+    assert found["ranks"][0]["recomputed"] == [again]
+    (comparison,) = found["ranks"][0]["comparisons"]
+    assert comparison["worst_error"] < 0.03
+    assert comparison["worst_protein"] != again  # which is in fp32
+
+
 class InCompany(Engine):
     """An engine whose answers depend on the company: the last bit of one number."""
 

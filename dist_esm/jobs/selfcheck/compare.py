@@ -128,6 +128,8 @@ class RankCheck:
     bits: tuple[str, ...]
     """Digest of each protein's embedding, alone, in the order of the sample."""
     seconds: float
+    recomputed: tuple[str, ...] = ()
+    """Proteins that were not finite and were computed again in a wider dtype."""
 
 
 def compare(
@@ -329,6 +331,11 @@ def make_table(ranks: Sequence[RankCheck]) -> str:
             f"fair-esm on {rank.fair_esm_device}): "
             f"{rank.num_answers} answers of {rank.num_packs} full packs in two orders: {bits}"
         )
+        if rank.recomputed:
+            lines.append(
+                f"rank {rank.rank}: not finite in {rank.dtype}, so computed again in a wider dtype, as a run "
+                f"does: {count_and_name(rank.recomputed)}"
+            )
     devices = {rank.kind_of_device for rank in ranks}
     if len(ranks) > 1:
         agree = all(
