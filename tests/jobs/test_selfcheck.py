@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_esm import Embedder
-from dist_esm.config import Config, Include, ModelConfig, SelfcheckConfig
+from dist_esm.config import Config, Include, ModelConfig, SaveDtype, SelfcheckConfig
 from dist_esm.distributed import World
 from dist_esm.jobs.selfcheck.compare import Limits, RankCheck, compare, list_problems, make_table
 from dist_esm.jobs.selfcheck.job import check_bits, compare_models, describe_protein, full_packs
@@ -187,6 +187,18 @@ def test_over_the_limits_is_exit_code_1_and_nothing_of_an_embedding_is_touched(t
     }
     assert content.pop("selfcheck.json")
     assert content == there
+
+
+def test_numbers_are_judged_as_they_are_saved(tmp_path):
+    """In fp32 half precision is all that they lose, of every kind alike, and no fault."""
+    weights = write_checkpoint(tmp_path / "hard.pt", A8M, random_state(A8M, hard=True))
+    settings = ("dtype=fp32", "save_dtype=float16", "include=[mean,bos,per_tok]", "toks_per_batch=600")
+    few = ("selfcheck.proteins=24", "truncation_seq_length=40", f"model.weights={weights}", "device=cpu")
+    result, found = selfcheck(PROTEINS, tmp_path / "out", *settings, *few)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for comparison in found["ranks"][0]["comparisons"]:
+        assert 1e-4 < comparison["largest_relative_error"] < 2**-11
+    assert found["limits"]["mean"]["max_relative_error"] == pytest.approx(1e-5 + 2**-11)
 
 
 def test_an_input_without_a_protein_is_refused(tmp_path):
@@ -401,8 +413,13 @@ def test_limits_by_default_and_by_key():
     assert Limits.of(config, torch.float16, Include.per_tok) == Limits(None, 0.03, 0.3, 0.95)
     assert Limits.of(config, torch.float8_e4m3fn, Include.mean) == Limits(None, 0.1, 0.1, 0.98)
     assert Limits.of(config, torch.float8_e4m3fn, Include.per_tok) == Limits(None, 0.1, 1.0, 0.9)
+    half = SaveDtype.float16
+    assert Limits.of(config, torch.float32, Include.mean, half) == Limits(1e-5 + 2**-11, 0.03, 0.03, 0.99)
+    assert Limits.of(config, torch.float32, Include.bos, half) == Limits(1e-4 + 2**-11, 0.09, 0.09, 0.95)
+    assert Limits.of(config, torch.bfloat16, Include.mean, half) == Limits(None, 0.03, 0.03, 0.99)
     mine = SelfcheckConfig(max_spread_error=0.1, min_neighbours_kept=0.5, max_relative_error=0.01)
     assert Limits.of(mine, torch.bfloat16, Include.mean) == Limits(0.01, 0.1, 0.1, 0.5)
+    assert Limits.of(mine, torch.float32, Include.mean, half) == Limits(0.01, 0.1, 0.1, 0.5)
     assert Limits.of(mine, torch.float8_e4m3fn, Include.mean) == Limits(0.01, 0.1, 0.1, 0.5)
     assert Limits.of(mine, torch.float32, Include.per_tok) == Limits(0.1, 0.1, 1.0, 0.0)
 

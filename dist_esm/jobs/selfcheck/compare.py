@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_esm.config import Include, SelfcheckConfig
+from dist_esm.config import Include, SaveDtype, SelfcheckConfig
 from dist_esm.jobs.selfcheck.yardstick import FEWEST_WITH_NEIGHBOURS, measure
 from dist_esm.types import SegmentEmbedding
 
 MAX_RELATIVE_ERROR = {torch.float32: 1e-5}
+LOST_WHEN_SAVED = {SaveDtype.float32: 0.0, SaveDtype.float16: 2.0**-11}
+"""By so much of its length a vector may change when it is saved."""
 MAX_SPREAD_ERROR, MAX_SPREAD_ERROR_FP8 = 0.03, 0.1
 MIN_NEIGHBOURS_KEPT, MIN_NEIGHBOURS_KEPT_FP8 = 0.99, 0.98
 BOS_FACTOR = 3
@@ -44,11 +46,20 @@ class Limits:
     """Over the sample."""
 
     @classmethod
-    def of(cls, config: SelfcheckConfig, dtype: torch.dtype, include: Include) -> Limits:
-        """Return the limits of a representation, from the configuration or by default for the dtype."""
-        error = (
-            MAX_RELATIVE_ERROR.get(dtype) if config.max_relative_error is None else config.max_relative_error
-        )
+    def of(
+        cls,
+        config: SelfcheckConfig,
+        dtype: torch.dtype,
+        include: Include,
+        save_dtype: SaveDtype = SaveDtype.float32,
+    ) -> Limits:
+        """Return the limits of a representation, from the configuration or by default for the dtypes.
+
+        By default a relative error may be larger by what numbers lose that are saved in half precision.
+        """
+        error, lost = config.max_relative_error, 0.0
+        if error is None and dtype in MAX_RELATIVE_ERROR:
+            error, lost = MAX_RELATIVE_ERROR[dtype], LOST_WHEN_SAVED[save_dtype]
         is_fp8 = dtype is torch.float8_e4m3fn
         most, kept = config.max_spread_error, config.min_neighbours_kept
         if most is None:
@@ -56,8 +67,8 @@ class Limits:
         if kept is None:
             kept = MIN_NEIGHBOURS_KEPT_FP8 if is_fp8 else MIN_NEIGHBOURS_KEPT
         if include is Include.mean:
-            return cls(error, most, most, kept)
-        error = None if error is None else TOKEN_FACTOR * error
+            return cls(None if error is None else error + lost, most, most, kept)
+        error = None if error is None else TOKEN_FACTOR * error + lost
         kept = max(0.0, round(1 - TOKEN_NEIGHBOURS_FACTOR * (1 - kept), 12))
         if include is Include.bos:
             return cls(error, BOS_FACTOR * most, BOS_FACTOR * most, kept)

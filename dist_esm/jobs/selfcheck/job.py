@@ -20,7 +20,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dist_esm.atomic import atomically
 from dist_esm.attempt import as_value
@@ -237,7 +239,7 @@ def compare_models(
     world: World,
     seconds: float,
 ) -> RankCheck:
-    """Compare the embeddings by both models."""
+    """Compare the embeddings by both models, ours with the precision that they are saved in."""
     names = [describe_protein(protein) for protein in proteins]
     representations = compared_representations(config)
     our_embeddings = [
@@ -249,9 +251,9 @@ def compare_models(
             include,
             layer,
             names,
-            [embedding[include, layer] for embedding in our_embeddings],
+            [as_saved(embedding[include, layer], config) for embedding in our_embeddings],
             [embedding[include, layer] for embedding in theirs.embeddings],
-            Limits.of(config.selfcheck, setup.precision, include),
+            Limits.of(config.selfcheck, setup.precision, include, config.save_dtype),
         )
         for include, layer in representations
     ]
@@ -277,6 +279,12 @@ def compare_models(
         seconds=round(seconds, 3),
         recomputed=tuple(names[index] for index in ours.recomputed),
     )
+
+
+def as_saved(values: NDArray[np.float32], config: Config) -> NDArray[np.float32]:
+    """Return numbers rounded to `save_dtype`; what is too large for it is infinite."""
+    with np.errstate(over="ignore"):
+        return values.astype(config.save_dtype.name).astype(np.float32)
 
 
 def digest_of_bits(segments: Sequence[SegmentEmbedding]) -> str:
@@ -309,7 +317,7 @@ def write_selfcheck(
         "over": over,
         "model": {"weights_from": config.model.weights or str(locate(config.model)), **setup.provenance},
         "limits": {
-            include.name: asdict(Limits.of(config.selfcheck, setup.precision, include))
+            include.name: asdict(Limits.of(config.selfcheck, setup.precision, include, config.save_dtype))
             for include in includes
         },
         "proteins_seen": num_seen,
