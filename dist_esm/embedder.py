@@ -78,7 +78,7 @@ class Embedder:
         As `model.adapter` on the command line: the directory of a LoRA adapter; None: none.
     repr_layers
         The layer to return, or a list of layers, fair-esm's numbering, negatives from the end.
-    device, dtype, attention, linear
+    device, dtype, fp8, attention, linear
         As on the command line.
     truncation_seq_length, long, window_overlap
         As on the command line; what `long=skip` and `long=fail` would leave out is a ValueError in `embed`.
