@@ -11,6 +11,7 @@ other code is removed first. Weights that are drawn at random are not kept: each
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import shutil
 from contextlib import ExitStack
@@ -42,6 +43,12 @@ NOT_KEPT = "the rounded weights cannot be kept, every start rounds them anew: %s
 OF_A_CPU = ("vendor_id", "model name", "flags", "CPU", "Features")
 """Beginnings of the lines of /proc/cpuinfo that tell one kind of CPU from another."""
 
+SETTINGS = (
+    *("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"),
+    *("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE"),
+)
+"""Environment variables that make the libraries below torch compute by other instructions or kernels."""
+
 
 def kept_path(
     weights: str, arch: Architecture, dtype: torch.dtype, kernels: Kernels, device: torch.device
@@ -66,16 +73,20 @@ def kept_path(
 
 
 def about_device(device: torch.device) -> tuple[object, ...]:
-    """Return all that results depend on in a device; on a CPU products may differ with its threads."""
+    """Return all that results depend on in a device and the environment's settings of its libraries.
+
+    On a CPU products may differ with its threads.
+    """
+    settings = [os.environ.get(name) for name in SETTINGS]
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         precision = torch.backends.cuda.matmul.fp32_precision
-        return about.name, about.major, about.minor, about.multi_processor_count, precision
+        return about.name, about.major, about.minor, about.multi_processor_count, precision, settings
     text = as_value(Path("/proc/cpuinfo").read_text, "utf-8")
     first = platform.processor() if isinstance(text, Exception) else text.partition("\n\n")[0]
     kind = [line for line in first.splitlines() if line.startswith(OF_A_CPU)] or first
     precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    return kind, torch.get_num_threads(), precision
+    return kind, torch.get_num_threads(), precision, settings
 
 
 @cache

@@ -153,6 +153,10 @@ def test_what_the_bits_depend_on_is_in_the_name(monkeypatch, tmp_path):
     paths.append(path())
     torch.set_num_threads(threads)
     assert path() == paths[0]
+    for setting in ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA"):
+        with monkeypatch.context() as patch:
+            patch.setenv(setting, "COMPATIBLE")
+            paths.append(path())
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "9.9")
         quantized_cache.code_hash.cache_clear()
