@@ -201,6 +201,28 @@ def test_numbers_are_judged_as_they_are_saved(tmp_path):
     assert found["limits"]["mean"]["max_relative_error"] == pytest.approx(1e-5 + 2**-11)
 
 
+@pytest.mark.distributed
+def test_what_is_over_a_limit_says_what_is_closer_and_that_is_so(tmp_path):
+    arch = Architecture(2, 64, 4)
+    weights = write_checkpoint(tmp_path / "narrow.pt", arch, random_state(arch, seed=1, hard=True))
+    settings = ("model=auto", f"model.weights={weights}", "device=cpu", "toks_per_batch=1000")
+    settings += ("selfcheck.max_spread_error=0.03", "selfcheck.min_neighbours_kept=0", "linear=torch")
+    errors = {}
+    for dtype, closer in (
+        (("dtype=fp8",), "fp8=ffn, or dtype=bf16"),
+        (("dtype=fp8", "fp8=ffn"), "dtype=bf16"),
+        (("dtype=bf16",), None),
+    ):
+        line = [f"input={PROTEINS}", f"output_dir={tmp_path / 'out'}", "job=selfcheck", *settings, *dtype]
+        result = run_ranks(None, *line, XDG_CACHE_HOME=str(tmp_path))
+        assert (result.returncode == 0) is (closer is None), result.stdout + result.stderr
+        said = [row for row in result.stdout.splitlines() if row.startswith("closer")]
+        assert said == ([] if closer is None else [f"closer to fair-esm's numbers: {closer}"])
+        found = json.loads((tmp_path / "out" / "selfcheck.json").read_text())
+        errors[dtype] = found["ranks"][0]["comparisons"][0]["worst_error"]
+    assert list(errors.values()) == sorted(errors.values(), reverse=True)
+
+
 def test_an_input_without_a_protein_is_refused(tmp_path):
     (tmp_path / "a.fasta").write_text(">empty\n")
     result, found = selfcheck(tmp_path / "a.fasta", tmp_path / "out", "model.weights=random")
@@ -507,6 +529,7 @@ def test_a_sample_too_small_or_all_alike_is_said_in_the_table():
             table = make_table([replace(LINE, comparisons=(found,))])
             assert said in table
             assert "too few" in table
+            assert (found.worst_cosine is None) == ("  none  " in table) == (found.spread == 0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -529,7 +552,7 @@ def test_a_vector_of_zeros_is_right_where_fair_esm_has_zeros_and_nowhere_else():
     for both in (zeros, [*zeros, *theirs]):
         found = judge(Include.mean, both, both)
         assert (found.is_within, found.worst_error, found.largest_relative_error) == (True, 0, 0)
-        assert found.worst_cosine == 1
+        assert found.worst_cosine == (1 if found.spread else None)
 
 
 def test_one_residue_far_off_is_over_the_limit_though_its_protein_is_not():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_esm.config import Include, SaveDtype, SelfcheckConfig
+from dist_esm.config import Fp8, Include, SaveDtype, SelfcheckConfig
 from dist_esm.jobs.selfcheck.yardstick import FEWEST_WITH_NEIGHBOURS, measure
 from dist_esm.types import SegmentEmbedding
 
@@ -98,9 +98,9 @@ class Comparison:
     median_error: float
     shift: float
     """|mean of (ours - theirs)| / spread: the part of the error that all vectors share."""
-    worst_cosine: float
-    """Least cosine after fair-esm's mean over the sample was subtracted from both."""
-    median_cosine: float
+    worst_cosine: float | None
+    """Least cosine after fair-esm's mean over the sample was subtracted from both; None: nothing is left."""
+    median_cosine: float | None
     neighbours_kept: float | None
     """Share of each vector's 10 nearest that stay its 10 nearest; None: the sample is too small."""
     nearest_kept: float | None
@@ -192,8 +192,8 @@ def compare(
         worst_vector=worst_vector,
         median_error=distance.median_error if distance.spread else float(np.median(errors)),
         shift=distance.shift if distance.spread else worst,
-        worst_cosine=distance.worst_cosine,
-        median_cosine=distance.median_cosine,
+        worst_cosine=distance.worst_cosine if distance.spread else None,
+        median_cosine=distance.median_cosine if distance.spread else None,
         neighbours_kept=kept,
         nearest_kept=None if kept is None else distance.nearest_kept,
         largest_relative_error=relative,
@@ -255,6 +255,13 @@ def list_problems(ranks: Sequence[RankCheck], names: Sequence[str]) -> list[str]
                     f"({device}) for {count_and_name(differing)}"
                 )
     return lines
+
+
+def more_exact(dtype: torch.dtype, fp8: Fp8) -> str:
+    """Say which keys bring numbers closer to fair-esm's; "" if there are none."""
+    if dtype is torch.float8_e4m3fn:
+        return "dtype=bf16" if fp8 is Fp8.ffn else "fp8=ffn, or dtype=bf16"
+    return "dtype=fp32" if dtype in (torch.bfloat16, torch.float16) else ""
 
 
 def count_and_name(proteins: Sequence[str]) -> str:
@@ -319,7 +326,7 @@ def make_table(ranks: Sequence[RankCheck]) -> str:
                 in_words(comparison),
                 f"{comparison.median_error:.3g}",
                 f"{comparison.shift:.3g}",
-                f"{comparison.worst_cosine:.6f}",
+                "none" if comparison.worst_cosine is None else f"{comparison.worst_cosine:.6f}",
                 share_kept(comparison.neighbours_kept),
                 share_kept(comparison.nearest_kept),
                 f"{comparison.largest_relative_error:.1e}",
