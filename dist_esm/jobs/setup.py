@@ -41,6 +41,7 @@ from dist_esm.progress import Phase
 from dist_esm.version import code_version
 
 log = logging.getLogger("dist_esm")
+SMALLER_PACKS = "packs of %d tokens, not %d: %s"
 PACKED_RATIO = 2
 """Bytes of text for each byte of a compressed file, about."""
 NOT_HERE = "not on this machine, a run downloads them first"
@@ -197,7 +198,7 @@ def settle_toks_per_batch(config: Config, device: torch.device, dtype: torch.dty
     if fewest < default:
         config.toks_per_batch = fewest
         if world.is_main:
-            log.warning("packs of %d tokens, not %d: %s (%s)", fewest, default, reason, name)
+            log.warning(SMALLER_PACKS, fewest, default, f"{reason} ({name})")
 
 
 def rows_that_suit(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[int, str]:
@@ -212,9 +213,17 @@ def rows_that_suit(config: Config, device: torch.device, dtype: torch.dtype) -> 
     begun = (read_settings(config.output_dir) or {}).get("toks_per_batch") if config.resume else None
     if isinstance(begun, int) and 0 < begun < default:
         return begun, "output_dir was begun so"
+    return rows_in_free_memory(config.model, device, dtype)
+
+
+def rows_in_free_memory(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[int, str]:
+    """Return the tokens of a pack that fits beside a model, and why they are fewer than the default."""
+    default = default_toks_per_batch(device.type, model.embed_dim)
+    if device.type != "cuda":
+        return default, ""
     free = device_memory(device).free
     return (
-        rows_that_fit(architecture(config.model), dtype, free, default),
+        rows_that_fit(architecture(model), dtype, free, default),
         f"larger ones do not fit in the {size_in_words(free or 0)} that are free",
     )
 
