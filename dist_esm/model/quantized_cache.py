@@ -126,7 +126,7 @@ def recall(path: Path, arch: Architecture, kernels: Kernels, device: torch.devic
     return model
 
 
-def read_kept(path: Path) -> dict[str, dict[str, Any]]:
+def read_kept(path: Path) -> dict[str, Any]:
     """Read what `write` wrote; tensors are mapped into memory.
 
     Raises
@@ -134,11 +134,14 @@ def read_kept(path: Path) -> dict[str, dict[str, Any]]:
     OSError
         If it is not there, or others can write to it.
     ValueError
-        If some of its bytes are not those that were written.
+        If some of its bytes are not those that were written, or they were written under another name.
     """
     kernel_cache.refuse_if_not_ours(path)
     check_archive(path, read_table(path))
-    return cast(dict[str, dict[str, Any]], read_torch(path))
+    content = read_torch(path)
+    if not isinstance(content, dict) or content.get("name") != path.name:
+        raise ValueError(f"{path} is not what its name says")
+    return content
 
 
 def keep(model: ESM2, path: Path) -> None:
@@ -174,6 +177,7 @@ def write(model: ESM2, path: Path) -> None:
         if free < num_bytes:
             raise OSError(f"it takes {size_in_words(num_bytes)}, and {size_in_words(free)} are free")
         content = {
+            "name": path.name,
             "state": {name: tensor.cpu() for name, tensor in state.items()},
             "input_scales": {
                 name: one.input_scale for name, one in modules if isinstance(one, QuantizedLinear)

@@ -214,6 +214,25 @@ def test_a_damaged_file_is_not_used_but_made_again(config, cache, caplog, damage
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("what", ["of another model", "something else"])
+def test_a_whole_file_under_the_wrong_name_is_not_used(config, cache, tmp_path, caplog, what):
+    rounded = load(config)
+    (path,) = kept_files(cache)
+    if what == "of another model":
+        load(config_of(tmp_path / "other.pt", NARROW, seed=2))
+        (other,) = (other for other in kept_files(cache) if other != path)
+        other.replace(path)
+    else:
+        torch.save({"weights": torch.zeros(3)}, path)
+        path.chmod(0o600)
+    with caplog.at_level(logging.WARNING, "dist_esm"):
+        assert_same(load(config), rounded)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the weights are rounded again, not taken from disk: {path} is damaged"
+    ]
+    assert_same(load(config), rounded)
+
+
 @pytest.mark.parametrize("obstacle", ["no folder", "full disk", "write fails", "folder of others", "no home"])
 def test_where_nothing_can_be_kept_the_model_is_rounded_and_one_line_says_so(
     config, cache, tmp_path, monkeypatch, caplog, obstacle
