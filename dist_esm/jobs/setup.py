@@ -204,14 +204,14 @@ def settle_toks_per_batch(config: Config, device: torch.device, dtype: torch.dty
 def rows_that_suit(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[int, str]:
     """Return the tokens of a pack that this rank would take, and why they are fewer than the default.
 
-    On a GPU the bits may depend on it, so a directory that was begun with less than the default goes on with
-    that, however much memory is free now.
+    On a GPU the bits may depend on it, so a directory goes on with what it was begun with, however much
+    memory is free now: a pack that does not fit is halved when the engine warms up.
     """
     default = default_toks_per_batch(device.type, config.model.embed_dim)
     if device.type != "cuda":
         return default, ""
     begun = (read_settings(config.output_dir) or {}).get("toks_per_batch") if config.resume else None
-    if isinstance(begun, int) and 0 < begun < default:
+    if isinstance(begun, int) and 0 < begun <= default:
         return begun, "output_dir was begun so"
     return rows_in_free_memory(config.model, device, dtype)
 
