@@ -188,10 +188,8 @@ def is_official(path: Path, name: str, fingerprint: str, is_kept: bool = True) -
         log.info("taking the sha256 of %s%s", path, ", once for this machine" if is_kept else "")
         with path.open("rb") as file:
             content = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        if is_kept:
-            as_value(
-                keep, fingerprint, content
-            )  # a cache that cannot be written costs the same seconds next time
+        if is_kept:  # a cache that cannot be written costs the same seconds next time
+            as_value(keep, fingerprint, content)
     return content.get("sha256") == sha256
 
 
