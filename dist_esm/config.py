@@ -283,8 +283,8 @@ class Config:
     """Precision of parameters and matrix products; auto: bf16 where the GPU has it, fp16 on a V100 or
     T4, else fp32. fp8 is for Hopper GPUs: faster and less exact, see job=selfcheck."""
     fp8: Fp8 = Fp8.all
-    """Products of 8-bit numbers under dtype=fp8: those of attention's input and of the feed-forward layers
-    (all), or those of the feed-forward layers alone (ffn), which is more exact."""
+    """Products of 8-bit numbers under dtype=fp8: all four of a block (all), or the two of its feed-forward
+    layers alone (ffn), which is slower and more exact."""
     device: DeviceKind = DeviceKind.auto
     """Where to run; auto: a GPU if there is one."""
     ranks: int | str = "auto"
@@ -492,6 +492,9 @@ def check(config: Config) -> None:
         value = getattr(config, key)
         if value is not None and value < least:
             raise ValueError(f"{key}={value} is too small: use {least} or more")
+    if config.fp8 is not Fp8.all and config.dtype is not Dtype.fp8:
+        remedy = "use dtype=fp8 with it, or leave it out"
+        raise ValueError(f"fp8={config.fp8.name} is not for dtype={config.dtype.name}: {remedy}")
     if config.compression is not Compression.none and not FORMATS[config.format.name].can_compress:
         able = ", ".join(
             output_format.name for output_format in FORMATS.values() if output_format.can_compress

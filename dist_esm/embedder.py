@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import operator
 import os
 from collections import deque
@@ -36,11 +37,11 @@ from dist_esm.distributed import RefusedError, World
 from dist_esm.fasta.segments import make_segments, num_embedded
 from dist_esm.given import GivenProtein, read_given, warn_of_changes
 from dist_esm.jobs.embed import run
-from dist_esm.jobs.setup import Setup
+from dist_esm.jobs.setup import SMALLER_PACKS, Setup, rows_in_free_memory
 from dist_esm.keys import with_keys
 from dist_esm.logs import logging_to_terminal
 from dist_esm.model.checkpoints.locate import fetch
-from dist_esm.model.engine import AHEAD, Engine, Submitted, build_engine
+from dist_esm.model.engine import AHEAD, Engine, Submitted, build_engine, default_toks_per_batch
 from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_kernels, quantized_products
 from dist_esm.model.pool import combine
 from dist_esm.model.weights import architecture, check_weights, complete
@@ -50,6 +51,8 @@ from dist_esm.pipeline.packer import Packer
 from dist_esm.pipeline.retry import finish
 from dist_esm.stop import signals_as_before
 from dist_esm.types import Pack, ProteinEmbedding, RankResult, SegmentEmbedding
+
+log = logging.getLogger("dist_esm")
 
 BAR_SECONDS = 3.0
 """What takes no longer shows no progress bar."""
@@ -78,12 +81,12 @@ class Embedder:
         As `model.adapter` on the command line: the directory of a LoRA adapter; None: none.
     repr_layers
         The layer to return, or a list of layers, fair-esm's numbering, negatives from the end.
-    device, dtype, attention, linear
+    device, dtype, fp8, attention, linear
         As on the command line.
     truncation_seq_length, long, window_overlap
         As on the command line; what `long=skip` and `long=fail` would leave out is a ValueError in `embed`.
     toks_per_batch
-        Tokens in a pack; None: the default for the device.
+        Tokens in a pack; None: the default for the device, halved until a pack fits in a GPU's free memory.
 
     Raises
     ------
@@ -144,6 +147,11 @@ class Embedder:
         precision = choose_dtype(config.dtype, place)
         head_dim, products = architecture(config.model).head_dim, quantized_products(config.dtype, config.fp8)
         kernels = choose_kernels(config.attention, config.linear, place, precision, head_dim, products)
+        rows, reason = rows_in_free_memory(config.model, place, precision)
+        default = default_toks_per_batch(place.type, config.model.embed_dim)
+        if toks_per_batch is None and rows < default:
+            config.toks_per_batch = rows
+            log.warning(SMALLER_PACKS, rows, default, reason)
         self.engine = build_engine(config, place, precision, kernels, fingerprint=weights_id.fingerprint)
 
     def embed(

@@ -21,7 +21,11 @@ from Bio.Seq import Seq
 from Bio.SeqRecord import SeqRecord
 
 from dist_esm import Embedder, load
+from dist_esm import embedder as embedder_module
 from dist_esm.__main__ import main
+from dist_esm.jobs import setup
+from dist_esm.model.kernels.choose import PLAIN
+from dist_esm.model.memory import Memory
 from helpers.command import MODEL, environment, run_ranks
 from helpers.compare import digests
 from helpers.data import PROTEINS
@@ -497,3 +501,20 @@ def test_an_unknown_model_is_answered_with_those_that_there_are(name, problem):
         ValueError, match=f"^model={name} {problem} use one of {names}esm2_t48_15B_UR50D, auto$"
     ):
         Embedder(name)
+
+
+@pytest.mark.parametrize(
+    ("given", "free", "rows"), [(None, 10**9, 50_688), (None, 10**11, None), (4096, 10**9, 4096)]
+)
+def test_packs_are_made_to_fit_a_gpus_free_memory(checkpoint_8m, monkeypatch, caplog, given, free, rows):
+    """What a card has free is arranged, and no model is loaded: there is no GPU at hand."""
+    loaded = []
+    monkeypatch.setattr(setup, "device_memory", lambda device: Memory(10**11, free))
+    monkeypatch.setattr(embedder_module, "choose_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr(embedder_module, "choose_kernels", lambda *_: PLAIN)
+    monkeypatch.setattr(embedder_module, "build_engine", lambda config, *_, **__: loaded.append(config))
+    Embedder("esm2_t6_8M_UR50D", weights=checkpoint_8m, dtype="fp16", toks_per_batch=given)
+    assert [config.toks_per_batch for config in loaded] == [rows]
+    said = [record.getMessage() for record in caplog.records]
+    line = "packs of 50688 tokens, not 101376: larger ones do not fit in the 1 GB that are free"
+    assert said == ([line] if rows == 50_688 else [])

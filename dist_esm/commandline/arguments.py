@@ -24,6 +24,8 @@ from dist_esm.keys import is_auto_or_number, is_in_brackets, is_text, key_types,
 
 EXAMPLES = {
     "toks_per_batch": "8192",
+    "selfcheck.max_spread_error": "0.03",
+    "selfcheck.min_neighbours_kept": "0.99",
     "selfcheck.max_relative_error": "1e-5",
 }
 """Values to show for keys whose default is null."""

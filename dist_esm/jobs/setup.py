@@ -41,6 +41,7 @@ from dist_esm.progress import Phase
 from dist_esm.version import code_version
 
 log = logging.getLogger("dist_esm")
+SMALLER_PACKS = "packs of %d tokens, not %d: %s"
 PACKED_RATIO = 2
 """Bytes of text for each byte of a compressed file, about."""
 NOT_HERE = "not on this machine, a run downloads them first"
@@ -197,24 +198,32 @@ def settle_toks_per_batch(config: Config, device: torch.device, dtype: torch.dty
     if fewest < default:
         config.toks_per_batch = fewest
         if world.is_main:
-            log.warning("packs of %d tokens, not %d: %s (%s)", fewest, default, reason, name)
+            log.warning(SMALLER_PACKS, fewest, default, f"{reason} ({name})")
 
 
 def rows_that_suit(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[int, str]:
     """Return the tokens of a pack that this rank would take, and why they are fewer than the default.
 
-    On a GPU the bits may depend on it, so a directory that was begun with less than the default goes on with
-    that, however much memory is free now.
+    On a GPU the bits may depend on it, so a directory goes on with what it was begun with, however much
+    memory is free now: a pack that does not fit is halved when the engine warms up.
     """
     default = default_toks_per_batch(device.type, config.model.embed_dim)
     if device.type != "cuda":
         return default, ""
     begun = (read_settings(config.output_dir) or {}).get("toks_per_batch") if config.resume else None
-    if isinstance(begun, int) and 0 < begun < default:
+    if isinstance(begun, int) and 0 < begun <= default:
         return begun, "output_dir was begun so"
+    return rows_in_free_memory(config.model, device, dtype)
+
+
+def rows_in_free_memory(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[int, str]:
+    """Return the tokens of a pack that fits beside a model, and why they are fewer than the default."""
+    default = default_toks_per_batch(device.type, model.embed_dim)
+    if device.type != "cuda":
+        return default, ""
     free = device_memory(device).free
     return (
-        rows_that_fit(architecture(config.model), dtype, free, default),
+        rows_that_fit(architecture(model), dtype, free, default),
         f"larger ones do not fit in the {size_in_words(free or 0)} that are free",
     )
 

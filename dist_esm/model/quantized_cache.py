@@ -11,6 +11,7 @@ other code is removed first. Weights that are drawn at random are not kept: each
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import shutil
 from contextlib import ExitStack
@@ -38,14 +39,23 @@ log = logging.getLogger("dist_esm")
 
 PACKAGES = ("triton", "quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")
 """Besides torch, the packages that compute what is kept, where they are installed."""
+NOT_KEPT = "the rounded weights cannot be kept, every start rounds them anew: %s"
 OF_A_CPU = ("vendor_id", "model name", "flags", "CPU", "Features")
 """Beginnings of the lines of /proc/cpuinfo that tell one kind of CPU from another."""
+
+SETTINGS = (
+    *("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"),
+    *("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE"),
+)
+"""Environment variables that make the libraries below torch compute by other instructions or kernels."""
 
 
 def kept_path(
     weights: str, arch: Architecture, dtype: torch.dtype, kernels: Kernels, device: torch.device
-) -> Path:
+) -> Path | None:
     """Return where the rounded model is kept: ``e4m3-WHAT-CODE.pt`` in the cache.
+
+    If this user has no place for a cache, that is None, and a warning says so.
 
     Parameters
     ----------
@@ -54,21 +64,29 @@ def kept_path(
     arch, dtype, kernels, device
         Of the model.
     """
+    folder = as_value(kernel_cache.cache_dir)
+    if isinstance(folder, Exception):
+        log.warning(NOT_KEPT, folder)
+        return None
     what = kernel_cache.short_hash(weights, str(arch), str(dtype), str(kernels), about_device(device))
-    return kernel_cache.cache_dir() / f"e4m3-{what}-{code_hash()}.pt"
+    return folder / f"e4m3-{what}-{code_hash()}.pt"
 
 
 def about_device(device: torch.device) -> tuple[object, ...]:
-    """Return all that results depend on in a device; on a CPU products may differ with its threads."""
+    """Return all that results depend on in a device and the environment's settings of its libraries.
+
+    On a CPU products may differ with its threads.
+    """
+    settings = [os.environ.get(name) for name in SETTINGS]
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         precision = torch.backends.cuda.matmul.fp32_precision
-        return about.name, about.major, about.minor, about.multi_processor_count, precision
+        return about.name, about.major, about.minor, about.multi_processor_count, precision, settings
     text = as_value(Path("/proc/cpuinfo").read_text, "utf-8")
     first = platform.processor() if isinstance(text, Exception) else text.partition("\n\n")[0]
     kind = [line for line in first.splitlines() if line.startswith(OF_A_CPU)] or first
     precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    return kind, torch.get_num_threads(), precision
+    return kind, torch.get_num_threads(), precision, settings
 
 
 @cache
@@ -108,7 +126,7 @@ def recall(path: Path, arch: Architecture, kernels: Kernels, device: torch.devic
     return model
 
 
-def read_kept(path: Path) -> dict[str, dict[str, Any]]:
+def read_kept(path: Path) -> dict[str, Any]:
     """Read what `write` wrote; tensors are mapped into memory.
 
     Raises
@@ -116,18 +134,21 @@ def read_kept(path: Path) -> dict[str, dict[str, Any]]:
     OSError
         If it is not there, or others can write to it.
     ValueError
-        If some of its bytes are not those that were written.
+        If some of its bytes are not those that were written, or they were written under another name.
     """
     kernel_cache.refuse_if_not_ours(path)
     check_archive(path, read_table(path))
-    return cast(dict[str, dict[str, Any]], read_torch(path))
+    content = read_torch(path)
+    if not isinstance(content, dict) or content.get("name") != path.name:
+        raise ValueError(f"{path} is not what its name says")
+    return content
 
 
 def keep(model: ESM2, path: Path) -> None:
     """Keep a model that was rounded. If it cannot be kept, a warning says so."""
     error = as_value(write, model, path)
     if isinstance(error, Exception):
-        log.warning("the rounded weights cannot be kept, every start rounds them anew: %s: %s", path, error)
+        log.warning(NOT_KEPT, f"{path}: {error}")
 
 
 def write(model: ESM2, path: Path) -> None:
@@ -156,6 +177,7 @@ def write(model: ESM2, path: Path) -> None:
         if free < num_bytes:
             raise OSError(f"it takes {size_in_words(num_bytes)}, and {size_in_words(free)} are free")
         content = {
+            "name": path.name,
             "state": {name: tensor.cpu() for name, tensor in state.items()},
             "input_scales": {
                 name: one.input_scale for name, one in modules if isinstance(one, QuantizedLinear)

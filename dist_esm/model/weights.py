@@ -94,7 +94,7 @@ def check_weights(config: ModelConfig, is_kept: bool = True) -> WeightsId:
     if config.weights == RANDOM:
         return WeightsId(f"random-{config.seed}", f"random weights (seed {config.seed})")
     checkpoint = open_weights(config)
-    prints = [check_and_fingerprint(file) for file in checkpoint.files]
+    fingerprint = fingerprint_of(checkpoint)
     place = str(config.weights or checkpoint.files[0])
     if (
         config.weights is not None
@@ -105,13 +105,26 @@ def check_weights(config: ModelConfig, is_kept: bool = True) -> WeightsId:
     if config.adapter is not None:
         place += f" and {config.adapter}"
     if not checkpoint.is_fair_esm:
-        together = hashlib.sha256(repr((prints, str(checkpoint.arch))).encode()).hexdigest()[:32]
-        return WeightsId(together, f"{checkpoint.words}, from {place}")
+        return WeightsId(fingerprint, f"{checkpoint.words}, from {place}")
     name = KNOWN.get(checkpoint.arch, "")
-    if is_official(checkpoint.files[0], name, prints[0], is_kept):
-        return WeightsId(prints[0], f"fair-esm's own {name} (sha256 verified)")
+    if is_official(checkpoint.files[0], name, fingerprint, is_kept):
+        return WeightsId(fingerprint, f"fair-esm's own {name} (sha256 verified)")
     caveat = ", not one of fair-esm's own files" if name in OFFICIAL else ""
-    return WeightsId(prints[0], f"{checkpoint.words}{caveat}, from {place}")
+    return WeightsId(fingerprint, f"{checkpoint.words}{caveat}, from {place}")
+
+
+def fingerprint_of(checkpoint: Checkpoint) -> str:
+    """Return a fingerprint of the bytes of all files that the numbers come from, after a check of these.
+
+    Raises
+    ------
+    ValueError
+        If some bytes do not have the checksum that their file states.
+    """
+    prints = [check_and_fingerprint(file) for file in checkpoint.files]
+    if checkpoint.is_fair_esm:
+        return prints[0]
+    return hashlib.sha256(repr((prints, str(checkpoint.arch))).encode()).hexdigest()[:32]
 
 
 def load_model(
@@ -129,7 +142,8 @@ def load_model(
     Raises
     ------
     ValueError
-        If the checkpoint is damaged, incomplete or of another architecture.
+        If the checkpoint is damaged, incomplete or of another architecture, or is not that of the fingerprint
+        any more when it would be kept.
     """
     arch, path = architecture(config), None
     if kernels.quantized and fingerprint is not None and config.weights != RANDOM:
@@ -142,8 +156,24 @@ def load_model(
         if kernels.quantized:
             quantize_(model, kernels.quantized)
         if path is not None:
+            refuse_if_changed(config, fingerprint)
             quantized_cache.keep(model, path)
     return model.eval().requires_grad_(False)
+
+
+def refuse_if_changed(config: ModelConfig, fingerprint: str | None) -> None:
+    """Make sure that a checkpoint is still what it was when its fingerprint was taken.
+
+    Others may put new weights in its place meanwhile, and what is kept under the fingerprint serves every
+    later start.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    if fingerprint_of(open_weights(config)) != fingerprint:
+        raise ValueError(f"{locate(config)} was changed while it was read: start again")
 
 
 def tensor_source(config: ModelConfig, device: torch.device) -> Callable[[str], Tensor]:

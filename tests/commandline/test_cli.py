@@ -35,6 +35,11 @@ REFUSED = {
     "input=x selfcheck.proteins=0": r"selfcheck.proteins=0 is too small: use 1 or more",
     "input=x selfcheck.min_cosine=0.99": r"'selfcheck.min_cosine' is no key any more: write "
     r"selfcheck.max_spread_error=0.03, since",
+    "input=x selfcheck.max_spread_error=3%": r"max_spread_error=3% is not a number: for example "
+    r"selfcheck.max_spread_error=0.03, or selfcheck.max_spread_error=null",
+    "input=x selfcheck.min_neighbours_kept=most": r"for example selfcheck.min_neighbours_kept=0.99, or ",
+    "input=x fp8=ffn": r"fp8=ffn is not for dtype=auto: use dtype=fp8 with it, or leave it out",
+    "input=x fp8=ffn dtype=bf16": r"fp8=ffn is not for dtype=bf16: use dtype=fp8 with it, or leave it out",
     "input=x selfcheck.max_spread_error=-1": r"selfcheck.max_spread_error=-1.0 is no limit: use 0 or more",
     "input=x selfcheck.max_spread_error=nan": r"selfcheck.max_spread_error=nan is no limit: use 0 or more",
     "input=x selfcheck.min_neighbours_kept=99": r"min_neighbours_kept=99.0 is no share: use 0 to 1, for",

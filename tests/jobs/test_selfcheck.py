@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_esm import Embedder
-from dist_esm.config import Config, Include, ModelConfig, SelfcheckConfig
+from dist_esm.config import Config, Include, ModelConfig, SaveDtype, SelfcheckConfig
 from dist_esm.distributed import World
 from dist_esm.jobs.selfcheck.compare import Limits, RankCheck, compare, list_problems, make_table
 from dist_esm.jobs.selfcheck.job import check_bits, compare_models, describe_protein, full_packs
@@ -189,6 +189,40 @@ def test_over_the_limits_is_exit_code_1_and_nothing_of_an_embedding_is_touched(t
     assert content == there
 
 
+def test_numbers_are_judged_as_they_are_saved(tmp_path):
+    """In fp32 half precision is all that they lose, of every kind alike, and no fault."""
+    weights = write_checkpoint(tmp_path / "hard.pt", A8M, random_state(A8M, hard=True))
+    settings = ("dtype=fp32", "save_dtype=float16", "include=[mean,bos,per_tok]", "toks_per_batch=600")
+    few = ("selfcheck.proteins=24", "truncation_seq_length=40", f"model.weights={weights}", "device=cpu")
+    result, found = selfcheck(PROTEINS, tmp_path / "out", *settings, *few)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for comparison in found["ranks"][0]["comparisons"]:
+        assert 1e-4 < comparison["largest_relative_error"] < 2**-11
+    assert found["limits"]["mean"]["max_relative_error"] == pytest.approx(1e-5 + 2**-11)
+
+
+@pytest.mark.distributed
+def test_what_is_over_a_limit_says_what_is_closer_and_that_is_so(tmp_path):
+    arch = Architecture(2, 64, 4)
+    weights = write_checkpoint(tmp_path / "narrow.pt", arch, random_state(arch, seed=1, hard=True))
+    settings = ("model=auto", f"model.weights={weights}", "device=cpu", "toks_per_batch=1000")
+    settings += ("selfcheck.max_spread_error=0.03", "selfcheck.min_neighbours_kept=0", "linear=torch")
+    errors = {}
+    for dtype, closer in (
+        (("dtype=fp8",), "fp8=ffn, or dtype=bf16"),
+        (("dtype=fp8", "fp8=ffn"), "dtype=bf16"),
+        (("dtype=bf16",), None),
+    ):
+        line = [f"input={PROTEINS}", f"output_dir={tmp_path / 'out'}", "job=selfcheck", *settings, *dtype]
+        result = run_ranks(None, *line, XDG_CACHE_HOME=str(tmp_path))
+        assert (result.returncode == 0) is (closer is None), result.stdout + result.stderr
+        said = [row for row in result.stdout.splitlines() if row.startswith("closer")]
+        assert said == ([] if closer is None else [f"closer to fair-esm's numbers: {closer}"])
+        found = json.loads((tmp_path / "out" / "selfcheck.json").read_text())
+        errors[dtype] = found["ranks"][0]["comparisons"][0]["worst_error"]
+    assert list(errors.values()) == sorted(errors.values(), reverse=True)
+
+
 def test_an_input_without_a_protein_is_refused(tmp_path):
     (tmp_path / "a.fasta").write_text(">empty\n")
     result, found = selfcheck(tmp_path / "a.fasta", tmp_path / "out", "model.weights=random")
@@ -297,6 +331,35 @@ def test_another_model_is_over_the_limit_in_bf16(parts):
     assert "OVER" in make_table([rank])
 
 
+def leaving_fp16() -> dict[str, torch.Tensor]:
+    """Weights with a product that fp16 cannot hold where a protein has a tryptophan."""
+    state = random_state(A8M, seed=3)
+    token = state["embed_tokens.weight"][Alphabet.from_architecture("ESM-1b").get_idx("W")]
+    direction = (token - token.mean()) / (token - token.mean()).norm()
+    state["layers.0.self_attn.out_proj.weight"] *= 0.01
+    state["layers.0.final_layer_norm.weight"].fill_(1)
+    state["layers.0.final_layer_norm.bias"].fill_(0)
+    state["layers.0.fc1.weight"][5] = 5e3 * direction
+    state["layers.0.fc2.weight"][:, 5] *= 1e-6
+    return state
+
+
+@pytest.mark.distributed
+def test_what_leaves_the_range_of_a_dtype_is_computed_again_as_in_a_run_and_named(tmp_path):
+    weights = write_checkpoint(tmp_path / "a.pt", A8M, leaving_fp16())
+    (tmp_path / "a.fa").write_text(">a\nMKTAYIAKQR\n>b\nMKTAYIAKQRWISF\n>c\nGAVLIPFMK\n")
+    settings = (f"model.weights={weights}", "dtype=fp16", "toks_per_batch=60", "device=cpu")
+    result, found = selfcheck(tmp_path / "a.fa", tmp_path / "out", *settings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    again = "b (a.fa, 14 residues)"
+    line = "rank 0: not finite in float16, so computed again in a wider dtype, as a run does: 1 proteins: "
+    assert f"{line}{again}\n" in result.stdout
+    assert found["ranks"][0]["recomputed"] == [again]
+    (comparison,) = found["ranks"][0]["comparisons"]
+    assert comparison["worst_error"] < 0.03
+    assert comparison["worst_protein"] != again  # which is in fp32
+
+
 class InCompany(Engine):
     """An engine whose answers depend on the company: the last bit of one number."""
 
@@ -372,8 +435,13 @@ def test_limits_by_default_and_by_key():
     assert Limits.of(config, torch.float16, Include.per_tok) == Limits(None, 0.03, 0.3, 0.95)
     assert Limits.of(config, torch.float8_e4m3fn, Include.mean) == Limits(None, 0.1, 0.1, 0.98)
     assert Limits.of(config, torch.float8_e4m3fn, Include.per_tok) == Limits(None, 0.1, 1.0, 0.9)
+    half = SaveDtype.float16
+    assert Limits.of(config, torch.float32, Include.mean, half) == Limits(1e-5 + 2**-11, 0.03, 0.03, 0.99)
+    assert Limits.of(config, torch.float32, Include.bos, half) == Limits(1e-4 + 2**-11, 0.09, 0.09, 0.95)
+    assert Limits.of(config, torch.bfloat16, Include.mean, half) == Limits(None, 0.03, 0.03, 0.99)
     mine = SelfcheckConfig(max_spread_error=0.1, min_neighbours_kept=0.5, max_relative_error=0.01)
     assert Limits.of(mine, torch.bfloat16, Include.mean) == Limits(0.01, 0.1, 0.1, 0.5)
+    assert Limits.of(mine, torch.float32, Include.mean, half) == Limits(0.01, 0.1, 0.1, 0.5)
     assert Limits.of(mine, torch.float8_e4m3fn, Include.mean) == Limits(0.01, 0.1, 0.1, 0.5)
     assert Limits.of(mine, torch.float32, Include.per_tok) == Limits(0.1, 0.1, 1.0, 0.0)
 
@@ -461,6 +529,7 @@ def test_a_sample_too_small_or_all_alike_is_said_in_the_table():
             table = make_table([replace(LINE, comparisons=(found,))])
             assert said in table
             assert "too few" in table
+            assert (found.worst_cosine is None) == ("  none  " in table) == (found.spread == 0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -483,7 +552,7 @@ def test_a_vector_of_zeros_is_right_where_fair_esm_has_zeros_and_nowhere_else():
     for both in (zeros, [*zeros, *theirs]):
         found = judge(Include.mean, both, both)
         assert (found.is_within, found.worst_error, found.largest_relative_error) == (True, 0, 0)
-        assert found.worst_cosine == 1
+        assert found.worst_cosine == (1 if found.spread else None)
 
 
 def test_one_residue_far_off_is_over_the_limit_though_its_protein_is_not():

@@ -68,3 +68,8 @@ def test_a_directory_goes_on_with_what_it_was_begun_with(tmp_path, monkeypatch, 
     assert "packs of 12672 tokens, not 25344: output_dir was begun so (rank 0" in caplog.text
     assert settled(config(resume=False), 80 * GB, monkeypatch) is None
     assert settled(config(toks_per_batch=4096), 9 * GB, monkeypatch) == 4096
+    caplog.clear()
+    recorded.write_text(json.dumps({"format_version": 2, "settings": {"toks_per_batch": 25_344}}))
+    assert settled(config(), 9 * GB, monkeypatch) is None, "the same command goes on, and tries"
+    assert caplog.records == []
+    assert settled(config(resume=False), 9 * GB, monkeypatch) == 12_672

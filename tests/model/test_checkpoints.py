@@ -22,6 +22,7 @@ from dist_esm.model.esm2 import Architecture
 from dist_esm.model.kernels.choose import PLAIN
 from dist_esm.model.weights import check_weights, complete, load_model, open_weights
 from helpers.checkpoints import A8M, random_state, write_checkpoint
+from helpers.nobody import be_nobody
 
 ARCH = Architecture(2, 96, 6)
 STATE = random_state(ARCH)
@@ -350,6 +351,10 @@ def test_fair_esms_own_files_are_known_by_their_sha256(tmp_path, monkeypatch, ca
     assert len(caplog.records) == 1, "the sum is taken once for a machine"
     monkeypatch.setitem(locate.OFFICIAL, "esm2_t6_8M_UR50D", (len(content), "0" * 64))
     assert "not one of fair-esm's own files" in check_weights(auto(path)).words
+    be_nobody(monkeypatch)  # who can keep nothing, and does not need to
+    assert "not one of fair-esm's own files" in check_weights(auto(path)).words
+    with pytest.raises(ValueError, match="has no home directory: set XDG_CACHE_HOME to a folder of your own"):
+        locate.fetch(auto("some/esm2_tuned"))
 
 
 def test_a_size_that_does_not_fit_the_name_is_refused_with_the_remedy(tmp_path):

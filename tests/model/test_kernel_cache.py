@@ -15,6 +15,7 @@ import torch
 from dist_esm.model.kernels import kernel_cache as aot
 from helpers.c_kernel import FORM, SOURCE, Compiler, answer
 from helpers.command import environment
+from helpers.nobody import be_nobody
 from helpers.warm import WarmProcess
 
 pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is not installed")
@@ -81,13 +82,21 @@ def test_what_was_damaged_is_compiled_anew(cache, damage):
 
 
 @pytest.mark.parametrize(
-    "obstacle", ["Not a directory", "no-such-compiler", "undefined reference to `missing'"]
+    "obstacle",
+    [
+        "Not a directory",
+        "no-such-compiler",
+        "undefined reference to `missing'",
+        "has no home directory: set XDG",
+    ],
 )
 def test_a_kernel_that_cannot_be_kept_serves_this_process_and_a_warning_says_so(
     tmp_path, monkeypatch, caplog, obstacle
 ):
     source = SOURCE
-    if obstacle == "Not a directory":
+    if obstacle.startswith("has no home"):
+        be_nobody(monkeypatch)
+    elif obstacle == "Not a directory":
         (tmp_path / "cache").write_text("a file where the folder should be")
     elif obstacle == "no-such-compiler":
         monkeypatch.setenv("CC", obstacle)

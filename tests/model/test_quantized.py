@@ -16,7 +16,12 @@ from dist_esm.model import quantize, weights
 from dist_esm.model.engine import Engine
 from dist_esm.model.esm2 import ESM2, Architecture
 from dist_esm.model.kernels.attention import TILE, Seqlens
-from dist_esm.model.kernels.choose import choose_dtype, choose_kernels, quantized_products
+from dist_esm.model.kernels.choose import (
+    choose_dtype,
+    choose_for_quantized,
+    choose_kernels,
+    quantized_products,
+)
 from dist_esm.model.kernels.linear import TorchLinear
 from dist_esm.model.kernels.quantized import E4M3, LARGEST, QuantizedLinear, to_e4m3
 from dist_esm.model.kernels.rounding import round_block, round_weights
@@ -137,18 +142,23 @@ def test_a_channel_of_zeros_stays_so():
 
 
 @pytest.mark.parametrize(
-    ("linear", "message"),
-    [
-        ("auto", "dtype=fp8 needs a Hopper GPU .compute capability 9.0., this is cpu: use dtype=auto"),
-        ("quack", "dtype=fp8 needs a Hopper GPU .compute capability 9.0., this is cpu: use dtype=auto"),
-        ("triton", "linear=triton has no products of 8-bit numbers for dtype=fp8: use linear=auto"),
-        ("cublas", "linear=cublas has no products of 8-bit numbers for dtype=fp8: use linear=auto"),
-    ],
+    ("fp8", "remedy"), [(Fp8.all, "use dtype=auto"), (Fp8.ffn, "use dtype=auto, and leave out fp8")]
 )
-def test_8_bit_products_run_or_say_what_they_need(linear, message):
-    products = quantized_products(Dtype.fp8, Fp8.all)
+@pytest.mark.parametrize("linear", ["auto", "quack", "triton", "cublas"])
+def test_8_bit_products_run_or_say_what_they_need(linear, fp8, remedy):
+    products = quantized_products(Dtype.fp8, fp8)
+    message = rf"^dtype=fp8 needs a Hopper GPU \(compute capability 9.0\), this is cpu: {remedy}$"
     with pytest.raises(ValueError, match=message):
         choose_kernels(Attention.auto, LinearKind[linear], CPU, choose_dtype(Dtype.fp8, CPU), 64, products)
+
+
+@pytest.mark.parametrize("linear", ["triton", "cublas"])
+def test_where_8_bit_products_run_others_are_refused_by_name(linear):
+    message = f"linear={linear} has no products of 8-bit numbers for dtype=fp8: use linear=auto"
+    products = quantized_products(Dtype.fp8, Fp8.all)
+    with pytest.raises(ValueError, match=message):
+        choose_for_quantized(LinearKind[linear], None, products)
+    assert choose_for_quantized(LinearKind.auto, None, products) == "quack"
 
 
 def test_a_protein_that_saturates_is_embedded_again_in_fp32(tmp_path, monkeypatch):

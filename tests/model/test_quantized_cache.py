@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import resource
@@ -17,6 +18,7 @@ import torch
 from dist_esm import Embedder
 from dist_esm.config import Attention, Dtype, Fp8, LinearKind, ModelConfig
 from dist_esm.model import quantize, quantized_cache, weights
+from dist_esm.model.checkpoints.checkpoint import read_checkpoint
 from dist_esm.model.engine import Engine
 from dist_esm.model.esm2 import ESM2, Architecture
 from dist_esm.model.kernels.choose import choose_kernels, quantized_products
@@ -26,11 +28,14 @@ from helpers.checkpoints import A650M_SHAPED, random_state, write_checkpoint
 from helpers.command import environment
 from helpers.data import real_proteins
 from helpers.layers import segment_of
+from helpers.nobody import be_nobody
 from helpers.warm import WarmProcess
 
 CPU = torch.device("cpu")
 NARROW = Architecture(2, 64, 4)
 BF16 = torch.bfloat16
+OWN = "its own"
+"""Stands for the fingerprint that the weights have."""
 
 
 @pytest.fixture(autouse=True)
@@ -55,14 +60,14 @@ def config(tmp_path) -> ModelConfig:
     return config_of(tmp_path / "narrow.pt", NARROW)
 
 
-def config_of(path: Path, arch: Architecture) -> ModelConfig:
-    write_checkpoint(path, arch, random_state(arch, seed=1, hard=True))
+def config_of(path: Path, arch: Architecture, seed: int = 1) -> ModelConfig:
+    write_checkpoint(path, arch, random_state(arch, seed=seed, hard=True))
     return ModelConfig(path.stem, arch.num_layers, arch.embed_dim, arch.attention_heads, str(path))
 
 
 def load(
     config: ModelConfig,
-    fingerprint: str | None = "f1",
+    fingerprint: str | None = OWN,
     fp8: Fp8 = Fp8.all,
     device: torch.device = CPU,
     linear: LinearKind = LinearKind.torch,
@@ -70,7 +75,15 @@ def load(
     products = quantized_products(Dtype.fp8, fp8)
     head_dim = config.embed_dim // config.attention_heads
     kernels = choose_kernels(Attention.auto, linear, device, BF16, head_dim, products)
+    if fingerprint == OWN:
+        fingerprint = fingerprint_of(config.weights)
     return weights.load_model(config, device, BF16, kernels, fingerprint)
+
+
+@functools.cache
+def fingerprint_of(path: str) -> str:
+    """That of a checkpoint when it was first asked for: later it may be gone."""
+    return weights.fingerprint_of(read_checkpoint(Path(path)))
 
 
 def kept_files(cache: Path) -> list[Path]:
@@ -140,6 +153,10 @@ def test_what_the_bits_depend_on_is_in_the_name(monkeypatch, tmp_path):
     paths.append(path())
     torch.set_num_threads(threads)
     assert path() == paths[0]
+    for setting in ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA"):
+        with monkeypatch.context() as patch:
+            patch.setenv(setting, "COMPATIBLE")
+            paths.append(path())
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "9.9")
         quantized_cache.code_hash.cache_clear()
@@ -154,11 +171,11 @@ def test_what_the_bits_depend_on_is_in_the_name(monkeypatch, tmp_path):
     assert len(set(paths)) == len(paths)
 
 
-def test_the_file_of_other_code_goes_and_those_of_other_models_stay(config, cache, monkeypatch):
+def test_the_file_of_other_code_goes_and_those_of_other_models_stay(config, cache, tmp_path, monkeypatch):
     load(config)
     (old,) = kept_files(cache)
     (cache / f".{old.name}.{'0' * 32}.tmp").write_bytes(b"of a process that was killed")
-    load(config, fingerprint="f2")
+    load(config_of(tmp_path / "other.pt", NARROW, seed=2))
     load(config, fp8=Fp8.ffn)
     others = {path for path in kept_files(cache) if path != old}
     monkeypatch.setattr(quantized_cache, "code_hash", lambda: "other")
@@ -197,13 +214,34 @@ def test_a_damaged_file_is_not_used_but_made_again(config, cache, caplog, damage
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("obstacle", ["no folder", "full disk", "write fails", "folder of others"])
+@pytest.mark.parametrize("what", ["of another model", "something else"])
+def test_a_whole_file_under_the_wrong_name_is_not_used(config, cache, tmp_path, caplog, what):
+    rounded = load(config)
+    (path,) = kept_files(cache)
+    if what == "of another model":
+        load(config_of(tmp_path / "other.pt", NARROW, seed=2))
+        (other,) = (other for other in kept_files(cache) if other != path)
+        other.replace(path)
+    else:
+        torch.save({"weights": torch.zeros(3)}, path)
+        path.chmod(0o600)
+    with caplog.at_level(logging.WARNING, "dist_esm"):
+        assert_same(load(config), rounded)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the weights are rounded again, not taken from disk: {path} is damaged"
+    ]
+    assert_same(load(config), rounded)
+
+
+@pytest.mark.parametrize("obstacle", ["no folder", "full disk", "write fails", "folder of others", "no home"])
 def test_where_nothing_can_be_kept_the_model_is_rounded_and_one_line_says_so(
     config, cache, tmp_path, monkeypatch, caplog, obstacle
 ):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if obstacle == "no folder":
         (tmp_path / "cache").write_text("a file where the folder should be")
+    elif obstacle == "no home":
+        be_nobody(monkeypatch)
     elif obstacle == "folder of others":
         cache.mkdir(parents=True)
         cache.chmod(0o777)
@@ -242,13 +280,14 @@ from dist_esm.model import weights
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from test_quantized_cache import load
-model = load(ModelConfig("narrow", 2, 64, 4, sys.argv[2]))
+model = load(ModelConfig("narrow", 2, 64, 4, sys.argv[2]), sys.argv[3])
 print(sum(int(tensor.view(torch.uint8).long().sum()) for tensor in model.state_dict().values()))
 """
 
 
 def test_processes_that_begin_at_once_all_load_the_model_and_leave_one_file(config, cache):
     line = [sys.executable, "-c", PROCESS, str(Path(__file__).parent), config.weights]
+    line.append(fingerprint_of(config.weights))
     sums = set()
     for _ in range(2):
         processes = [WarmProcess(line, environment()) for _ in range(3)]
@@ -269,6 +308,24 @@ def test_without_a_lock_the_model_is_kept_all_the_same(config, cache):
     path.with_suffix(".lock").mkdir()
     assert_same(load(config), rounded)
     assert kept_files(cache) == [path]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_weights_that_are_replaced_while_they_are_loaded_are_not_kept_as_those_before(
+    config, cache, tmp_path, in_place
+):
+    """What is kept would serve every later start with the weights before."""
+    path, other = Path(config.weights), config_of(tmp_path / "other.pt", NARROW, seed=2).weights
+    before, fingerprint = path.read_bytes(), fingerprint_of(config.weights)
+    if in_place:
+        path.write_bytes(Path(other).read_bytes())
+    else:
+        os.replace(other, path)
+    with pytest.raises(ValueError, match=rf"{path} was changed while it was read: start again"):
+        load(config, fingerprint)
+    assert kept_files(cache) == []
+    path.write_bytes(before)
+    assert_same(load(config, fingerprint), load(config, fingerprint=None))
 
 
 def test_random_weights_are_not_kept(cache):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from itertools import combinations
+from itertools import combinations, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from esm.modules import RobertaLMHead
 from safetensors.torch import load_file
 
 from dist_esm import Embedder
@@ -23,6 +25,7 @@ from helpers.fasta import read_sequences
 
 REFERENCE = DATA / "reference"
 FASTPLMS = REFERENCE / "fastplms_means.safetensors"
+FASTPLMS_RESIDUES = load_file(REFERENCE / "fastplms_residues.safetensors")
 TWO_IN_BF16 = 0.06
 """How far apart two results in bf16 may be, each within 3% of the spread of fp32."""
 GPU = {
@@ -73,6 +76,48 @@ def test_the_means_of_three_proteins_are_those_of_fair_esms_modules_in_bf16(name
     texts = list(read_sequences(REFERENCE / "fastplms.fa").values())
     ours = Embedder(name).embed(texts)
     assert max(measure(list(ours), list(load_file(FASTPLMS)[name].numpy())).errors) <= TWO_IN_BF16
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.weights(name)) for name in load_file(FASTPLMS)],
+)
+def test_the_residues_of_three_proteins_are_those_of_fair_esms_modules_in_bf16(name):
+    """And so are their logits, once the checkpoint's own head is on them."""
+    texts = list(read_sequences(REFERENCE / "fastplms.fa").values())
+    ours = np.vstack(Embedder(name).embed(texts, include="per_tok"))
+    theirs = FASTPLMS_RESIDUES[f"{name}.residues"].float().numpy()
+    errors = np.square(measure(list(ours), list(theirs)).errors)
+    bounds = np.cumsum([0, *map(len, texts)])
+    for start, stop in pairwise(bounds):
+        assert np.sqrt(errors[start:stop].mean()) <= TWO_IN_BF16
+    logits = head_of(name)(torch.from_numpy(ours)).detach()
+    assert (
+        logits.argmax(1).tolist()
+        == np.concatenate([tokenize(text.encode())[1:-1] for text in texts]).tolist()
+    )
+    expected = FASTPLMS_RESIDUES[f"{name}.logits"].float()
+    assert float((logits - expected).square().mean() / expected.var()) <= TWO_IN_BF16**2
+
+
+def head_of(name: str) -> torch.nn.Module:
+    """The head of a checkpoint that makes logits of the last layer's residues."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.pt"
+    state = torch.load(path, map_location="cpu", weights_only=False)["model"]
+    prefix = "encoder.lm_head."
+    own = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
+    weight = torch.nn.Parameter(own["weight"])
+    head = RobertaLMHead(weight.shape[1], len(weight), weight)
+    head.load_state_dict(own)
+    return head
+
+
+def test_the_stored_residues_come_to_the_stored_means():
+    lengths = [len(text) for text in read_sequences(REFERENCE / "fastplms.fa").values()]
+    for name, means in load_file(FASTPLMS).items():
+        residues = FASTPLMS_RESIDUES[f"{name}.residues"].float().split(lengths)
+        ours = [rows.mean(0).numpy() for rows in residues]
+        assert max(measure(ours, list(means.numpy())).errors) < 0.005  # they are rounded to fp16
 
 
 @pytest.mark.weights("esm2_t6_8M_UR50D")

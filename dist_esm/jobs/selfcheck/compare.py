@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_esm.config import Include, SelfcheckConfig
+from dist_esm.config import Fp8, Include, SaveDtype, SelfcheckConfig
 from dist_esm.jobs.selfcheck.yardstick import FEWEST_WITH_NEIGHBOURS, measure
 from dist_esm.types import SegmentEmbedding
 
 MAX_RELATIVE_ERROR = {torch.float32: 1e-5}
+LOST_WHEN_SAVED = {SaveDtype.float32: 0.0, SaveDtype.float16: 2.0**-11}
+"""By so much of its length a vector may change when it is saved."""
 MAX_SPREAD_ERROR, MAX_SPREAD_ERROR_FP8 = 0.03, 0.1
 MIN_NEIGHBOURS_KEPT, MIN_NEIGHBOURS_KEPT_FP8 = 0.99, 0.98
 BOS_FACTOR = 3
@@ -44,11 +46,20 @@ class Limits:
     """Over the sample."""
 
     @classmethod
-    def of(cls, config: SelfcheckConfig, dtype: torch.dtype, include: Include) -> Limits:
-        """Return the limits of a representation, from the configuration or by default for the dtype."""
-        error = (
-            MAX_RELATIVE_ERROR.get(dtype) if config.max_relative_error is None else config.max_relative_error
-        )
+    def of(
+        cls,
+        config: SelfcheckConfig,
+        dtype: torch.dtype,
+        include: Include,
+        save_dtype: SaveDtype = SaveDtype.float32,
+    ) -> Limits:
+        """Return the limits of a representation, from the configuration or by default for the dtypes.
+
+        By default a relative error may be larger by what numbers lose that are saved in half precision.
+        """
+        error, lost = config.max_relative_error, 0.0
+        if error is None and dtype in MAX_RELATIVE_ERROR:
+            error, lost = MAX_RELATIVE_ERROR[dtype], LOST_WHEN_SAVED[save_dtype]
         is_fp8 = dtype is torch.float8_e4m3fn
         most, kept = config.max_spread_error, config.min_neighbours_kept
         if most is None:
@@ -56,8 +67,8 @@ class Limits:
         if kept is None:
             kept = MIN_NEIGHBOURS_KEPT_FP8 if is_fp8 else MIN_NEIGHBOURS_KEPT
         if include is Include.mean:
-            return cls(error, most, most, kept)
-        error = None if error is None else TOKEN_FACTOR * error
+            return cls(None if error is None else error + lost, most, most, kept)
+        error = None if error is None else TOKEN_FACTOR * error + lost
         kept = max(0.0, round(1 - TOKEN_NEIGHBOURS_FACTOR * (1 - kept), 12))
         if include is Include.bos:
             return cls(error, BOS_FACTOR * most, BOS_FACTOR * most, kept)
@@ -87,9 +98,9 @@ class Comparison:
     median_error: float
     shift: float
     """|mean of (ours - theirs)| / spread: the part of the error that all vectors share."""
-    worst_cosine: float
-    """Least cosine after fair-esm's mean over the sample was subtracted from both."""
-    median_cosine: float
+    worst_cosine: float | None
+    """Least cosine after fair-esm's mean over the sample was subtracted from both; None: nothing is left."""
+    median_cosine: float | None
     neighbours_kept: float | None
     """Share of each vector's 10 nearest that stay its 10 nearest; None: the sample is too small."""
     nearest_kept: float | None
@@ -128,6 +139,8 @@ class RankCheck:
     bits: tuple[str, ...]
     """Digest of each protein's embedding, alone, in the order of the sample."""
     seconds: float
+    recomputed: tuple[str, ...] = ()
+    """Proteins that were not finite and were computed again in a wider dtype."""
 
 
 def compare(
@@ -179,8 +192,8 @@ def compare(
         worst_vector=worst_vector,
         median_error=distance.median_error if distance.spread else float(np.median(errors)),
         shift=distance.shift if distance.spread else worst,
-        worst_cosine=distance.worst_cosine,
-        median_cosine=distance.median_cosine,
+        worst_cosine=distance.worst_cosine if distance.spread else None,
+        median_cosine=distance.median_cosine if distance.spread else None,
         neighbours_kept=kept,
         nearest_kept=None if kept is None else distance.nearest_kept,
         largest_relative_error=relative,
@@ -242,6 +255,13 @@ def list_problems(ranks: Sequence[RankCheck], names: Sequence[str]) -> list[str]
                     f"({device}) for {count_and_name(differing)}"
                 )
     return lines
+
+
+def more_exact(dtype: torch.dtype, fp8: Fp8) -> str:
+    """Say which keys bring numbers closer to fair-esm's; "" if there are none."""
+    if dtype is torch.float8_e4m3fn:
+        return "dtype=bf16" if fp8 is Fp8.ffn else "fp8=ffn, or dtype=bf16"
+    return "dtype=fp32" if dtype in (torch.bfloat16, torch.float16) else ""
 
 
 def count_and_name(proteins: Sequence[str]) -> str:
@@ -306,7 +326,7 @@ def make_table(ranks: Sequence[RankCheck]) -> str:
                 in_words(comparison),
                 f"{comparison.median_error:.3g}",
                 f"{comparison.shift:.3g}",
-                f"{comparison.worst_cosine:.6f}",
+                "none" if comparison.worst_cosine is None else f"{comparison.worst_cosine:.6f}",
                 share_kept(comparison.neighbours_kept),
                 share_kept(comparison.nearest_kept),
                 f"{comparison.largest_relative_error:.1e}",
@@ -329,6 +349,11 @@ def make_table(ranks: Sequence[RankCheck]) -> str:
             f"fair-esm on {rank.fair_esm_device}): "
             f"{rank.num_answers} answers of {rank.num_packs} full packs in two orders: {bits}"
         )
+        if rank.recomputed:
+            lines.append(
+                f"rank {rank.rank}: not finite in {rank.dtype}, so computed again in a wider dtype, as a run "
+                f"does: {count_and_name(rank.recomputed)}"
+            )
     devices = {rank.kind_of_device for rank in ranks}
     if len(ranks) > 1:
         agree = all(

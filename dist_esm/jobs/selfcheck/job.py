@@ -20,9 +20,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dist_esm.atomic import atomically
+from dist_esm.attempt import as_value
 from dist_esm.config import Config, plain_values
 from dist_esm.distributed import RefusedError, World
 from dist_esm.jobs.report.write import versions
@@ -35,6 +38,7 @@ from dist_esm.jobs.selfcheck.compare import (
     compare,
     list_problems,
     make_table,
+    more_exact,
 )
 from dist_esm.jobs.selfcheck.oracle import (
     FairEsmResult,
@@ -56,6 +60,7 @@ from dist_esm.model.memory import meminfo
 from dist_esm.model.pool import combine
 from dist_esm.names import printable
 from dist_esm.pipeline.packer import Packer
+from dist_esm.pipeline.retry import have_finite_sums
 from dist_esm.planning.agree import agree_on_plan
 from dist_esm.planning.pipes import remove_copies
 from dist_esm.types import FastaFile, Pack, Segment, SegmentEmbedding
@@ -105,6 +110,9 @@ def selfcheck(config: Config, world: World) -> int:
         print(f"and {len(unread) - MAX_UNREAD} more, all in selfcheck.json")
     for line in over:
         print(f"over: {line}")
+    closer = more_exact(setup.precision, config.fp8)
+    if closer and any(not comparison.is_within for rank in ranks for comparison in rank.comparisons):
+        print(f"closer to fair-esm's numbers: {closer}")
     print("over the limits" if over else "ok: within the limits", flush=True)
     return 1 if over else 0
 
@@ -135,9 +143,12 @@ class EngineResult:
     """The embeddings by our own forward, and whether their bits depend on the company in a pack."""
 
     alone: list[list[SegmentEmbedding]]
-    """For each protein the embeddings of its segments, each embedded alone."""
+    """For each protein the embeddings of its segments, each embedded alone; what is not finite is computed
+    again in a wider dtype, as in a run."""
     other_bits: dict[int, float]
     """Index of each protein with other bits in some pack, and the largest difference."""
+    recomputed: list[int]
+    """Indices of the proteins that were computed again."""
     num_packs: int
     num_answers: int
     toks_per_batch: int
@@ -176,7 +187,10 @@ def _load_and_check_bits(
 
 
 def check_bits(engine: Engine, proteins: Sequence[SampledProtein]) -> EngineResult:
-    """Embed each protein alone, then all of them in full packs in two orders, and compare."""
+    """Embed each protein alone, then all of them in full packs in two orders, and compare.
+
+    What is not finite is computed again after that.
+    """
     segments = [segment for index, protein in enumerate(proteins) for segment in segments_of(index, protein)]
     alone: list[list[SegmentEmbedding]] = [[] for _ in proteins]
     for segment in segments:
@@ -189,8 +203,18 @@ def check_bits(engine: Engine, proteins: Sequence[SampledProtein]) -> EngineResu
             difference = bit_difference(alone[segment.protein][segment.part], embedding)
             if difference is not None:
                 other_bits[segment.protein] = max(difference, other_bits.get(segment.protein, 0.0))
+    recomputed = []
+    for segment in segments:
+        embedding = alone[segment.protein][segment.part]
+        if not have_finite_sums([embedding]):
+            recomputed.append(segment.protein)
+            wider = as_value(engine.recompute, segment)
+            if isinstance(wider, SegmentEmbedding):  # else it stays as it is, over any limit
+                alone[segment.protein][segment.part] = wider
     num_answers = sum(len(pack.segments) for pack in packs)
-    return EngineResult(alone, other_bits, len(packs), num_answers, engine.toks_per_batch)
+    return EngineResult(
+        alone, other_bits, sorted(set(recomputed)), len(packs), num_answers, engine.toks_per_batch
+    )
 
 
 def full_packs(segments: Sequence[Segment], capacity: int) -> list[Pack]:
@@ -219,7 +243,7 @@ def compare_models(
     world: World,
     seconds: float,
 ) -> RankCheck:
-    """Compare the embeddings by both models."""
+    """Compare the embeddings by both models, ours with the precision that they are saved in."""
     names = [describe_protein(protein) for protein in proteins]
     representations = compared_representations(config)
     our_embeddings = [
@@ -231,9 +255,9 @@ def compare_models(
             include,
             layer,
             names,
-            [embedding[include, layer] for embedding in our_embeddings],
+            [as_saved(embedding[include, layer], config) for embedding in our_embeddings],
             [embedding[include, layer] for embedding in theirs.embeddings],
-            Limits.of(config.selfcheck, setup.precision, include),
+            Limits.of(config.selfcheck, setup.precision, include, config.save_dtype),
         )
         for include, layer in representations
     ]
@@ -257,7 +281,14 @@ def compare_models(
         other_tokens=tuple(names[index] for index in theirs.other_tokens),
         bits=tuple(digest_of_bits(segments) for segments in ours.alone),
         seconds=round(seconds, 3),
+        recomputed=tuple(names[index] for index in ours.recomputed),
     )
+
+
+def as_saved(values: NDArray[np.float32], config: Config) -> NDArray[np.float32]:
+    """Return numbers rounded to `save_dtype`; what is too large for it is infinite."""
+    with np.errstate(over="ignore"):
+        return values.astype(config.save_dtype.name).astype(np.float32)
 
 
 def digest_of_bits(segments: Sequence[SegmentEmbedding]) -> str:
@@ -290,7 +321,7 @@ def write_selfcheck(
         "over": over,
         "model": {"weights_from": config.model.weights or str(locate(config.model)), **setup.provenance},
         "limits": {
-            include.name: asdict(Limits.of(config.selfcheck, setup.precision, include))
+            include.name: asdict(Limits.of(config.selfcheck, setup.precision, include, config.save_dtype))
             for include in includes
         },
         "proteins_seen": num_seen,

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dist_esm.attempt import as_value
+from dist_esm.model.kernels.kernel_cache import user_cache
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json")
@@ -30,14 +31,20 @@ def is_id(text: str) -> bool:
 
 
 def cache_dir() -> Path:
-    """Return the hub's cache, as the package huggingface_hub finds it."""
+    """Return the hub's cache, as the package huggingface_hub finds it.
+
+    Raises
+    ------
+    ValueError
+        If nothing names it, and this user has no home.
+    """
     named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if named:
         return Path(named).expanduser()
     home = os.environ.get("HF_HOME")
     if home:
         return Path(home).expanduser() / "hub"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface" / "hub"
+    return user_cache() / "huggingface" / "hub"
 
 
 def is_offline() -> bool:

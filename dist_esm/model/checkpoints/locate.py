@@ -183,33 +183,38 @@ def is_official(path: Path, name: str, fingerprint: str, is_kept: bool = True) -
     num_bytes, sha256 = OFFICIAL.get(name, (0, ""))
     if path.stat().st_size != num_bytes:
         return False
-    kept = cache_dir() / "checkpoints" / f"{fingerprint}.json"
-    content = as_value(recall, kept)
+    content = as_value(recall, fingerprint)
     if not isinstance(content, dict):
         log.info("taking the sha256 of %s%s", path, ", once for this machine" if is_kept else "")
         with path.open("rb") as file:
             content = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        if is_kept:
-            as_value(keep, kept, content)  # a cache that cannot be written costs the same seconds next time
+        if is_kept:  # a cache that cannot be written costs the same seconds next time
+            as_value(keep, fingerprint, content)
     return content.get("sha256") == sha256
 
 
-def recall(path: Path) -> Any:
-    """Read a small JSON file that `keep` wrote.
+def kept_path(fingerprint: str) -> Path:
+    """Return where it is kept what a file of this fingerprint is."""
+    return cache_dir() / "checkpoints" / f"{fingerprint}.json"
+
+
+def recall(fingerprint: str) -> Any:
+    """Read what `keep` wrote.
 
     Raises
     ------
     OSError
         If it is not there, or others can write to it.
     ValueError
-        If it is no JSON.
+        If it is no JSON, or this user has no place for it.
     """
+    path = kept_path(fingerprint)
     refuse_if_not_ours(path)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def keep(path: Path, content: dict[str, str]) -> None:
+def keep(fingerprint: str, content: dict[str, str]) -> None:
     """Write a small JSON file, for this user alone."""
-    with atomically(path) as beside:
+    with atomically(kept_path(fingerprint)) as beside:
         beside.write_text(json.dumps(content), encoding="utf-8")
         beside.chmod(0o600)

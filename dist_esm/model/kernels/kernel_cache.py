@@ -81,11 +81,11 @@ def load_or_compile(name: str, fingerprint: str, compiler: Callable[[], Compiled
     compiler
         Compiles the kernel; called only if it must be compiled.
     """
-    path = cache_dir() / f"{name}-{fingerprint}.so"
-    strange = as_value(make_own_folder, path.parent)
-    if isinstance(strange, Exception):
-        log.warning(NOT_KEPT, path, strange)
+    folder = as_value(own_folder)
+    if isinstance(folder, Exception):
+        log.warning(NOT_KEPT, name, folder)
         return compiler().kernel
+    path = folder / f"{name}-{fingerprint}.so"
     kernel = as_value(open_library, path)
     if isinstance(kernel, Kernel):
         return kernel
@@ -123,6 +123,19 @@ def make_own_folder(folder: Path) -> None:
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     refuse_if_not_ours(folder)
+
+
+def own_folder() -> Path:
+    """Return the folder of the cache, made for this user alone.
+
+    Raises
+    ------
+    OSError, ValueError
+        As `make_own_folder` and `cache_dir`.
+    """
+    folder = cache_dir()
+    make_own_folder(folder)
+    return folder
 
 
 def refuse_if_not_ours(path: Path) -> None:
@@ -218,8 +231,32 @@ def link(exported: Path, library: Path, libraries: Sequence[str]) -> None:
 
 
 def cache_dir() -> Path:
-    """Return the folder of the cache: ``$XDG_CACHE_HOME/dist_esm``, else ``~/.cache/dist_esm``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_esm"
+    """Return the folder of the cache: ``$XDG_CACHE_HOME/dist_esm``, else ``~/.cache/dist_esm``.
+
+    Raises
+    ------
+    ValueError
+        As `user_cache`.
+    """
+    return user_cache() / "dist_esm"
+
+
+def user_cache() -> Path:
+    """Return the folder of this user's caches: ``$XDG_CACHE_HOME``, else ``~/.cache``.
+
+    Raises
+    ------
+    ValueError
+        If there is no home either: a container may run as a user that nobody knows.
+    """
+    named = os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(named)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        remedy = "set XDG_CACHE_HOME to a folder of your own"
+        raise ValueError(f"user {os.geteuid()} has no home directory: {remedy}") from None
 
 
 def short_hash(*parts: object) -> str:
