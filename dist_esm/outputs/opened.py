@@ -49,8 +49,8 @@ class NamedOutput:
 
     Raises
     ------
-    ValueError
-        By whatever reads, if the output is damaged.
+    ValueError, MemoryError
+        By whatever reads, if the output is damaged, or if there is no room for what was read.
     """
 
     def __init__(self, opened: Opened, path: Path) -> None:
@@ -89,6 +89,8 @@ class NamedOutput:
 
     def _read(self, read: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         value = as_value(read, *args, **options)
+        if isinstance(value, MemoryError):
+            raise value
         if isinstance(value, Exception):
             raise damaged(self._path, value)
         return value
