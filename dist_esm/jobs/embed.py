@@ -549,6 +549,7 @@ def conclude(
     report = make_report(plan, ranks, joined, ending, others)
     describe_launch(report, about, out.launch)
     fail_what_vanished(report, out.path)
+    remove_superseded(plan, report, out)
     remove_copies(inputs.files)
     try:
         # Where output_dir was removed under way, its report is written all the same.
@@ -557,6 +558,20 @@ def conclude(
         report.status = "aborted"
         report.reason = f"the report cannot be written to {out.path} ({error.strerror})"
     return report
+
+
+def remove_superseded(plan: Plan, report: Report, out: OutputDir) -> None:
+    """Remove outputs that files had before their texts changed, and that nothing was written over."""
+    done = {file.path for file in report.files}
+    finished = {str(file.output) for file in plan.files if str(file.path) in done}
+    removed = as_value(
+        out.remove_superseded, finished, {name for file in report.files for name in file.outputs}
+    )
+    if isinstance(removed, Exception):
+        log.warning("outputs of texts that inputs no longer have are left in %s: %s", out.path, removed)
+    elif removed:
+        shown = ", ".join(removed[:3]) + (", ..." if len(removed) > 3 else "")
+        log.warning("removed %d outputs of texts that inputs no longer have: %s", len(removed), shown)
 
 
 def tell(report: Report, out: OutputDir, config: Config) -> int:

@@ -21,10 +21,9 @@ import fcntl
 import json
 import logging
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,7 +33,7 @@ from filelock import FileLock, Timeout
 from dist_esm.atomic import atomically, discard, is_leftover, refuse_to_replace, remove
 from dist_esm.config import Config, plain_values
 from dist_esm.launcher import num_restarts
-from dist_esm.names import output_path
+from dist_esm.names import number_of_part, output_path, part_ending
 from dist_esm.outputs import events, in_hand, journal, launches
 from dist_esm.outputs.events import Events
 from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, read_json, version_of
@@ -55,6 +54,8 @@ LOCK_SECONDS = 5.0
 """A run that is being killed has so long to end."""
 REPORTS = ("report.json", "report.html", "failed_files.txt", "verify.json")
 """Files at the top of the directory that speak of what was done."""
+RECORDS = ".records.tsv"
+"""Ends the name of what says which records of an output did not come as they should."""
 UNNAMED = {"numerics": 1, "id": "word", "compression": "none"}
 """What settings were before they had a name."""
 
@@ -167,6 +168,46 @@ class OutputDir:
     def entries_of_this_launch(self) -> list[Entry]:
         """Read what all ranks of this launch have finished so far."""
         return journal.read(self.path, self.launch)
+
+    def remove_superseded(self, finished: Collection[str], outputs: Collection[str]) -> list[str]:
+        """Remove what earlier launches made of files whose text has changed since, on rank 0.
+
+        Most of it was written over. What is left has another name: parts with numbers that are no longer
+        there, or a whole output beside parts.
+
+        Parameters
+        ----------
+        finished
+            Outputs, without suffix, of the files that are embedded from their beginning to their end.
+        outputs
+            Paths of all outputs that stay.
+
+        Returns
+        -------
+        list of str
+            What was removed.
+
+        Raises
+        ------
+        OSError
+            If something cannot be removed.
+        ValueError
+            If it is outside the directory, or no output of this package; then nothing is removed.
+        """
+        superseded = {
+            written.path: entry.output
+            for entry in self.entries
+            if entry.output in finished and not entry.is_shard
+            for written in entry.written
+            if written.path not in outputs and os.path.lexists(self.path / written.path)
+        }
+        refuse_linked_folders(self.path, superseded)
+        for path, output in superseded.items():
+            refuse_to_remove(self.path, path, output)
+        for path, output in superseded.items():
+            records_tsv_of(self.path / output, path).unlink(missing_ok=True)
+            remove(self.path / path)
+        return list(superseded)
 
 
 def inside(output_dir: Path) -> Path:
@@ -419,9 +460,9 @@ def start_over(output_dir: Path, entries: Sequence[Entry]) -> None:
         remove(output_dir / path)
     for entry in entries:
         stem = output_dir / entry.output
-        parts = (re.search(r"\.part\d{5}(?=\.|$)", written.path) for written in entry.written)
-        for part in {"", *(match[0] for match in parts if match)}:
-            output_path(stem, f"{part}.records.tsv").unlink(missing_ok=True)
+        of_parts = (records_tsv_of(stem, written.path) for written in entry.written)
+        for records_tsv in {output_path(stem, RECORDS), *of_parts}:
+            records_tsv.unlink(missing_ok=True)
     for record in [
         *launches.launch_files(output_dir),
         *journal.folder(output_dir).glob("*.jsonl"),
@@ -429,6 +470,12 @@ def start_over(output_dir: Path, entries: Sequence[Entry]) -> None:
         *(inside(output_dir) / "logs").glob("*.log"),
     ]:
         record.unlink()
+
+
+def records_tsv_of(stem: Path, output: str) -> Path:
+    """Return the path of the records.tsv of an output, given its file's output without suffix."""
+    number = number_of_part(output)
+    return output_path(stem, ("" if number is None else part_ending(number)) + RECORDS)
 
 
 def refuse_to_remove(output_dir: Path, path: str, output: str) -> None:

@@ -8,6 +8,7 @@ import os
 import pytest
 
 from dist_esm import load
+from dist_esm.config import Format
 from dist_esm.outputs import builder
 from dist_esm.planning import units
 from helpers.fasta import write_files
@@ -53,6 +54,43 @@ def test_parts_of_a_file_that_is_cut_in_other_places_are_numbered_anew(tmp_path,
         )
         if not poisoned:
             assert load(out).ids == [name for name, _ in MANY]
+
+
+@pytest.mark.parametrize("name", ["pt", "npy"])
+def test_a_file_whose_text_changes_leaves_no_output_of_the_old_text(tmp_path, caplog, name):
+    """Parts that are no longer there go, and a whole output beside parts; what is not ours stays."""
+    out = tmp_path / "out"
+    options = {"max_proteins_per_output": 5, "format": Format[name], "include": ALL_KINDS}
+    unlike = ">left out\n*\n"
+    for launch, number in enumerate((17, 8, 3, 12, 17)):
+        texts = [f">p{place}\nMKTAYI{'A' * place}\n" for place in range(number)]
+        inputs = write_files(tmp_path / str(launch), a=unlike + unlike.join(texts))
+        run = embed_directory(inputs, out, **options)
+        assert run.report.status == "complete", run.report.failed
+        (file,) = run.report.files
+        mine = out / "a_ESM.part00009.pt"
+        mine.write_text("mine")
+        records = {path.name for path in out.glob("*.records.tsv")}
+        assert {path.name for path in out.glob("a_ESM*")} - records == {*file.outputs, mine.name}
+        assert records
+        assert records <= {f"{output.removesuffix('.pt')}.records.tsv" for output in file.outputs}
+        assert load(out).ids == [f"p{place}" for place in range(number)]
+    assert "outputs of texts that inputs no longer have: a_ESM.part00003" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["pt", "npy"])
+def test_what_is_done_of_a_changed_text_stays_until_all_of_it_is(tmp_path, name):
+    out = tmp_path / "out"
+    options = {"max_proteins_per_output": 5, "format": Format[name], "unit_share": 0.1}
+    texts = [f">p{place}\nMKTAYI{'A' * place}\n" for place in range(12)]
+    for number, (text, poison) in enumerate([(texts[:3], []), (texts, ["MKTAYI" + "A" * 11]), (texts, [])]):
+        inputs = write_files(tmp_path / str(number), a="".join(text))
+        run = embed_directory(inputs, out, poison=poison, **options)
+        found = sorted(path.name.removesuffix(".pt") for path in out.glob("a_ESM*"))
+        if poison:
+            assert run.report.status == "partial"
+            assert "a_ESM" in found
+    assert found == [f"a_ESM.part{part:05d}" for part in (1, 2, 3)]
 
 
 def test_a_file_of_exactly_as_many_proteins_as_a_part_holds_is_in_one(tmp_path):
