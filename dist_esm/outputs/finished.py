@@ -59,34 +59,39 @@ def finished_files(entries: Iterable[Entry]) -> dict[str, FinishedFile]:
 
 def _finished_file(entries: Sequence[Entry]) -> FinishedFile | None:
     """The newest entries of one file that cover its text, unless something newer is under their names."""
-    newest = {
-        written.path: (place, written) for place, entry in enumerate(entries) for written in entry.written
-    }
-    whole = [(place,) for place, entry in enumerate(entries) if entry.is_whole]
-    parts = _parts(entries)
-    for places in sorted([*whole, *([parts] if parts else [])], key=max, reverse=True):
-        written = [written for place in places for written in entries[place].written]
-        if all(newest[file.path][1] == file for file in written):
-            return FinishedFile(tuple(entries[place] for place in places))
-    return None
-
-
-def _parts(entries: Sequence[Entry]) -> tuple[int, ...] | None:
-    """Places of the newest entries whose parts and slices follow one another from the beginning of the text
-    to its end; None if there is a gap."""
-    by_number = {
-        number_of_part(entry.written[0].path): place
+    newest = {written.path: written for entry in entries for written in entry.written}
+    there = [
+        place
         for place, entry in enumerate(entries)
-        if not entry.is_whole
-    }
-    places: list[int] = []
-    number, start = 1, 0
-    while number in by_number and entries[by_number[number]].slices[0][0] == start:
-        places.append(by_number.pop(number))
-        last = entries[places[-1]]
-        if last.is_last:
-            return tuple(places)
-        number += len(last.written)
-        start = last.slices[-1][1] or 0
-    # Version 1 does not say which part is the last: there it is the one that none follows.
-    return tuple(places) if places and entries[places[-1]].is_last is None else None
+        if all(newest[written.path] == written for written in entry.written)
+    ]
+    whole = [(place,) for place in there if entries[place].is_whole]
+    parts = _parts(entries, [place for place in there if not entries[place].is_whole])
+    places = max([*whole, *([parts] if parts else [])], key=max, default=())
+    return FinishedFile(tuple(entries[place] for place in places)) if places else None
+
+
+def _parts(entries: Sequence[Entry], places: Sequence[int]) -> tuple[int, ...] | None:
+    """Places of entries whose parts and slices follow one another from the beginning of the text to its end,
+    the newest where there is a choice; None if there is a gap."""
+    by_begin: dict[tuple[int | None, int], list[int]] = {}
+    """Number of the first part and start of the text, to places. What follows does not depend on what came
+    before, so each begin is looked at once."""
+    for place in places:
+        begin = number_of_part(entries[place].written[0].path), entries[place].slices[0][0]
+        by_begin.setdefault(begin, []).append(place)
+    found: list[int] = []
+    choices = [by_begin.pop((1, 0), [])]
+    while choices:
+        if not choices[-1]:
+            choices.pop()
+            del found[-1:]
+            continue
+        found.append(choices[-1].pop())
+        last = entries[found[-1]]
+        number = (number_of_part(last.written[0].path) or 0) + len(last.written)
+        choices.append(by_begin.pop((number, last.slices[-1][1] or 0), []))
+        # Version 1 does not say which part is the last: there it is the one that none follows.
+        if last.is_last or (last.is_last is None and not choices[-1]):
+            return tuple(found)
+    return None

@@ -377,6 +377,8 @@ OLD = [part(1, 0, 10, is_last=None), part(2, 10, 20, is_last=None)]
         "in parts, then whole": ([ONE, TWO, LAST, WHOLE], [WHOLE]),
         "whole, then half in parts": ([WHOLE, ONE, TWO], [WHOLE]),
         "parts half written over": ([ONE, TWO, LAST, changed(part(2, 12, 30, is_last=True))], None),
+        "a part anew with more text and the same bytes": ([ONE, part(1, 0, 12), TWO, LAST], [ONE, TWO, LAST]),
+        "the same, to a dead end": ([ONE, part(1, 0, 12), part(2, 12, 19), TWO, LAST], [ONE, TWO, LAST]),
         "cut in other places": (
             [ONE, TWO, LAST, part(1, 0, 15, "x"), part(2, 15, 30, "x", True)],
             [part(1, 0, 15, "x"), part(2, 15, 30, "x", True)],
