@@ -147,11 +147,12 @@ class Embedder:
         precision = choose_dtype(config.dtype, place)
         head_dim, products = architecture(config.model).head_dim, quantized_products(config.dtype, config.fp8)
         kernels = choose_kernels(config.attention, config.linear, place, precision, head_dim, products)
-        rows, reason = rows_in_free_memory(config.model, place, precision)
-        default = default_toks_per_batch(place.type, config.model.embed_dim)
-        if toks_per_batch is None and rows < default:
-            config.toks_per_batch = rows
-            log.warning(SMALLER_PACKS, rows, default, reason)
+        if toks_per_batch is None:
+            rows, reason = rows_in_free_memory(config.model, place, precision)
+            default = default_toks_per_batch(place.type, config.model.embed_dim)
+            if rows < default:
+                config.toks_per_batch = rows
+                log.warning(SMALLER_PACKS, rows, default, reason)
         self.engine = build_engine(config, place, precision, kernels, fingerprint=weights_id.fingerprint)
 
     def embed(

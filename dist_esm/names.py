@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,6 +103,11 @@ def number_of_part(path: str) -> int | None:
     """
     found = _PART.search(path)
     return int(found[1]) if found else None
+
+
+def few(names: Sequence[str]) -> str:
+    """Return the first three of some names, for people, and say if there are more."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def cut(name: str, whole: str, max_bytes: int) -> tuple[str, str]:

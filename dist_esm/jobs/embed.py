@@ -28,6 +28,7 @@ from dist_esm.jobs.report.write import about_launch, describe_launch, write_repo
 from dist_esm.jobs.setup import MakeEngine, Setup, choose_setup, describe, find_inputs, load_engine
 from dist_esm.logs import logging_to
 from dist_esm.model.engine import Engine
+from dist_esm.names import few
 from dist_esm.outputs.builder import shards_name
 from dist_esm.outputs.events import start_details
 from dist_esm.outputs.formats.registry import FORMATS
@@ -440,7 +441,8 @@ def reason_of(stop: Stop, world: World) -> str | None:
     """
     told = [stop.reason, world.stop_reason(), *world.lost_ranks.values()]
     reasons = [reason for reason in told if reason is not None]
-    return next((reason for reason in reasons if not reason.endswith(BY_SIGNAL)), next(iter(reasons), None))
+    others = [reason for reason in reasons if not reason.endswith(BY_SIGNAL)]
+    return next(iter(others or reasons), None)
 
 
 def join_cut_files(
@@ -564,14 +566,12 @@ def remove_superseded(plan: Plan, report: Report, out: OutputDir) -> None:
     """Remove outputs that files had before their texts changed, and that nothing was written over."""
     done = {file.path for file in report.files}
     finished = {str(file.output) for file in plan.files if str(file.path) in done}
-    removed = as_value(
-        out.remove_superseded, finished, {name for file in report.files for name in file.outputs}
-    )
+    outputs = {output for file in report.files for output in file.outputs}
+    removed = as_value(out.remove_superseded, finished, outputs)
     if isinstance(removed, Exception):
         log.warning("outputs of texts that inputs no longer have are left in %s: %s", out.path, removed)
     elif removed:
-        shown = ", ".join(removed[:3]) + (", ..." if len(removed) > 3 else "")
-        log.warning("removed %d outputs of texts that inputs no longer have: %s", len(removed), shown)
+        log.warning("removed %d outputs of texts that inputs no longer have: %s", len(removed), few(removed))
 
 
 def tell(report: Report, out: OutputDir, config: Config) -> int:

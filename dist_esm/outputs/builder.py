@@ -296,7 +296,7 @@ class OutputBuilder:
         """Complete an output of which some numbers are in their places already, and give it a second name.
 
         The first goes with the builder: until then the output can be completed again, if the disk turns out
-        to be full.
+        to be full. Where files have one name alone it is moved, since a copy would write all of it again.
 
         Raises
         ------
@@ -314,7 +314,7 @@ class OutputBuilder:
             known.setdefault(target.places[key].file, {}).update(region.whole_blocks())
 
         def name(path: Path) -> str:
-            link_output(target.path, path)
+            link_output(target.path, path, otherwise=os.rename)
             return checksum_of_output(path, known)
 
         return stage_output(settings.format, table.tsv_lines, stem, settings.scratch, name, part)

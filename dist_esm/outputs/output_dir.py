@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 from dist_esm.atomic import atomically, discard, is_leftover, refuse_to_replace, remove
 from dist_esm.config import Config, plain_values
 from dist_esm.launcher import num_restarts
-from dist_esm.names import number_of_part, output_path, part_ending
+from dist_esm.names import few, number_of_part, output_path, part_ending
 from dist_esm.outputs import events, in_hand, journal, launches
 from dist_esm.outputs.events import Events
 from dist_esm.outputs.format_version import FORMAT_VERSION, REMEDY, read_json, version_of
@@ -447,12 +447,11 @@ def start_over(output_dir: Path, entries: Sequence[Entry]) -> None:
         refuse_to_remove(output_dir, path, output)
     outputs = list(listed)
     if outputs:
-        shown = ", ".join(outputs[:3]) + (", ..." if len(outputs) > 3 else "")
         log.warning(
             "resume=false: starting over, %d finished outputs in %s are removed: %s",
             len(outputs),
             output_dir,
-            shown,
+            few(outputs),
         )
     for name in REPORTS:
         (output_dir / name).unlink(missing_ok=True)

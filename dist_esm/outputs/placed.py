@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -481,18 +481,20 @@ def fill(shards: Sequence[PlacedShard], places: dict[Key, Place]) -> bool:
     return True
 
 
-def link_output(output: Path, path: Path) -> None:
-    """Give the files of an output other names; copy them where the file system cannot."""
+def link_output(
+    output: Path, path: Path, otherwise: Callable[[Path, Path], object] = shutil.copyfile
+) -> None:
+    """Give the files of an output second names; where the file system cannot, copy them or do otherwise."""
     if output.is_dir():
         path.mkdir()
         for file in output.iterdir():
-            link_output(file, path / file.name)
+            link_output(file, path / file.name, otherwise)
         return
     try:
         os.link(output, path)
     except OSError as error:
-        log.info("%s cannot have a second name (%s): it is copied", output, error.strerror)
-        shutil.copyfile(output, path)
+        log.info("%s cannot have a second name: %s", output, error.strerror)
+        otherwise(output, path)
 
 
 def files_in(output: Path) -> list[Path]:

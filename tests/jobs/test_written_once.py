@@ -65,6 +65,18 @@ def test_an_output_larger_than_memory_is_written_once(tmp_path, monkeypatch, kin
     assert 1 <= share < MOST[kind]
 
 
+@pytest.mark.parametrize("kind", [kind for kind in Format if kind is not Format.fair_esm], ids=name_of)
+def test_an_output_larger_than_memory_is_moved_where_files_have_no_second_names(tmp_path, monkeypatch, kind):
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    monkeypatch.setattr("dist_esm.planning.layout.LARGE_BYTES", 0)
+    monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, 0))
+    settings = {"include": [Include.per_tok], "format": kind}
+    assert 1 <= share_written(tmp_path, 200, unit_share=1.0, **settings) < MOST[kind]
+
+
 @pytest.mark.parametrize(("unit_share", "most"), [(1.0, 1.1), (0.1, 2.1)], ids=["uncut", "cut"])
 def test_compressed_numbers_of_a_file_that_is_cut_are_written_twice_and_no_more(tmp_path, unit_share, most):
     """Where they belong is known when all before them are compressed."""

@@ -266,7 +266,7 @@ def test_whatever_is_read_of_a_damaged_output_names_it(tmp_path, kind, share):
     for file in sorted(output.iterdir()) if output.is_dir() else [output]:
         whole = file.read_bytes()
         file.write_bytes(whole[: int(len(whole) * share)])
-        back = load(tmp_path / "out")
+        back, errors = load(tmp_path / "out"), []
         for read in (
             lambda back: back.ids,
             lambda back: np.asarray(back.vectors),
@@ -279,4 +279,7 @@ def test_whatever_is_read_of_a_damaged_output_names_it(tmp_path, kind, share):
             if isinstance(error, Exception):
                 assert str(output) in str(error), repr(error)
                 assert isinstance(error, ValueError)
+                errors.append(error)
+        # Some text may lose the end of its last line, and no more.
+        assert errors or int(len(whole) * share) >= len(whole) - 1, file
         file.write_bytes(whole)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dist_esm.config import Fp8, Include, SaveDtype, SelfcheckConfig
 from dist_esm.jobs.selfcheck.yardstick import FEWEST_WITH_NEIGHBOURS, measure
+from dist_esm.names import few
 from dist_esm.types import SegmentEmbedding
 
 MAX_RELATIVE_ERROR = {torch.float32: 1e-5}
@@ -266,7 +267,7 @@ def more_exact(dtype: torch.dtype, fp8: Fp8) -> str:
 
 def count_and_name(proteins: Sequence[str]) -> str:
     """Say how many proteins there are, and name the first three."""
-    return f"{len(proteins)} proteins: " + ", ".join(proteins[:3]) + (", ..." if len(proteins) > 3 else "")
+    return f"{len(proteins)} proteins: {few(proteins)}"
 
 
 def list_not_judged(ranks: Sequence[RankCheck]) -> list[str]:

@@ -25,7 +25,6 @@ import torch
 from numpy.typing import NDArray
 
 from dist_esm.atomic import atomically
-from dist_esm.attempt import as_value
 from dist_esm.config import Config, plain_values
 from dist_esm.distributed import RefusedError, World
 from dist_esm.jobs.report.write import versions
@@ -60,10 +59,10 @@ from dist_esm.model.memory import meminfo
 from dist_esm.model.pool import combine
 from dist_esm.names import printable
 from dist_esm.pipeline.packer import Packer
-from dist_esm.pipeline.retry import have_finite_sums
+from dist_esm.pipeline.retry import widen
 from dist_esm.planning.agree import agree_on_plan
 from dist_esm.planning.pipes import remove_copies
-from dist_esm.types import FastaFile, Pack, Segment, SegmentEmbedding
+from dist_esm.types import FastaFile, Pack, RankResult, Segment, SegmentEmbedding
 
 MAX_UNREAD = 5
 """Inputs that could not be read that are printed."""
@@ -206,11 +205,10 @@ def check_bits(engine: Engine, proteins: Sequence[SampledProtein]) -> EngineResu
     recomputed = []
     for segment in segments:
         embedding = alone[segment.protein][segment.part]
-        if not have_finite_sums([embedding]):
+        wider = widen(engine, segment, embedding, RankResult())
+        if wider is not embedding and isinstance(wider, SegmentEmbedding):  # else it is over any limit
             recomputed.append(segment.protein)
-            wider = as_value(engine.recompute, segment)
-            if isinstance(wider, SegmentEmbedding):  # else it stays as it is, over any limit
-                alone[segment.protein][segment.part] = wider
+            alone[segment.protein][segment.part] = wider
     num_answers = sum(len(pack.segments) for pack in packs)
     return EngineResult(
         alone, other_bits, sorted(set(recomputed)), len(packs), num_answers, engine.toks_per_batch

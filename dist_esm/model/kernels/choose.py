@@ -94,7 +94,7 @@ def choose_kernels(
     }
     attention_name = choose_by_name("attention", attention.name, {"triton": no_triton, "sdpa": None})
     if quantized and linear is not LinearKind.torch:
-        linear_name = choose_for_quantized(linear, unmet["quack"], quantized)
+        linear_name = choose_for_quantized(linear, unmet["quack"])
     else:
         linear_name = choose_by_name(
             "linear", linear.name, {name: unmet[name] for name in fastest_first(device, dtype)}
@@ -119,7 +119,7 @@ def fastest_first(device: torch.device, dtype: torch.dtype) -> list[str]:
     )
 
 
-def choose_for_quantized(linear: LinearKind, no_quack: str | None, quantized: frozenset[str]) -> str:
+def choose_for_quantized(linear: LinearKind, no_quack: str | None) -> str:
     """Return the name of the implementation for layers that multiply e4m3 numbers.
 
     Raises
@@ -128,10 +128,7 @@ def choose_for_quantized(linear: LinearKind, no_quack: str | None, quantized: fr
         If it lacks something, or another is named.
     """
     if no_quack is not None:
-        is_default = quantized == quantized_products(Dtype.fp8, Fp8.all)
-        raise ValueError(
-            f"dtype=fp8 needs {no_quack}: use dtype=auto{'' if is_default else ', and leave out fp8'}"
-        )
+        raise ValueError(f"dtype=fp8 needs {no_quack}: use dtype=auto, and leave fp8 out")
     if linear in (LinearKind.triton, LinearKind.cublas):
         raise ValueError(
             f"linear={linear.name} has no products of 8-bit numbers for dtype=fp8: use linear=auto"
