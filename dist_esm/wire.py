@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any
 
 TYPE = "__type__"
@@ -56,8 +57,8 @@ def decode(text: bytes, *types: type[Any]) -> Any:
         if name not in known:
             raise WireError(f"{name!r} is not expected")
         of_type = known[name]
-        tuples = {field.name for field in fields(of_type) if str(field.type).startswith("tuple[")}
-        if set(values) != {field.name for field in fields(of_type)}:
+        names, tuples = _fields_of(of_type)
+        if values.keys() != set(names):
             raise WireError(f"{name} has the fields {sorted(values)}")
         return of_type(**{key: tuple(value) if key in tuples else value for key, value in values.items()})
 
@@ -67,10 +68,17 @@ def decode(text: bytes, *types: type[Any]) -> Any:
         raise WireError(f"no JSON: {error}") from None
 
 
+@cache
+def _fields_of(of_type: Any) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Return the names of a dataclass's fields, in order, and those that are declared as tuples."""
+    found = {field.name: str(field.type) for field in fields(of_type)}
+    return tuple(found), frozenset(name for name, text in found.items() if text.startswith("tuple["))
+
+
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        values = {field.name: getattr(value, field.name) for field in fields(value)}
-        return {TYPE: type(value).__name__, **values}
+        names, _ = _fields_of(type(value))
+        return {TYPE: type(value).__name__, **{name: getattr(value, name) for name in names}}
     if isinstance(value, bytes):
         return {BYTES: base64.b85encode(value).decode()}
     raise TypeError(f"{type(value).__name__} has no place in a message between ranks")

@@ -340,7 +340,7 @@ def time_outputs(
         joining = report["phases"].get("joining", 0)
         note = (
             f"idle {idle / rank['seconds']:.1%}, waited for outputs {rank['waited_for_output']:.1f} s, "
-            f"last outputs {rank['write_seconds']:.1f} s, joining {joining:.1f} s; "
+            f"last outputs {rank['write_seconds']:.2f} s, joining {joining:.2f} s; "
             f"{written / 1e6:,.0f} MB/s; {rank['peak_memory_mib']:,.0f} MiB"
         )
         shutil.rmtree(output_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import resource
 import time
@@ -36,7 +37,7 @@ from dist_esm.outputs.in_hand import acquit, name_of, note_death, notes_of
 from dist_esm.outputs.journal import Entry, entry_of
 from dist_esm.outputs.output_dir import OutputDir, inside
 from dist_esm.outputs.shards import assemble_output
-from dist_esm.pipeline.worker import Destination, embed_units, no_garbage_collection_of_modules
+from dist_esm.pipeline.worker import Destination, embed_units
 from dist_esm.pipeline.writer_processes import WriterProcesses
 from dist_esm.planning.agree import agree_on_output_dir, agree_on_plan, results_in_journal
 from dist_esm.planning.claims import ClaimOrder
@@ -127,6 +128,7 @@ def run(
         mine = account(world, setup, WorkerStatus.FAILED)
         try:
             with engine_for(plan, config, setup, world, make_engine, processes) as engine:
+                held.enter_context(no_garbage_collection_of_modules())
                 clock.loaded = time.monotonic()
                 mine = embed_bin(plan, engine, config, setup, out, world, stop, processes)
             processes.end()
@@ -150,6 +152,16 @@ def run(
             report = conclude(plan, ranks, joined, about, inputs, out, reason, clock, world.progress.seconds)
             ticker.end(report.status)
             return tell(report, out, config)
+
+
+@contextmanager
+def no_garbage_collection_of_modules() -> Iterator[None]:
+    """Spare the garbage collector what is there now: torch's modules are a million objects, and stay."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Clock:
@@ -467,8 +479,7 @@ def join_cut_files(
     joined: dict[str, JoinedFile | Failure] = {}
     for file in ready[world.rank :: world.world_size]:
         shards = [results[file][ordinal] for ordinal in sorted(results[file])]
-        with no_garbage_collection_of_modules():
-            output = as_value(join_file, plan, file, shards, config, out)
+        output = as_value(join_file, plan, file, shards, config, out)
         if isinstance(output, Exception):
             failure = Failure.of(plan.files[file].path, output, world.rank)
             out.events.write("fail", file=str(plan.files[file].output), failure=vars(failure))

@@ -9,7 +9,6 @@ done.
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 import time
@@ -153,7 +152,6 @@ def _run_threads(
     at_once, processes = num_writers(engine.num_threads), destination.processes
     with (
         short_turns() if engine.is_gpu else nullcontext(),
-        no_garbage_collection_of_modules(),
         ExitStack() as threads,
     ):  # torn down in reverse, whatever happens
         copiers = threads.enter_context(ThreadPoolExecutor(max(1, at_once // 2), "copier"))
@@ -270,13 +268,3 @@ def short_turns() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(before)
-
-
-@contextmanager
-def no_garbage_collection_of_modules() -> Iterator[None]:
-    """Spare the garbage collector what is there now: torch's modules are a million objects, and stay."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -144,6 +144,8 @@ class WriterProcesses:
         self.lines: list[WriterProcess] = []
         self.problem: OSError | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._last_arena: Arena | None = None
+        """Its memory goes with this object: to give 1.5 GB back takes 0.2 s, and the report comes first."""
 
     def start(self, num_processes: int, output_format: Format) -> None:
         """Start them, and go on while they import what they need. If the system has none to give, `problem`
@@ -194,6 +196,7 @@ class WriterProcesses:
             line.close()
         if self.arena is not None:
             self.arena.close()
+            self._last_arena = self.arena
         self.lines, self.arena, self.problem = [], None, None
         if self._process is not None:
             with suppress(OSError):
