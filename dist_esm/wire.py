@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 from dataclasses import fields, is_dataclass
-from functools import cache
 from typing import Any
 
 TYPE = "__type__"
@@ -47,6 +46,13 @@ def decode(text: bytes, *types: type[Any]) -> Any:
         If it is no JSON, names another class, or has other fields than the class.
     """
     known = {of_type.__name__: of_type for of_type in types}
+    declared = {
+        name: {each.name: str(each.type) for each in fields(of_type)} for name, of_type in known.items()
+    }
+    tuples = {
+        name: {field for field, of_type in own.items() if of_type.startswith("tuple[")}
+        for name, own in declared.items()
+    }
 
     def rebuild(values: dict[str, Any]) -> Any:
         if BYTES in values:
@@ -56,11 +62,11 @@ def decode(text: bytes, *types: type[Any]) -> Any:
             return values
         if name not in known:
             raise WireError(f"{name!r} is not expected")
-        of_type = known[name]
-        names, tuples = _fields_of(of_type)
-        if values.keys() != set(names):
+        if values.keys() != declared[name].keys():
             raise WireError(f"{name} has the fields {sorted(values)}")
-        return of_type(**{key: tuple(value) if key in tuples else value for key, value in values.items()})
+        for field in tuples[name]:
+            values[field] = tuple(values[field])
+        return known[name](**values)
 
     try:
         return json.loads(text, object_hook=rebuild)
@@ -68,17 +74,10 @@ def decode(text: bytes, *types: type[Any]) -> Any:
         raise WireError(f"no JSON: {error}") from None
 
 
-@cache
-def _fields_of(of_type: Any) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Return the names of a dataclass's fields, in order, and those that are declared as tuples."""
-    found = {field.name: str(field.type) for field in fields(of_type)}
-    return tuple(found), frozenset(name for name, text in found.items() if text.startswith("tuple["))
-
-
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        names, _ = _fields_of(type(value))
-        return {TYPE: type(value).__name__, **{name: getattr(value, name) for name in names}}
+        values = {field.name: getattr(value, field.name) for field in fields(value)}
+        return {TYPE: type(value).__name__, **values}
     if isinstance(value, bytes):
         return {BYTES: base64.b85encode(value).decode()}
     raise TypeError(f"{type(value).__name__} has no place in a message between ranks")
