@@ -329,7 +329,8 @@ def time_outputs(
     disk: float | None = None,
 ) -> float:
     """Add a row for the real command under some settings, and return its tokens a second."""
-    rates, note = [], ""
+    rates: list[float] = []
+    note = ""
     for _ in range(bench.options.repeats):
         report = launch(bench, 1, inputs, output_dir, "model.weights=random", "dedupe=false", *settings)
         (rank,) = report["ranks"]

@@ -149,6 +149,7 @@ def measure_read(path: str, reader: str, repeats: int) -> dict[str, Any]:
     from dist_esm.distributed import World
     from dist_esm.fasta.parser import read_proteins
     from dist_esm.fasta.tokens import tokenize
+    from dist_esm.outputs.in_hand import InHand
     from dist_esm.pipeline.collector import Collector
     from dist_esm.pipeline.failures import Failures
     from dist_esm.pipeline.packer import Packer
@@ -156,10 +157,10 @@ def measure_read(path: str, reader: str, repeats: int) -> dict[str, Any]:
     from dist_esm.planning.agree import agree_on_plan
     from dist_esm.planning.inputs import find_files
     from dist_esm.stop import Stop
-    from dist_esm.types import Segment
+    from dist_esm.types import Segment, TakenUnit
 
     class Nobody:
-        """A collector that takes every message and does nothing."""
+        """Takes every message and does nothing, as a collector and as notes of what is in hand."""
 
         def __getattr__(self, name: str) -> Callable[..., None]:
             return lambda *_: None
@@ -180,10 +181,10 @@ def measure_read(path: str, reader: str, repeats: int) -> dict[str, Any]:
         return num_tokens - 2 * unit.count.sequences
 
     def in_thread() -> int:
-        stop, collector = Stop(), cast(Collector, Nobody())
-        failures = Failures(1, 0, stop)
-        num_tokens = 0
-        with Reader(plan.units, plan.files, config, TOKS_PER_BATCH, collector, failures, 0, stop) as thread:
+        stop, collector, in_hand = Stop(), cast(Collector, Nobody()), cast(InHand, Nobody())
+        failures, units = Failures(1, 0, stop), map(TakenUnit, plan.units)
+        toks, num_tokens = TOKS_PER_BATCH, 0
+        with Reader(units, plan.files, config, toks, toks, collector, failures, in_hand, 0, stop) as thread:
             while (pack := thread.next_pack()) is not None:
                 num_tokens += pack.num_tokens
         return num_tokens - 2 * unit.count.sequences

@@ -8,7 +8,7 @@ Memory is the open packs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from dist_esm.types import Pack, Segment
 
@@ -49,23 +49,33 @@ class Packer:
         elif len(self._open) > self.max_open:
             yield self._close(0)
 
-    def flush(self) -> Iterator[Pack]:
-        """Let all that is held go, in as few packs as first-fit makes of it with the longest segments first.
+    def flush(self, capacity: int | None = None) -> Iterator[Pack]:
+        """Let all that is held go.
 
-        Without fewer of them they go as they are, oldest first: of what came early little is left for the
-        last pack, so that its outputs are written before the device is done.
+        Parameters
+        ----------
+        capacity
+            Tokens of these packs, if they are to be smaller than others. Then what came first goes first, so
+            that most outputs are written before the device is done. None: there are as few packs as first-fit
+            makes with the longest segments first. Without fewer of them they go as they are, oldest first.
         """
-        segments = sorted(
-            (segment for pack in self._open for segment in pack), key=lambda segment: -len(segment.tokens)
-        )
-        again = Packer(self.capacity, len(segments))
-        packs = [pack for segment in segments for pack in again.add(segment)]
-        while again._open:
-            packs.append(again._close(0))
-        if len(packs) == len(self._open):
-            packs = [self._close(0) for _ in packs]
+        held = [segment for pack in self._open for segment in pack]
+        if capacity is not None and capacity < self.capacity:
+            in_order = sorted(held, key=lambda segment: (segment.protein, segment.part))
+            packs = Packer(capacity, self.max_open)._pack(in_order)
+        else:
+            longest_first = sorted(held, key=lambda segment: -len(segment.tokens))
+            packs = Packer(self.capacity, len(held))._pack(longest_first)
+            if len(packs) == len(self._open):
+                packs = [Pack(tuple(pack)) for pack in self._open]
         self._open, self._room = [], []
         yield from packs
+
+    def _pack(self, segments: Iterable[Segment]) -> list[Pack]:
+        packs = [pack for segment in segments for pack in self.add(segment)]
+        while self._open:
+            packs.append(self._close(0))
+        return packs
 
     def _close(self, index: int) -> Pack:
         del self._room[index]

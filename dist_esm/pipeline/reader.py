@@ -56,8 +56,8 @@ class Reader(Service):
         The plan's files.
     config
         Checked configuration.
-    toks_per_batch
-        Tokens of a pack.
+    toks_per_batch, toks_of_last
+        Tokens of a pack, and of the last ones before there is nothing more to read.
     collector
         Is told of every unit and record.
     failures
@@ -74,6 +74,7 @@ class Reader(Service):
         files: Sequence[FastaFile],
         config: Config,
         toks_per_batch: int,
+        toks_of_last: int,
         collector: Collector,
         failures: Failures,
         in_hand: InHand,
@@ -89,6 +90,7 @@ class Reader(Service):
         self._in_hand = in_hand
         self._packs: queue.Queue[Pack | None] = queue.Queue(maxsize=PACKS_AHEAD)
         self._packer = Packer(toks_per_batch)
+        self._toks_of_last = toks_of_last
         self._batch: list[RecordRead] = []
         self._next_index = 0
         self._duplicates = Duplicates(config)
@@ -150,7 +152,7 @@ class Reader(Service):
         self._put(None)
 
     def _flush_packs(self) -> None:
-        for pack in self._packer.flush():
+        for pack in self._packer.flush(self._toks_of_last):
             self._emit(pack)
 
     def _finish_what_is_in_hand(self) -> None:

@@ -162,7 +162,8 @@ def _run_threads(
         )
         collector = Collector(assembly, writers, rank, stop, on_results, on_failure)
         threads.enter_context(collector)
-        reader = Reader(units, files, config, engine.toks_per_batch, collector, failures, in_hand, rank, stop)
+        toks = engine.toks_per_batch, engine.toks_of_last
+        reader = Reader(units, files, config, *toks, collector, failures, in_hand, rank, stop)
         threads.enter_context(reader)
         run_packs(reader, collector, engine, in_hand, stop, result, progress)
         last_pack = time.monotonic()

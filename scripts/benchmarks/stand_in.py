@@ -47,6 +47,11 @@ class StandInEngine:
 
     toks_per_batch = TOKS_PER_BATCH
 
+    @property
+    def toks_of_last(self) -> int:
+        """Tokens of the last packs: fewer where the run takes it for a GPU."""
+        return self.toks_per_batch // 4 if self.is_gpu else self.toks_per_batch
+
     def __init__(
         self,
         answer: Callable[[Segment], SegmentEmbedding],

@@ -33,3 +33,21 @@ def test_no_pack_is_left_open_for_ever():
     for protein_index in range(1, 20):
         packs += packer.add(Segment(protein_index, 0, np.empty(60, np.uint8), (0, 58)))
     assert 0 in [segment.protein for pack in packs for segment in pack.segments]
+
+
+def test_the_last_packs_are_small_and_in_order_where_they_are_to_be_small():
+    packer = Packer(100)
+    sizes = [60, 55, 30, 20, 20, 15, 40]
+    segments = [
+        Segment(number, 0, np.empty(size, np.uint8), (0, size - 2)) for number, size in enumerate(sizes)
+    ]
+    early = [pack for segment in segments for pack in packer.add(segment)]
+    last = list(packer.flush(50))
+    tickets = [[segment.protein for segment in pack.segments] for pack in last]
+    assert sorted(itertools.chain(*tickets, *([s.protein for s in pack.segments] for pack in early))) == list(
+        range(len(sizes))
+    )
+    assert len(last) > 2
+    assert all(pack.num_tokens <= 50 or len(pack.segments) == 1 for pack in last)
+    assert [min(pack) for pack in tickets] == sorted(min(pack) for pack in tickets)
+    assert not list(packer.flush(50))
