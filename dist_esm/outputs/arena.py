@@ -20,8 +20,8 @@ BUFFER_BYTES = 3 << 29
 """Rows that are kept in memory, of all outputs in the making together; what is more waits on disk."""
 POPULATE_WRITE = 23
 """Linux's number for it (5.14 and later), which `mmap` does not have."""
-POPULATED_BYTES = 1 << 26
-"""Pages that are asked for at once: while they come, the process can map nothing else."""
+POPULATED_BYTES = 1 << 22
+"""Pages that are asked for at once: while they come, the process maps nothing else and starts no thread."""
 LEAST_BYTES = 1 << 16
 """Fewer are copied to the process that writes them: that is quicker than to keep account of them."""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,17 @@ class OutputSettings:
         num_layers = sum(kind is Include.per_tok for kind, _ in self.representations)
         return self.width * self.dtype.itemsize * num_layers
 
-    def table(self, file: FastaFile, rows: Sequence[Row] = (), tsv_lines: Sequence[str] = ()) -> OutputTable:
-        """Return the table of an output, its tensors without numbers."""
-        keys = [(kind.name, layer) for kind, layer in self.representations]
+    def table(
+        self,
+        file: FastaFile,
+        rows: Sequence[Row] = (),
+        tsv_lines: Sequence[str] = (),
+        numbers: Mapping[str, Any] | None = None,
+    ) -> OutputTable:
+        """Return the table of an output. Given no tensors, by kind and layer, it has some without numbers."""
+        if numbers is None:
+            keys = [(kind.name, layer) for kind, layer in self.representations]
+            numbers = shapes(keys, rows, self.dtype, self.width)
         return OutputTable(
             source=file.source,
             provenance=self.provenance,
@@ -85,7 +93,7 @@ class OutputSettings:
             main_layer=self.main_layer,
             rows=list(rows),
             tsv_lines=list(tsv_lines),
-            **shapes(keys, rows, self.dtype, self.width),
+            **numbers,
         )
 
     @property
@@ -95,16 +103,11 @@ class OutputSettings:
 
     def table_of_one(self, file: FastaFile, row: Row, embedding: ProteinEmbedding) -> OutputTable:
         """Return the table of one protein."""
-        vectors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}
+        numbers = no_numbers()
         for (kind, layer), rows in embedding.items():
-            numbers = np.ascontiguousarray(rows, dtype=self.dtype).reshape(-1, self.width)
-            vectors[kind][layer] = torch.from_numpy(numbers)
-        return replace(
-            self.table(file, [row]),
-            mean=vectors[Include.mean],
-            bos=vectors[Include.bos],
-            per_tok={layer: ChunkedTensor([rows]) for layer, rows in vectors[Include.per_tok].items()},
-        )
+            vectors = torch.from_numpy(np.ascontiguousarray(rows, dtype=self.dtype).reshape(-1, self.width))
+            numbers[kind.name][layer] = as_numbers(kind, vectors)
+        return self.table(file, [row], numbers=numbers)
 
     def target(self, file: FastaFile, unit: Unit, part: int) -> Target | None:
         """Return where the numbers of an output of a unit belong, if they can be written to their places."""
@@ -124,6 +127,16 @@ class OutputSettings:
             path = self.scratch / f"{shards_name(file)}.{unit.ordinal}.{part}"
             return Target.of_output(path, codec, self.table(file), self.dtype, unit.parts[part])
         return None
+
+
+def no_numbers() -> dict[str, dict[int, Any]]:
+    """Return the numbers of a table that has none yet: a dict of layers for each kind."""
+    return {kind.name: {} for kind in Include}
+
+
+def as_numbers(kind: Include, tensor: Tensor) -> Tensor | ChunkedTensor:
+    """Return all rows of a kind and layer, shape (n, D), as a table holds them."""
+    return ChunkedTensor([tensor]) if kind is Include.per_tok else tensor
 
 
 def shards_name(file: FastaFile) -> str:
@@ -333,8 +346,7 @@ class OutputBuilder:
         for kind, layer in settings.representations:
             key, buffer = (kind.name, layer), self.buffers.get((kind, layer))
             if key not in target.places:
-                rows = self._tensor(kind, layer, settings)
-                numbers = ChunkedTensor([rows]) if kind is Include.per_tok else rows
+                numbers = as_numbers(kind, self._tensor(kind, layer, settings))
                 getattr(table, kind.name)[layer] = numbers
             elif buffer is not None and buffer.is_in_place:
                 regions[key] = self._region(kind, layer, target, settings.scratch).read_back()
@@ -350,12 +362,7 @@ class OutputBuilder:
         return buffer.tensor() if buffer is not None else empty
 
     def _table(self, settings: OutputSettings, file: FastaFile) -> OutputTable:
-        tensors: dict[Include, dict[int, Tensor]] = {kind: {} for kind in Include}
+        numbers = no_numbers()
         for kind, layer in settings.representations:
-            tensors[kind][layer] = self._tensor(kind, layer, settings)
-        return replace(
-            settings.table(file, self.rows, self.tsv_lines),
-            mean=tensors[Include.mean],
-            bos=tensors[Include.bos],
-            per_tok={layer: ChunkedTensor([tensor]) for layer, tensor in tensors[Include.per_tok].items()},
-        )
+            numbers[kind.name][layer] = as_numbers(kind, self._tensor(kind, layer, settings))
+        return settings.table(file, self.rows, self.tsv_lines, numbers)
