@@ -338,10 +338,13 @@ def time_outputs(
         outputs = [output_dir / output for file in report["files"] for output in file["outputs"]]
         written = sum(map(size_of, outputs)) / report["embedding_seconds"]
         idle = rank.get("device_idle", rank["waited_for_input"] + rank["waited_for_output"])
-        joining = report["phases"].get("joining", 0)
+        first_pack = rank["first_pack_at"] - (rank["ended_at"] - rank["seconds"])
+        phases = ", ".join(f"{name} {report['phases'].get(name, 0):.2f} s" for name in ("waiting", "joining"))
         note = (
-            f"idle {idle / rank['seconds']:.1%}, waited for outputs {rank['waited_for_output']:.1f} s, "
-            f"last outputs {rank['write_seconds']:.2f} s, joining {joining:.2f} s; "
+            f"idle {idle / rank['seconds']:.1%}, first pack after {first_pack:.2f} s, "
+            f"waited for inputs {rank['waited_for_input']:.2f} s, "
+            f"for outputs {rank['waited_for_output']:.2f} s, "
+            f"last outputs {rank['write_seconds']:.2f} s, {phases}; "
             f"{written / 1e6:,.0f} MB/s; {rank['peak_memory_mib']:,.0f} MiB"
         )
         shutil.rmtree(output_dir)
