@@ -48,6 +48,8 @@ parent, name, *descriptors = sys.argv[1:]
 serve(int(parent), name, *map(int, descriptors))
 """
 """The program of the first process; signals are ignored before imports take seconds."""
+END_SECONDS = 10.0
+"""How long those that were killed are waited for: one that hangs in a file system does not end before it."""
 NAMES = 1 << 32
 """Temporary names that a process may use."""
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -189,9 +191,13 @@ class WriterProcesses:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.end()
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_SECONDS)
 
     def end(self) -> None:
-        """End them; what one is writing is left as it is. There are none from then on."""
+        """End them, and do not wait until they are gone; what one is writing is left as it is. There are none
+        from then on."""
         for line in self.lines:
             line.close()
         if self.arena is not None:
@@ -201,8 +207,6 @@ class WriterProcesses:
         if self._process is not None:
             with suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
 
 
 def num_writers(num_cores: int) -> int:
