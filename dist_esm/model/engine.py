@@ -192,8 +192,9 @@ class Engine:
         On a GPU they are smaller where rows of residues are wanted: what comes with the last one is written
         while the device has nothing to do. Kernels that take any number of rows lose 3% with these.
         """
-        is_smaller = self.is_gpu and self.wants_rows and self.model.kernels.linear.any_rows
-        return max(FEWEST_ROWS, self.toks_per_batch // 4) if is_smaller else self.toks_per_batch
+        if not (self.is_gpu and self.wants_rows and self.model.kernels.linear.any_rows):
+            return self.toks_per_batch
+        return min(self.toks_per_batch, max(FEWEST_ROWS, self.toks_per_batch // 4))
 
     def run(self, pack: Pack, num_rows: int | None = None) -> list[SegmentEmbedding]:
         """Embed the segments of a pack and return their embeddings in order, as `submit` does."""

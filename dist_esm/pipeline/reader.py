@@ -148,16 +148,16 @@ class Reader(Service):
             if is_alone:
                 self._finish_what_is_in_hand()
         self._in_hand.end_reading()
-        self._flush_packs()
+        self._flush_packs(self._toks_of_last)
         self._put(None)
 
-    def _flush_packs(self) -> None:
-        for pack in self._packer.flush(self._toks_of_last):
+    def _flush_packs(self, toks: int | None = None) -> None:
+        for pack in self._packer.flush(toks):
             self._emit(pack)
 
     def _finish_what_is_in_hand(self) -> None:
         """Wait until every unit that was taken has an outcome."""
-        self._flush_packs()
+        self._flush_packs(self._toks_of_last)
         while self._failures.num_open and not self._is_over:
             self._collector.check()
             time.sleep(LOOK_SECONDS / 10)

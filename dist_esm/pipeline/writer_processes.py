@@ -194,6 +194,7 @@ class WriterProcesses:
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_SECONDS)
+            self._process = None  # its number may be another's from now on
 
     def end(self) -> None:
         """End them, and do not wait until they are gone; what one is writing is left as it is. There are none

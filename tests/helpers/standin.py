@@ -101,7 +101,8 @@ class StandIn:
     ) -> None:
         self.layers = list(layers)
         self.wants_rows = wants_rows
-        self.toks_per_batch = self.toks_of_last = toks_per_batch
+        self.toks_per_batch = toks_per_batch
+        self.toks_of_last = max(1, toks_per_batch // 2)
         self.num_threads = 2
         self.poison = {fair_esm_tokens(residues).astype(np.uint8).tobytes() for residues in poison}
         self.num_segments = 0
