@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import os
 import resource
 from itertools import accumulate
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from dist_esm.atomic import (
+    LARGE_BYTES,
     SMALL_BYTES,
     Staged,
     SummedFile,
@@ -26,6 +28,7 @@ from dist_esm.atomic import (
 )
 from dist_esm.checksum import read_back
 from dist_esm.types import WrittenFile
+from helpers.page_cache import skip_unless_pages_wait, wait_until_few_wait
 
 MARKS = ("ids.tsv", "provenance.json")
 
@@ -269,3 +272,14 @@ def test_what_a_killed_process_left_under_its_names_is_removed(tmp_path):
     (tmp_path / "8" / "a").write_text("")
     discard_names(tmp_path, range(7, 9))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "9", "x7"]
+
+
+def test_what_a_large_file_has_so_far_is_on_its_way_to_the_disk(tmp_path):
+    skip_unless_pages_wait(tmp_path)
+    path, block = tmp_path / "a", bytes(SMALL_BYTES)
+    with SummedFile(path) as file:
+        for _ in range(4 * LARGE_BYTES // SMALL_BYTES):
+            file.write(block)
+        assert wait_until_few_wait(path, LARGE_BYTES // mmap.PAGESIZE) <= LARGE_BYTES // mmap.PAGESIZE
+        file.write(b"the end")
+    assert read_back(tmp_path, Path("a")).sha256 == file.checksum()

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_esm.atomic import write_all_at, write_at
+from dist_esm.atomic import start_syncing, write_all_at, write_at
 from dist_esm.checksum import (
     BLOCK_BYTES,
     Block,
@@ -286,6 +286,8 @@ class Region:
         for view in views:
             self._write(start + sums.num_bytes - self.start, view)
             sums.add(view)
+        if self._descriptor is not None:  # there is more than the ends
+            start_syncing(self._descriptor, start, sums.num_bytes)
         return sums
 
     def read_back(self) -> WrittenRegion:
@@ -346,6 +348,7 @@ class FilledBlocks:
                 self._sums[block] = self._thread.submit(self._sum, block)
 
     def _sum(self, block: Block) -> BlockSum:
+        start_syncing(self._descriptor, block[0], block[1] - block[0])
         return sum_of(read_at(self._descriptor, *block), self._has_crc)
 
     def sums(self) -> dict[Block, BlockSum]:

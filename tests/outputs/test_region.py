@@ -10,8 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dist_esm.checksum import BLOCK_BYTES
 from dist_esm.outputs import region as region_module
-from dist_esm.outputs.region import OutsideError, Region, WrittenRegion, joined_crc32
+from dist_esm.outputs.region import (
+    PAGE_BYTES,
+    STRETCH_BYTES,
+    OutsideError,
+    Region,
+    WrittenRegion,
+    joined_crc32,
+)
+from helpers.page_cache import skip_unless_pages_wait, wait_until_few_wait
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
@@ -140,3 +149,29 @@ def test_a_region_is_neither_left_short_nor_written_beyond(tmp_path, monkeypatch
             region.write_all([np.ones(size, np.uint8)])
         region.close()
         assert (tmp_path / "a").stat().st_size <= 1000
+
+
+def test_what_is_written_is_on_its_way_to_the_disk_before_the_rest_comes(tmp_path):
+    skip_unless_pages_wait(tmp_path)
+    path, waiting = tmp_path / "in order", []
+
+    def blocks():
+        yield np.ones(3 * STRETCH_BYTES, np.uint8)
+        waiting.append(wait_until_few_wait(path, 0))
+        yield np.ones(100, np.uint8)
+
+    region = Region(path, 0, 3 * STRETCH_BYTES + 100)
+    region.write_all(blocks())
+    region.close()
+    assert waiting == [0]
+
+
+def test_full_blocks_that_come_in_any_order_are_on_their_way_to_the_disk(tmp_path):
+    skip_unless_pages_wait(tmp_path)
+    path, data = tmp_path / "any order", bytes(BLOCK_BYTES)
+    region = Region(path, 0, 9 * BLOCK_BYTES)
+    for block in (7, 0, 3):
+        region.write(block * BLOCK_BYTES, data)
+    region.write(5 * BLOCK_BYTES, data[: 2 * PAGE_BYTES])  # more of this block is to come
+    assert wait_until_few_wait(path, 2) == 2
+    region.close()
