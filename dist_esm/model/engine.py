@@ -119,6 +119,7 @@ class Engine:
         self._last: torch.cuda.Event | None = None
         self._threads: ThreadPoolExecutor | None = None
         if self.is_gpu:
+            self._most_rows = 0
             self._copies = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
         else:
             # No thread starts here: the executor starts its threads when the first segments are submitted.
@@ -187,9 +188,9 @@ class Engine:
 
     @property
     def toks_of_last(self) -> int:
-        """Tokens of the last packs, before there are no more.
+        """Tokens of the very last packs, before there are no more.
 
-        On a GPU they are smaller where rows of residues are wanted: what comes with the last one is written
+        On a GPU they become smaller where rows of residues are wanted: what comes with the last one is written
         while the device has nothing to do. Kernels that take any number of rows lose 3% with these.
         """
         if not (self.is_gpu and self.wants_rows and self.model.kernels.linear.any_rows):
@@ -311,6 +312,7 @@ class Engine:
             self.layers,
             None if kept is None else torch.from_numpy(kept).to(self.model.device),
         )
+        self._most_rows = max(self._most_rows, spans[-1][1])
         pooled = GpuPool(
             hidden,
             bos_B,
@@ -320,6 +322,7 @@ class Engine:
             self.model.kernels.linear.segment_sum,
             self._rows_dtype,
             self._copies,
+            self._most_rows,
         )
         submitted = OnDevice(self, pooled, began, self._last)
         self._last = pooled.ended

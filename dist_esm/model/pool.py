@@ -91,6 +91,8 @@ class GpuPool:
         Sums the rows from `starts_B` up to `stops_B`.
     copies
         The stream for the copies to the host.
+    most_rows
+        Rows of the largest pack so far.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class GpuPool:
         segment_sum: Callable[[Tensor, Tensor, Tensor], Tensor],
         rows_dtype: torch.dtype | None,
         copies: torch.cuda.Stream,
+        most_rows: int,
     ) -> None:
         self.spans = spans
         sums = {layer: segment_sum(x_TD, starts_B, stops_B) for layer, x_TD in hidden.items()}
@@ -118,8 +121,8 @@ class GpuPool:
         copies.wait_event(self.ended)
         with torch.cuda.stream(copies):
             self.sums, self.bos, self.rows, self.fit = (
-                {layer: to_host(x, copies) for layer, x in tensors.items()}
-                for tensors in (sums, bos, rows, fit)
+                {layer: to_host(x, copies, room) for layer, x in tensors.items()}
+                for tensors, room in ((sums, 0), (bos, 0), (rows, most_rows), (fit, most_rows))
             )
             self.copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self.copied.record()
@@ -142,10 +145,15 @@ class GpuPool:
         ]
 
 
-def to_host(x: Tensor, stream: torch.cuda.Stream) -> Tensor:
-    """Start a copy into pinned memory; it is complete once the stream has passed this point."""
+def to_host(x: Tensor, stream: torch.cuda.Stream, room: int = 0) -> Tensor:
+    """Start a copy into pinned memory; it is complete once the stream has passed this point.
+
+    The memory has room for so many rows, if it is more: torch takes memory again for the same size only, and
+    to pin more for a smaller pack takes as long as the pack.
+    """
     x.record_stream(stream)
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    memory = torch.empty((max(room, len(x)), *x.shape[1:]), dtype=x.dtype, pin_memory=True)
+    return memory[: len(x)].copy_(x, non_blocking=True)
 
 
 def combine(

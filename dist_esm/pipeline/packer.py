@@ -8,7 +8,7 @@ Memory is the open packs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from dist_esm.types import Pack, Segment
 
@@ -55,14 +55,14 @@ class Packer:
         Parameters
         ----------
         capacity
-            Tokens of these packs, if they are to be smaller than others. Then what came first goes first, so
+            Tokens of the very last packs, if packs are to become smaller. Then what came first goes first, so
             that most outputs are written before the device is done. None: there are as few packs as first-fit
             makes with the longest segments first. Without fewer of them they go as they are, oldest first.
         """
         held = [segment for pack in self._open for segment in pack]
         if capacity is not None and capacity < self.capacity:
             in_order = sorted(held, key=lambda segment: (segment.protein, segment.part))
-            packs = Packer(capacity, self.max_open)._pack(in_order)
+            packs = Packer(self.capacity, self.max_open)._shrink(in_order, capacity)
         else:
             longest_first = sorted(held, key=lambda segment: -len(segment.tokens))
             packs = Packer(self.capacity, len(held))._pack(longest_first)
@@ -70,6 +70,18 @@ class Packer:
                 packs = [Pack(tuple(pack)) for pack in self._open]
         self._open, self._room = [], []
         yield from packs
+
+    def _shrink(self, segments: Sequence[Segment], smallest: int) -> list[Pack]:
+        """Pack in order: capacities are halved, as far as that, so that none has over two thirds of what is
+        left."""
+        left = sum(len(segment.tokens) for segment in segments)
+        packs: list[Pack] = []
+        for segment in segments:
+            while self.capacity // 2 >= smallest and 3 * self.capacity > 2 * left:
+                self.capacity //= 2
+            packs += self.add(segment)
+            left -= len(segment.tokens)
+        return packs + self._pack(())
 
     def _pack(self, segments: Iterable[Segment]) -> list[Pack]:
         packs = [pack for segment in segments for pack in self.add(segment)]

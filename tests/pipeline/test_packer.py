@@ -35,19 +35,28 @@ def test_no_pack_is_left_open_for_ever():
     assert 0 in [segment.protein for pack in packs for segment in pack.segments]
 
 
-def test_the_last_packs_are_small_and_in_order_where_they_are_to_be_small():
-    packer = Packer(100)
-    sizes = [60, 55, 30, 20, 20, 15, 40]
+def test_the_last_packs_become_smaller_and_are_in_order_where_they_are_to():
+    packer = Packer(400)
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(5, 40, 60).tolist()
     segments = [
         Segment(number, 0, np.empty(size, np.uint8), (0, size - 2)) for number, size in enumerate(sizes)
     ]
     early = [pack for segment in segments for pack in packer.add(segment)]
-    last = list(packer.flush(50))
+    last = list(packer.flush(100))
     tickets = [[segment.protein for segment in pack.segments] for pack in last]
     assert sorted(itertools.chain(*tickets, *([s.protein for s in pack.segments] for pack in early))) == list(
         range(len(sizes))
     )
-    assert len(last) > 2
-    assert all(pack.num_tokens <= 50 or len(pack.segments) == 1 for pack in last)
+    numbers = [pack.num_tokens for pack in last]
+    assert 150 < max(numbers[:-2]) <= 2 / 3 * sum(numbers)
+    assert max(numbers[-2:]) <= 100
     assert [min(pack) for pack in tickets] == sorted(min(pack) for pack in tickets)
-    assert not list(packer.flush(50))
+    assert not list(packer.flush(100))
+
+
+def test_one_long_segment_at_the_end_is_a_pack_of_its_own():
+    packer = Packer(400)
+    assert not list(packer.add(Segment(0, 0, np.empty(390, np.uint8), (0, 388))))
+    (pack,) = packer.flush(100)
+    assert pack.num_tokens == 390
