@@ -190,8 +190,9 @@ class Engine:
     def toks_of_last(self) -> int:
         """Tokens of the very last packs, before there are no more.
 
-        On a GPU they become smaller where rows of residues are wanted: what comes with the last one is written
-        while the device has nothing to do. Kernels that take any number of rows lose 3% with these.
+        On a GPU packs become smaller towards the end where rows of residues are wanted: what comes with the
+        last one is written while the device has nothing to do. Kernels that take any number of rows lose 3%
+        with the smallest.
         """
         if not (self.is_gpu and self.wants_rows and self.model.kernels.linear.any_rows):
             return self.toks_per_batch

@@ -31,6 +31,7 @@ from dist_esm.outputs.placed import (
     link_output,
     shapes,
     write_placed_shard,
+    write_unit,
 )
 from dist_esm.outputs.region import OutsideError, Region, WrittenRegion
 from dist_esm.outputs.row_buffer import Memory, NamelessFile, RowBuffer, RowFile, torch_dtype
@@ -242,13 +243,12 @@ class OutputBuilder:
         if unit.first_part is not None and unit.count.sequences:  # it is one of several outputs of the unit
             size = min(unit.part_size or settings.max_proteins_per_output, unit.count.sequences)
             count = -(-count * size // unit.count.sequences)
-        is_movable = self.target is None or not self.target.is_shared
         if self.target is not None:
             own = self.target.layout.own
             count = own.residues if kind is Include.per_tok else own.proteins
             if (kind.name, layer) in self.target.places:
                 make_file = partial(self._row_file, kind, layer, self.target, settings.scratch)
-        return RowBuffer(settings.width, settings.dtype, make_file, memory, count, is_movable)
+        return RowBuffer(settings.width, settings.dtype, make_file, memory, count)
 
     def _row_file(self, kind: Include, layer: int, target: Target, scratch: Path) -> Region | RowsInPages:
         return target.row_file((kind.name, layer), self._region(kind, layer, target, scratch))
@@ -271,9 +271,20 @@ class OutputBuilder:
             discard(self.target.path)
 
     def work(self, settings: OutputSettings, file: FastaFile, unit: Unit) -> Work:
-        """Return what writes it under temporary names: a whole output, a numbered part of one, or a shard."""
+        """Return what writes it under temporary names: a whole output, a numbered part of one, or a shard.
+
+        Raises
+        ------
+        FastaError
+            If its numbers have places, and its proteins are not those that the plan has.
+        """
+        is_in_place = any(buffer.is_in_place for buffer in self.buffers.values())
         if unit.is_shard and self.target is not None:
-            return Work(partial(self._write_placed_shard, settings, file, unit, self.target))
+            self._require_planned(settings, self.target)
+            if is_in_place:
+                return Work(partial(self._write_placed_shard, settings, file, unit, self.target))
+            whole_unit = self._table(settings, file), self.target.alone, unit.ordinal, settings.scratch
+            return Work(partial(write_unit, *whole_unit), is_movable=True)
         if unit.is_shard:
             path = settings.output_dir / SHARDS / f"{shards_name(file)}.{unit.ordinal:06d}"
             table = self._table(settings, file)
@@ -281,7 +292,8 @@ class OutputBuilder:
             return Work(write, is_movable=self.early is None)
         stem = settings.output_dir / file.output
         part = "" if unit.first_part is None else part_ending(unit.first_part + self.part + 1)
-        if self.target is not None and any(buffer.is_in_place for buffer in self.buffers.values()):
+        if self.target is not None and is_in_place:
+            self._require_planned(settings, self.target)
             return Work(partial(self._write_around, settings, file, stem, part, self.target))
         table = self._table(settings, file)
         if self.early is not None:
@@ -293,13 +305,7 @@ class OutputBuilder:
     def _write_placed_shard(
         self, settings: OutputSettings, file: FastaFile, unit: Unit, target: Target
     ) -> Staged:
-        """Write the numbers of a unit to their places, and all else to a shard.
-
-        Raises
-        ------
-        FastaError
-            If its proteins are not those that the plan has.
-        """
+        """Write what is left of the numbers of a unit to their places, and all else to a shard."""
         table, regions = self._write_numbers(settings, file, target)
         return write_placed_shard(table, regions, target, unit.ordinal, settings.scratch)
 
@@ -310,11 +316,6 @@ class OutputBuilder:
 
         The first goes with the builder: until then the output can be completed again, if the disk turns out
         to be full. Where files have one name alone it is moved, since a copy would write all of it again.
-
-        Raises
-        ------
-        FastaError
-            If its proteins are not those that the plan has.
         """
         table, regions = self._write_numbers(settings, file, target)
         codec = in_place(settings.format, settings.is_compressed)
@@ -332,15 +333,19 @@ class OutputBuilder:
 
         return stage_output(settings.format, table.tsv_lines, stem, settings.scratch, name, part)
 
-    def _write_numbers(
-        self, settings: OutputSettings, file: FastaFile, target: Target
-    ) -> tuple[OutputTable, dict[tuple[str, int], WrittenRegion]]:
-        """Write numbers that have places to these, and return the table with all others."""
+    def _require_planned(self, settings: OutputSettings, target: Target) -> None:
+        """Raise FastaError if its proteins are not those that the plan has: they would not fit into their
+        places."""
         codec = in_place(settings.format, settings.is_compressed)
         assert codec is not None
         own = Extent(len(self.rows), self.num_residues, codec.text_size(self.rows))
         if own != target.layout.own:
             raise FastaError(CHANGED)
+
+    def _write_numbers(
+        self, settings: OutputSettings, file: FastaFile, target: Target
+    ) -> tuple[OutputTable, dict[tuple[str, int], WrittenRegion]]:
+        """Write numbers that have places to these, and return the table with all others."""
         regions = {}
         table = settings.table(file, self.rows, self.tsv_lines)
         for kind, layer in settings.representations:

@@ -15,6 +15,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -25,11 +26,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_esm.atomic import Staged, sync
+from dist_esm.atomic import Staged, require_scratch, sync
 from dist_esm.checksum import checksum_of_files, summed
 from dist_esm.config import Format
 from dist_esm.names import readable_name
-from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
+from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
 from dist_esm.outputs.formats.base import About, InPlace, Place
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.formats.write import stage_output
@@ -110,6 +111,15 @@ class Target:
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         path = stem.with_name(f"{stem.name}.{digest}{SUFFIX}")
         return cls(path, places, layout, row_bytes, codec.has_crc, is_shared=True)
+
+    @property
+    def alone(self) -> Target:
+        """What of it is needed for the unit's own numbers: it does not grow with the whole output."""
+        places = {
+            key: place.around(rows_in(key, self.layout.before), rows_in(key, self.layout.own))
+            for key, place in self.places.items()
+        }
+        return replace(self, places=places, layout=replace(self.layout, lengths=()))
 
     def file(self, key: Key) -> Path:
         """Return the file in which the numbers of a kind and layer belong."""
@@ -211,6 +221,30 @@ def output_in_making(shard: Path) -> Path:
     return shard.with_name(f"{shard.name.rpartition('.')[0].rpartition('.')[0]}{SUFFIX}")
 
 
+def write_unit(table: OutputTable, target: Target, ordinal: int, scratch: Path) -> Staged:
+    """Write the numbers of a unit to their places, and all else to a shard under a temporary name.
+
+    Parameters
+    ----------
+    table
+        The unit's proteins, with all numbers.
+    target, ordinal, scratch
+        As of `write_placed_shard`.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    require_scratch(scratch)
+    regions = {}
+    for kind, layer in target.places:
+        with closing(target.region((kind, layer))) as region:
+            rows = little_endian_blocks(getattr(table, kind)[layer])
+            regions[kind, layer] = region.write_all(target.blocks((kind, layer), rows))
+    return write_placed_shard(table, regions, target, ordinal, scratch)
+
+
 def write_placed_shard(
     table: OutputTable,
     regions: dict[Key, WrittenRegion],
@@ -223,7 +257,7 @@ def write_placed_shard(
     Parameters
     ----------
     table
-        The unit's proteins, with the numbers that have no places: the shard keeps them.
+        The unit's proteins. The shard keeps the numbers that have no places; of others it needs the shape.
     regions
         Where all other numbers are.
     target

@@ -95,8 +95,6 @@ class RowBuffer:
     expected
         How many rows there may be. Room for them is reserved at once, which takes no memory before they are
         written.
-    is_movable
-        Another process may write them, if any does.
     """
 
     def __init__(
@@ -106,13 +104,12 @@ class RowBuffer:
         file: Callable[[], RowFile],
         memory: Memory,
         expected: int = 0,
-        is_movable: bool = False,
     ) -> None:
         self.num_rows = 0
         self._expected = expected
         self._make_file = file
         self._memory = memory
-        self._arena = memory.arena if is_movable else None
+        self._arena = memory.arena
         self._taken = 0
         self._rows: NDArray[Any] = np.empty((0, width), dtype)
         self._is_there: NDArray[np.bool_] = np.empty(0, np.bool_)

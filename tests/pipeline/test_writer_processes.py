@@ -106,18 +106,19 @@ def test_processes_write_the_bytes_of_threads(tmp_path, monkeypatch, processes, 
     assert ours.keys() == theirs.keys()
     assert len(ours) >= 3
     assert ours == theirs
-    assert sum(number for number, is_done in written if is_done) >= 2
+    assert sum(number for number, is_done in written if is_done) == 3 + (share < 1) * 4
+    assert all(is_done for _, is_done in written)
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no counters of written bytes")
+@pytest.mark.parametrize("share", [1.0, 0.1], ids=["whole", "cut"])
 @pytest.mark.parametrize("name", FORMAT_NAMES)
-def test_rank_and_processes_together_write_an_output_once(tmp_path, processes, written, name):
-    """Of a file that is cut the rank writes alone."""
+def test_rank_and_processes_together_write_an_output_once(tmp_path, processes, written, name, share):
     (tmp_path / "a.fasta").write_text(fasta(200))
     writers = members_of(processes._process.pid)
     before = sum(so_far("wchar", writer) for writer in writers)
     alone = World(None, 0, 1, 0, 1)
-    settings = {"include": [Include.per_tok], "format": Format[name], "unit_share": 1.0}
+    settings = {"include": [Include.per_tok], "format": Format[name], "unit_share": share}
     in_rank = bytes_written(
         tmp_path / "a.fasta", tmp_path / "out", alone, processes, writers=Writers.processes, **settings
     )
@@ -159,7 +160,9 @@ def test_an_output_that_cannot_be_written_says_what_a_thread_says(tmp_path, proc
 
 
 @pytest.mark.parametrize("after", [0, 1], ids=["before the first output", "on the way"])
-def test_processes_that_are_killed_leave_their_work_to_threads(tmp_path, monkeypatch, caplog, after):
+@pytest.mark.parametrize("share", [1.0, 0.01], ids=["whole", "cut"])
+def test_processes_that_are_killed_leave_their_work_to_threads(tmp_path, monkeypatch, caplog, after, share):
+    monkeypatch.setattr(units, "MIN_UNIT_BYTES", 500)
     done = []
     write = WriterProcess.write
 
@@ -172,7 +175,9 @@ def test_processes_that_are_killed_leave_their_work_to_threads(tmp_path, monkeyp
     monkeypatch.setattr(WriterProcess, "write", until_killed)
     inputs = write_files(tmp_path / "in", **{f"f{i}": MANY_TEXT[: 1000 + 100 * i] for i in range(30)})
     with start("pt") as started, caplog.at_level(logging.WARNING, "dist_esm"):
-        run = embed_directory(inputs, tmp_path / "out", processes=started, include=ALL_KINDS)
+        run = embed_directory(
+            inputs, tmp_path / "out", processes=started, include=ALL_KINDS, unit_share=share
+        )
     assert run.report.status == "complete"
     said = [record.getMessage() for record in caplog.records if "gone" in record.getMessage()]
     assert said == [

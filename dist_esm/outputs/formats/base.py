@@ -125,6 +125,10 @@ class Pages(Protocol):
         """Return what stands in front of the rows of a page."""
         ...
 
+    def some(self, first: int, last: int) -> Pages:
+        """Return the pages from number `first` to `last`, as if there were no others."""
+        ...
+
 
 class Place(NamedTuple):
     """Where the numbers of a kind and layer stand in an output, as rows in order."""
@@ -145,6 +149,15 @@ class Place(NamedTuple):
         behind = row - int(self.pages.firsts[number])
         header = int(self.pages.header_bytes[number]) if behind else 0
         return self.offset + int(self.pages.offsets[number]) + header + behind * row_bytes
+
+    def around(self, first: int, num_rows: int) -> Place:
+        """Return what of it is needed for rows of these alone: the same place, without other pages."""
+        if self.pages is None or len(self.pages.firsts) < 2:
+            return self
+        numbers = np.searchsorted(self.pages.firsts, [first, first + max(0, num_rows - 1)], "right") - 1
+        start, last = np.minimum(numbers, len(self.pages.firsts) - 2).tolist()
+        offset = self.offset + int(self.pages.offsets[start])
+        return Place(self.file, offset, self.pages.some(start, last))
 
     def pieces(self, first: int, num_rows: int) -> list[tuple[int, int]]:
         """Return what these rows and the headers between them are, piece by piece: bytes of a header, and the

@@ -200,6 +200,10 @@ class PagesInPlace:
         """Return what stands in front of the values of a page."""
         return b"".join(self._parts(number))
 
+    def some(self, first: int, last: int) -> PagesInPlace:
+        """Return the pages from number `first` to `last`, as if there were no others."""
+        return PagesInPlace(self.pages[first : last + 1], self.width, self.itemsize)
+
     @cached_property
     def firsts(self) -> NDArray[np.int64]:
         """The first vector of each page, and the number of all."""

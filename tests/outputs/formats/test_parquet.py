@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import combinations_with_replacement
 
 import duckdb
 import numpy as np
@@ -17,6 +18,8 @@ from dist_esm import load
 from dist_esm.config import Compression, Format, SaveDtype, check
 from dist_esm.outputs.formats import parquet as formats_parquet
 from dist_esm.outputs.formats import parquet_pages
+from dist_esm.outputs.formats.base import Place
+from dist_esm.outputs.formats.parquet import PagesInPlace
 from helpers.compare import assert_same
 from helpers.outputs import (
     EVERYTHING,
@@ -213,3 +216,26 @@ print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
         [sys.executable, "-c", code, tmp_path / "a.parquet"], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("lengths", [[], [5], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [40, 1]])
+def test_what_a_unit_needs_of_a_place_says_what_the_whole_place_says(monkeypatch, lengths):
+    """Also for units without a row, at the beginning, between pages and at the end."""
+    width, itemsize = 4, 2
+    monkeypatch.setattr(parquet_pages, "PAGE_BYTES", 8 * width * itemsize)
+    monkeypatch.setattr(parquet_pages, "MAX_PAGE_BYTES", 16 * width * itemsize)
+    num_rows, row_bytes = sum(lengths), width * itemsize
+    cut = parquet_pages.pages(lengths, 0, num_rows, row_bytes)
+    whole = Place("", 4, PagesInPlace(cut, width, itemsize))
+    rows = np.arange(num_rows * width, dtype=np.float16).reshape(-1, width)
+    for first, stop in combinations_with_replacement(range(num_rows + 1), 2):
+        own = whole.around(first, stop - first)
+        for row in (first, stop):
+            assert own.begin(row, row_bytes) == whole.begin(row, row_bytes)
+        assert own.pieces(first, stop - first) == whole.pieces(first, stop - first)
+        ours, all_of_it = (
+            [block.tobytes() for block in place.blocks(first, [rows[first:stop]])] for place in (own, whole)
+        )
+        assert ours == all_of_it
+    if num_rows == 41:
+        assert len(whole.around(0, 1).pages.pages) == 1 < len(cut)
