@@ -148,11 +148,12 @@ class GpuPool:
 def to_host(x: Tensor, stream: torch.cuda.Stream, room: int = 0) -> Tensor:
     """Start a copy into pinned memory; it is complete once the stream has passed this point.
 
-    The memory has room for so many rows, if it is more: torch takes memory again for the same size only, and
-    to pin more for a smaller pack takes as long as the pack.
+    The memory has room for so many rows, if that is less than eight times as many. torch takes memory again
+    for the same size only, and to pin more for a smaller one may take as long as the pack.
     """
     x.record_stream(stream)
-    memory = torch.empty((max(room, len(x)), *x.shape[1:]), dtype=x.dtype, pin_memory=True)
+    num_rows = room if len(x) < room < 8 * len(x) else len(x)
+    memory = torch.empty((num_rows, *x.shape[1:]), dtype=x.dtype, pin_memory=True)
     return memory[: len(x)].copy_(x, non_blocking=True)
 
 
