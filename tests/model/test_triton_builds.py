@@ -19,6 +19,9 @@ from dist_esm.model.kernels.attention import TILE  # noqa: E402
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory that a program may have, by compute capability (CUDA C++ Programming Guide, technical
 specifications): A100; RTX 3090 and A40; L40S and RTX 4090; H100; B200; RTX 5090."""
+TWINS = {86: pytest.mark.slow}
+"""It has the shared memory and the instructions of 89."""
+CARDS = [pytest.param(card, marks=TWINS.get(card, ())) for card in SHARED_KIB]
 
 
 def build(
@@ -48,7 +51,7 @@ def cold_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("card", SHARED_KIB)
+@pytest.mark.parametrize("card", CARDS)
 def test_the_passes_between_products_are_compiled_and_fit(card, dtype):
     values, floats, ints = f"*{dtype}", "*fp32", "*i32"
     shared = [
@@ -92,7 +95,7 @@ def test_the_passes_between_products_are_compiled_and_fit(card, dtype):
     assert max(shared) <= SHARED_KIB[card] << 10
 
 
-@pytest.mark.parametrize("card", SHARED_KIB)
+@pytest.mark.parametrize("card", CARDS)
 def test_the_passes_in_fp32_are_compiled_and_fit(card):
     floats, pairs = "*fp32", "*fp16"
     shared = [
@@ -128,7 +131,11 @@ TENSOR_CORES = [80, 90, 100]
 @pytest.mark.parametrize(
     ("card", "head", "dtype"),
     [
-        *((card, *case) for card in SHARED_KIB for case in LARGE_HEADS),
+        *(
+            pytest.param(card, *case, marks=TWINS.get(card, ()))
+            for card in SHARED_KIB
+            for case in LARGE_HEADS
+        ),
         *((card, *case) for card in TENSOR_CORES for case in OTHER_HEADS),
     ],
 )
@@ -180,7 +187,7 @@ def test_what_fp8_needs_is_compiled_for_hopper_and_fits(head):
 
 @pytest.mark.parametrize("dtype", ["bf16", "pairs"])
 @pytest.mark.parametrize("epilogue", ["gelu", "residual", "rotation"])
-@pytest.mark.parametrize("card", SHARED_KIB)
+@pytest.mark.parametrize("card", CARDS)
 def test_products_are_compiled_and_fit(card, epilogue, dtype):
     pairs = dtype == "pairs"
     tile = triton_products.tile_for(divmod(card, 10), epilogue, pairs)

@@ -159,8 +159,9 @@ def test_an_output_that_cannot_be_written_says_what_a_thread_says(tmp_path, proc
     assert any(is_done for _, is_done in written)
 
 
-@pytest.mark.parametrize("after", [0, 1], ids=["before the first output", "on the way"])
-@pytest.mark.parametrize("share", [1.0, 0.01], ids=["whole", "cut"])
+@pytest.mark.parametrize(
+    ("after", "share"), [(0, 1.0), (1, 0.01)], ids=["before the first output", "on the way, cut files"]
+)
 def test_processes_that_are_killed_leave_their_work_to_threads(tmp_path, monkeypatch, caplog, after, share):
     monkeypatch.setattr(units, "MIN_UNIT_BYTES", 500)
     done = []
