@@ -72,8 +72,8 @@ class Packer:
         yield from packs
 
     def _shrink(self, segments: Sequence[Segment], smallest: int) -> list[Pack]:
-        """Pack in order: capacities are halved, as far as that, so that none has over two thirds of what is
-        left."""
+        """Pack in order. A pack has room for at most two thirds of what is left when it is opened: capacities
+        are halved, down to the smallest."""
         left = sum(len(segment.tokens) for segment in segments)
         packs: list[Pack] = []
         for segment in segments:
