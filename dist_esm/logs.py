@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -81,7 +81,8 @@ def logging_to(path: Path, rank: int) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
-        handler.close()
+        with suppress(OSError):  # a disk that is full; a report has to come all the same
+            handler.close()
 
 
 class LogFile(logging.FileHandler):

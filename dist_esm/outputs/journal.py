@@ -50,6 +50,9 @@ class Entry:
     is_last: bool | None = None
     """The text of its file ends with it. Version 1 did not keep it: there it is None unless the slices
     tell."""
+    before: int | None = None
+    """Records of its file in front of it: its outputs number their proteins from there. Versions before 5 did
+    not keep it: there it is None."""
 
     @property
     def is_whole(self) -> bool:
@@ -88,8 +91,19 @@ def entry_of(
     """
     slices = [(unit.slice.start, unit.slice.stop) for unit in units]
     is_last = units[-1].ordinal == num_units - 1
+    before = units[0].before.sequences
     return Entry(
-        str(file.output), file.source, slices, digests, written, tally, rank, seconds, is_joined, is_last
+        str(file.output),
+        file.source,
+        slices,
+        digests,
+        written,
+        tally,
+        rank,
+        seconds,
+        is_joined,
+        is_last,
+        before,
     )
 
 
@@ -188,6 +202,8 @@ def _decode(text: bytes, path: Path) -> Entry:
     content.pop("format", None)
     if version == 1:
         content |= _missing_in_version_1(content)
+    if version < 5:
+        content.setdefault("before", None)
     if version < 3 and isinstance(content.get("tally"), dict):
         not_counted = {"replaced": {}, "nucleotides": 0, "more_chains": 0, "latin1": 0}
         content["tally"] = not_counted | content["tally"]
@@ -228,6 +244,7 @@ def _problems(entry: Entry) -> Iterator[str]:
     counts = [*(number for table in tables for number in table.values()), entry.rank]
     counts += [getattr(tally, name) for name in TALLIED] + [file.num_bytes for file in entry.written]
     counts += [number for span in entry.slices for number in span if number is not None]
+    counts += [] if entry.before is None else [entry.before]
     if not all(map(is_count, counts)):
         yield "a count is negative or no whole number"
     if not set(tally.outcomes) <= set(RecordOutcome.__members__):

@@ -324,8 +324,8 @@ def joined_file(entry: Entry) -> JoinedFile:
 def units_covered(entry: Entry, units: Sequence[Unit]) -> list[Unit]:
     """Return the units of a file that an entry stands for.
 
-    These are all of them, however they are cut, or the one of the same text that would be written to the same
-    outputs, or none.
+    These are all of them, however they are cut, or the one of the same text, with as many records in front of
+    it, that would be written to the same outputs, or none.
     """
     if is_of_whole_file(entry) and units[0].first_part is None:
         return list(units)
@@ -333,6 +333,7 @@ def units_covered(entry: Entry, units: Sequence[Unit]) -> list[Unit]:
         unit
         for unit in units
         if is_cut_alike(entry, [unit])
+        and entry.before in (None, unit.before.sequences)
         and unit.unreadable is None
         and is_named_alike(entry, unit, unit.ordinal == len(units) - 1)
     ]

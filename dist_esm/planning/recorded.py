@@ -64,10 +64,12 @@ def plan_of(record: Mapping[str, Any], inputs: Sequence[LaunchInput], earlier: S
         by_file.setdefault(row[0], []).append(row)
     units, was_done = [], set()
     for file, rows in by_file.items():
+        before = Count()
         for ordinal, (_, start, stop, sequences, residues, first_part, is_done) in enumerate(rows):
             count = Count(sequences=sequences, residues=residues)
             slice_ = Slice(files[file].path, start, stop)
-            units.append(Unit(file, ordinal, slice_, count, Count(), len(rows) == 1, first_part))
+            units.append(Unit(file, ordinal, slice_, count, before, len(rows) == 1, first_part))
+            before += count
             if is_done:
                 was_done.add((file, ordinal))
     plan = Plan(files, tuple(units), ())

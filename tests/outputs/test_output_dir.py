@@ -103,7 +103,7 @@ def test_the_inputs_of_a_launch_are_written_down_in_their_order(tmp_path):
     with open_alone(tmp_path / "out") as out:
         out.record_inputs(files)
     content = json.loads((tmp_path / "out" / ".dist_esm" / "launches" / f"{1:020d}.json").read_text())
-    assert (content["format"], content["launch"], content["dist_esm"]) == (4, 1, code_version())
+    assert (content["format"], content["launch"], content["dist_esm"]) == (5, 1, code_version())
     assert [(item["source"], item["output"]) for item in content["inputs"]] == [
         ("a.fa", "a_ESM"),
         ("b.fasta", "b_ESM"),
@@ -261,7 +261,7 @@ def test_a_directory_of_version_1_is_gone_on_with(tmp_path):
     assert [entry.output for entry in read(out)] == ["viruses/a_ESM", "b_ESM"]
     assert list(finished_files(read(out))) == ["b_ESM", "viruses/a_ESM"]
     assert read_settings(out) == SETTINGS_V1
-    assert json.loads((out / ".dist_esm" / "settings.json").read_text())["format"] == 4
+    assert json.loads((out / ".dist_esm" / "settings.json").read_text())["format"] == 5
 
 
 def test_settings_of_version_1_are_compared_and_lack_the_version_of_numerics_because_it_was_the_first(
@@ -288,7 +288,7 @@ def line(content: object) -> bytes:
 
 GOOD = json.loads(encode(entry_for("a_ESM", "a.pt")).rpartition(b"\t")[0])
 BROKEN = {
-    "later": ({**GOOD, "format": 5}, "format version 5, and this version of dist_esm reads up to 4"),
+    "later": ({**GOOD, "format": 6}, "format version 6, and this version of dist_esm reads up to 5"),
     "no version": ({**GOOD, "format": "two"}, "format version 'two', which is none"),
     "unknown field": ({**GOOD, "mood": 1}, "Entry has 'mood', which is not known"),
     "missing field": ({key: GOOD[key] for key in GOOD if key != "tally"}, "Entry lacks 'tally'"),
@@ -323,7 +323,7 @@ def test_a_line_that_is_whole_and_not_understood_is_one_line_that_names_the_file
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"format": 5, "settings": {}}', "format version 5"),
+        ('{"format": 6, "settings": {}}', "format version 6"),
         ('{"format": 2, ', "is damaged, it is no JSON"),
         ("[]", "what dist_esm did not write"),
     ],

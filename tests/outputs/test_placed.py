@@ -370,3 +370,15 @@ def test_a_disk_that_was_full_for_a_moment_loses_no_file_of_a_protein(tmp_path, 
     assert embed(path, tmp_path / "large", share=1.0, format=Format.fair_esm).report.status == "complete"
     assert len(calls) == 2
     assert files_of(tmp_path / "large") == files_of(tmp_path / "small")
+
+
+@pytest.mark.parametrize("kind", [Format.safetensors, Format.fair_esm])
+def test_proteins_behind_a_unit_that_has_more_records_now_are_numbered_anew(tmp_path, kind):
+    """Its text is as long as it was, so that the others have theirs where they had it."""
+    path, out = tmp_path / "a.fasta", tmp_path / "out"
+    path.write_text(fasta(poison_at=1))
+    assert embed(path, out, format=kind, poison=[POISON]).report.status == "partial"
+    path.write_text(path.read_text().replace(POISON, f"{POISON[:10]}\n>n\n{POISON[14:]}"))
+    assert embed(path, out, format=kind).report.status == "complete"
+    assert embed(path, tmp_path / "anew", share=1.0, format=kind).report.status == "complete"
+    assert files_of(out) == files_of(tmp_path / "anew")
