@@ -18,7 +18,7 @@ from dist_esm.atomic import Staged, discard, require_scratch
 from dist_esm.config import Format, Include
 from dist_esm.fasta.blocks import CHANGED, FastaError
 from dist_esm.names import part_ending
-from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks
+from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable
 from dist_esm.outputs.formats.base import Place
 from dist_esm.outputs.formats.registry import FORMATS
 from dist_esm.outputs.formats.write import stage_output, write_output
@@ -356,8 +356,7 @@ class OutputBuilder:
             elif buffer is not None and buffer.is_in_place:
                 regions[key] = self._region(kind, layer, target, settings.scratch).read_back()
             else:
-                blocks = target.blocks(key, little_endian_blocks(self._tensor(kind, layer, settings)))
-                regions[key] = self._region(kind, layer, target, settings.scratch).write_all(blocks)
+                regions[key] = target.write(key, self._tensor(kind, layer, settings), settings.scratch)
         return table, regions
 
     def _tensor(self, kind: Include, layer: int, settings: OutputSettings) -> Tensor:

@@ -2,8 +2,8 @@
 
 Version 1, of files and lines that name none, has no `source` and no `is_last` in the journal, and bare
 settings. Version 2 and version 1 have no counts of replaced letters, chains, Latin-1 headers and DNA in a
-tally. All before version 4 have the sha256 of whole files, however large. All before
-version 5 do not say how many records come in front of what an entry of the journal covers.
+tally. All before version 4 have the sha256 of whole files, however large. All before version 5 do not say how
+many records come in front of what an entry of the journal covers.
 """
 
 from __future__ import annotations

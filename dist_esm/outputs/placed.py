@@ -143,6 +143,18 @@ class Target:
         start, stop = span(place, key, self.layout.before, self.layout.own, self.row_bytes)
         return Region(self.file(key), start, stop, self.has_crc)
 
+    def write(self, key: Key, rows: Tensor | ChunkedTensor, scratch: Path) -> WrittenRegion:
+        """Write all of the unit's rows of a kind and layer to their place.
+
+        Raises
+        ------
+        OSError
+            If they cannot be written, or `scratch` is gone, and with it the output directory.
+        """
+        require_scratch(scratch)
+        with closing(self.region(key)) as region:
+            return region.write_all(self.blocks(key, little_endian_blocks(rows)))
+
     def row_file(self, key: Key, region: Region) -> Region | RowsInPages:
         """Return what takes the unit's rows of a kind and layer in any order, and writes them to a region."""
         place = self.places[key]
@@ -236,12 +248,10 @@ def write_unit(table: OutputTable, target: Target, ordinal: int, scratch: Path) 
     OSError
         If it cannot be written.
     """
-    require_scratch(scratch)
-    regions = {}
-    for kind, layer in target.places:
-        with closing(target.region((kind, layer))) as region:
-            rows = little_endian_blocks(getattr(table, kind)[layer])
-            regions[kind, layer] = region.write_all(target.blocks((kind, layer), rows))
+    regions = {
+        (kind, layer): target.write((kind, layer), getattr(table, kind)[layer], scratch)
+        for kind, layer in target.places
+    }
     return write_placed_shard(table, regions, target, ordinal, scratch)
 
 

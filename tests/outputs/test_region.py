@@ -173,5 +173,5 @@ def test_full_blocks_that_come_in_any_order_are_on_their_way_to_the_disk(tmp_pat
     for block in (7, 0, 3):
         region.write(block * BLOCK_BYTES, data)
     region.write(5 * BLOCK_BYTES, data[: 2 * PAGE_BYTES])  # more of this block is to come
-    assert wait_until_few_wait(path, 2) == 2
+    assert wait_until_few_wait(path, 2) <= 2
     region.close()
