@@ -23,7 +23,7 @@ from dist_esm.pipeline.writer_processes import WriterProcesses
 from dist_esm.types import Pack, Segment, SegmentEmbedding
 from helpers.standin import ReportRead, StandIn, make_config
 
-WIDTH = 1280
+WIDTH, NUM_LAYERS = 1280, 2
 MOST = {
     Format.pt: 1.05,
     Format.h5: 1.05,
@@ -48,7 +48,8 @@ class Wide(StandIn):
         """Embed a segment of at most 500 residues."""
         first = segment.protein * 487 % 4500
         rows = self.noise[first : first + len(segment.tokens) - 2]
-        return SegmentEmbedding({1: rows[0].astype(np.float32)}, {}, {1: rows} if self.wants_rows else {})
+        vectors = {layer: rows[0].astype(np.float32) for layer in self.layers}
+        return SegmentEmbedding(vectors, vectors, dict.fromkeys(self.layers, rows) if self.wants_rows else {})
 
 
 def so_far(counter: str, process: int | str = "self") -> int:
@@ -77,10 +78,11 @@ def bytes_written(
 ) -> int:
     """Embed one file, and return the bytes that this process wrote, without those of its writers."""
     config = make_config(str(path), output_dir, save_dtype=SaveDtype.float16, **settings)
-    config = replace(config, model=ModelConfig("stand-in", 1, WIDTH, 20, "random"), dedupe=False)
+    config = replace(config, model=ModelConfig("stand-in", NUM_LAYERS, WIDTH, 20, "random"), dedupe=False)
     wants_rows = Include.per_tok in config.include
     before = so_far("wchar")
-    engine = Wide([1], wants_rows, 20_000)
+    layers = sorted(layer % (NUM_LAYERS + 1) for layer in config.repr_layers)
+    engine = Wide(layers, wants_rows, 20_000)
     run(config, world, lambda *_: engine, processes)  # type: ignore[arg-type, return-value]
     return so_far("wchar") - before
 

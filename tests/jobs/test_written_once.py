@@ -37,6 +37,20 @@ def test_a_file_that_is_cut_is_written_once(tmp_path, kind, include, num_protein
     assert 1 <= share_written(tmp_path, num_proteins, **settings) < MOST[kind]
 
 
+@pytest.mark.parametrize("kind", list(Format), ids=name_of)
+def test_residues_of_several_layers_are_written_once(tmp_path, kind):
+    settings = {"include": [Include.mean, Include.bos, Include.per_tok], "repr_layers": [0, 1, 2]}
+    assert 1 <= share_written(tmp_path, 100, format=kind, unit_share=0.1, **settings) < MOST[kind]
+
+
+@pytest.mark.parametrize(("unit_share", "most"), [(1.0, 1.05), (0.1, 1.5)], ids=["uncut", "cut"])
+def test_vectors_that_are_attributes_of_an_h5_are_written_twice_and_no_more(tmp_path, unit_share, most):
+    """They are part of what HDF5 writes of each protein, whose place depends on all proteins before it."""
+    settings = {"format": Format.h5, "include": [Include.mean, Include.bos]}
+    share = share_written(tmp_path, 1000, unit_share=unit_share, **settings)
+    assert most - 0.1 < share < most
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", list(Format), ids=name_of)
 def test_two_ranks_write_no_more_than_one(tmp_path, kind):

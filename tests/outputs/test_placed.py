@@ -36,9 +36,12 @@ def small_units_and_pages(monkeypatch):
 
 
 def fasta(poison_at: int | None = None, first: str = "ACDEFGHIKL") -> str:
-    """Forty records of several lengths; one of them may be poisoned, and one is skipped."""
+    """Forty records of several lengths, of which two make large attributes of an HDF5 file; one of them may
+    be poisoned, and one is skipped."""
     records = [f'>p{i} number "{i}"\n{"ACDEFGHIKL" * (1 + i * 7 % 5)}\n' for i in range(40)]
     records[0] = f">p0\n{first}\n"
+    records[3] = f">p3\n{'ACDEFGHIKL' * 18}\n"
+    records[25] = f">p25\n{'ACDEFGHIKL' * 19}\n"
     records[30] = ">p30\n<mask>\n"
     records[10] = ">p10\nACDEF:GHIKL/MKV\n"
     if poison_at is not None:
@@ -48,7 +51,8 @@ def fasta(poison_at: int | None = None, first: str = "ACDEFGHIKL") -> str:
 
 def embed(path: Path, out: Path, share: float = 0.1, **others) -> Embedded:
     """Embed a file; what the journal has of its outputs is what they are."""
-    run = embed_directory(path, out, include=ALL_KINDS, dedupe=False, unit_share=share, **others)
+    settings = {"include": ALL_KINDS, "repr_layers": [0, 1], "dedupe": False, "unit_share": share}
+    run = embed_directory(path, out, **settings, **others)
     outputs = [file for entry in journal.read(out) if not entry.is_shard for file in entry.written]
     for written in {file.path: file for file in outputs}.values():
         assert read_back(out, Path(written.path)) == written

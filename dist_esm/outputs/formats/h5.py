@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from tempfile import SpooledTemporaryFile, gettempdir
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_esm.atomic import SummedFile, write_at
+from dist_esm.names import cut
 from dist_esm.outputs.embeddings import (
     ChunkedTensor,
     OutputTable,
@@ -27,22 +27,26 @@ from dist_esm.outputs.embeddings import (
     numpy_dtype,
 )
 from dist_esm.outputs.formats.base import About, Codec, ContentSize, InPlace, Names, Place, escape
+from dist_esm.outputs.formats.h5_hole import AttributePages, FileWithHole, attribute_name
 from dist_esm.types import Extent, Row
 
 if TYPE_CHECKING:
     import h5py
 
-BLOCK_BYTES = 1 << 20
 SAMPLE, SAMPLE_BYTES = 32, 1 << 17
 """Proteins that `output_bytes` writes into memory, and about the most bytes of one's matrix of residues."""
 RESERVED, BEHIND = b"%reserved", b"%behind"
 """Names of datasets that are there for a while; no protein's is such."""
-SPOOL_BYTES = 1 << 28
-"""Bytes of a file without its numbers that are kept in memory."""
+TOGETHER = "this version of HDF5 does not keep numbers together: install another h5py"
 CACHE_BYTES = 1 << 25
 """HDF5's own memory for what it has written: with less it reads back what it changes once more."""
 MAX_KEPT = 10_000
 """Datasets that stay open until they get their attributes; each takes 12 kB, and 20 us to open again."""
+MAX_NAME = 1 << 10
+"""Bytes of the longest name; HDF5 would keep one of 4 KiB among the numbers of datasets."""
+SMALL_BYTES = 1 << 12
+"""Bytes of the largest attribute that HDF5 keeps among its descriptions, where it keeps all in a heap; a
+larger one stands by itself, in one piece, among the numbers of datasets."""
 
 # A `/` would make a group and a lone `.` is the root itself; `~` marks the second of a name, `%` what is
 # escaped.
@@ -50,8 +54,15 @@ _UNSAFE = re.compile(r"[/%~\x00-\x1f\x7f\ud800-\udfff]|^\.(?=\.?$)")
 
 
 def dataset_name(protein: str) -> str:
-    """An id as the name of a dataset: itself, unless HDF5 would take it for something else."""
-    return escape(protein, _UNSAFE) or "%"
+    """An id as the name of a dataset: itself, unless HDF5 would take it for something else.
+
+    A name that is too long is cut, with a hash of the id behind it.
+    """
+    name = escape(protein, _UNSAFE) or "%"
+    if len(name.encode()) <= MAX_NAME:
+        return name
+    beginning, mark = cut(name, protein, MAX_NAME)
+    return re.sub("%.?$", "", beginning) + mark
 
 
 def write_h5(table: OutputTable, path: Path) -> str:
@@ -71,14 +82,15 @@ def write_h5(table: OutputTable, path: Path) -> str:
       minute.
 
     An id with a ``/`` has it as ``%2F`` (``%``, ``~`` and control characters alike); the second protein of an
-    id is ``id~2``.
+    id is ``id~2``; a name of more than 1,024 bytes is cut, with ``~h`` and a hash of the id behind it.
     """
     with Metadata(table, path.parent) as metadata, SummedFile(path) as file:
         for block in metadata.blocks(0, metadata.hole.start):
             file.write(block)
         if table.rows:
-            for values in little_endian_blocks(getattr(table, root_kind(table))[table.main_layer]):
-                file.write(values.data)
+            for (kind, layer), place in metadata.places.items():
+                for values in place.blocks(0, little_endian_blocks(getattr(table, kind)[layer])):
+                    file.write(values.data)
         for block in metadata.blocks(metadata.hole.start, metadata.num_bytes):
             file.write(block)
     return file.checksum()
@@ -103,105 +115,36 @@ def size_of_root(table: OutputTable) -> int:
     return int(math.prod(rows.shape) * numpy_dtype(rows.dtype).itemsize)
 
 
-class FileWithHole:
-    """All of a file but a range of it that nobody writes to, as an open file for HDF5.
-
-    It is in memory, or in a nameless file if it is large: attributes may hold the residues of further layers.
-
-    Parameters
-    ----------
-    folder
-        Where the nameless file goes.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.hole = range(0)
-        self._file = SpooledTemporaryFile(SPOOL_BYTES, dir=str(folder))  # noqa: SIM115 - closed by close()
-        self._position = 0
-        self._end = 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a position."""
-        self._position = offset + (0, self._position, self._end)[whence]
-        return self._position
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self._position
-
-    def _go_to(self, position: int) -> None:
-        """Go to where a byte outside the hole is."""
-        self._file.seek(position - (len(self.hole) if position >= self.hole.stop else 0))
-
-    def write(self, data: Any) -> int:
-        """Write bytes.
-
-        Raises
-        ------
-        ValueError
-            If they are in the hole.
-        """
-        view = memoryview(data)
-        start, stop = self._position, self._position + view.nbytes
-        if start < self.hole.stop and stop > self.hole.start and self.hole:
-            raise ValueError("HDF5 writes to where the numbers of datasets belong")
-        self._go_to(start)
-        self._file.write(view)
-        self._position = stop
-        self._end = max(self._end, stop)
-        return view.nbytes
-
-    def readinto(self, buffer: Any) -> int:
-        """Read bytes; what was not written is zero, as is the hole: HDF5 reads on behind what it is after."""
-        view = memoryview(buffer).cast("B")
-        start, stop = self._position, self._position + view.nbytes
-        view[:] = bytes(view.nbytes)
-        for first, last in ((start, min(stop, self.hole.start)), (max(start, self.hole.stop), stop)):
-            if first < last:
-                self._go_to(first)
-                found = self._file.read(last - first)
-                view[first - start : first - start + len(found)] = found
-        self._position = stop
-        return view.nbytes
-
-    def truncate(self, size: int) -> int:
-        """Set the size of the whole file."""
-        self._end = size
-        self._file.truncate(size - (len(self.hole) if size >= self.hole.stop else 0))
-        return size
-
-    def flush(self) -> None:
-        """Do nothing: nobody else sees the file."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes without those of the hole."""
-        return self._end - len(self.hole)
-
-    def blocks(self, start: int, stop: int) -> Iterator[bytes]:
-        """Give bytes from start up to stop, those of the hole not counted."""
-        self._file.seek(start)
-        for begin in range(start, stop, BLOCK_BYTES):
-            size = min(BLOCK_BYTES, stop - begin)
-            yield self._file.read(size).ljust(size, b"\0")
-
-    def close(self) -> None:
-        """Give it up."""
-        self._file.close()
-
-
 class Metadata(FileWithHole):
-    """The whole file but for the numbers that its datasets hold, which are a hole in it.
+    """The whole file but for the numbers that have places, which are a hole in it.
 
     HDF5 writes numbers in an order of its own, and no checksum can be taken on the way. So it is given none.
     The numbers of all datasets follow one another in file order, since they get the room of a dataset as
-    large as all of them, which was there first and is deleted.
+    large as all of them, which was there first and is deleted. Behind them and from the same room come the
+    attributes with residues, of one further layer after the other.
 
     As a context manager it closes the file.
+
+    Parameters
+    ----------
+    table
+        The output. Numbers that have places need none there, if they are in `written`.
+    folder
+        Where what is large goes.
+    written
+        The file, if numbers are in their places already.
     """
 
-    def __init__(self, table: OutputTable, folder: Path) -> None:
+    def __init__(self, table: OutputTable, folder: Path, written: Path | None = None) -> None:
         super().__init__(folder)
+        self._written = written
+        dtype = numpy_dtype(table.mean[table.main_layer].dtype)
+        self.places = places(table, Extent(len(table.rows), sum(table.lengths)), dtype, table.lengths)
+        self.pages = [
+            (place.offset, place.pages)
+            for place in self.places.values()
+            if isinstance(place.pages, AttributePages)
+        ]
         with ExitStack() as undo:
             undo.callback(self.close)
             offsets = _write_metadata(table, self)
@@ -209,8 +152,26 @@ class Metadata(FileWithHole):
             row_bytes = size_of_root(table) // max(1, num_rows[-1])
             starts = (self.hole.start + before * row_bytes for before in num_rows)
             if any(offset != start for offset, start in zip(offsets, starts, strict=False)):
-                raise ValueError("this version of HDF5 does not keep numbers together: install another h5py")
+                raise ValueError(TOGETHER)
             undo.pop_all()
+
+    def values(self, table: OutputTable, kind: str, layer: int) -> Iterator[NDArray[Any] | None]:
+        """Give the numbers of each protein, of shape (L, D) or (D,); None if HDF5 needs not know them."""
+        place = self.places.get((kind, layer))
+        if place is None or not isinstance(place.pages, AttributePages):
+            yield from values_of(table, kind, layer)
+            return
+        pages = place.pages
+        begins = place.offset + pages.offsets[:-1] + pages.header_bytes[:-1]
+        for number, size in enumerate(pages.sizes.tolist()):
+            shape = int(pages.lengths[number]), pages.width
+            if size > SMALL_BYTES:
+                yield None
+            elif self._written:
+                found = np.fromfile(self._written, pages.dtype, math.prod(shape), offset=begins[number])
+                yield found.reshape(shape)
+            else:
+                yield little_endian(table.per_tok[layer][slice(*table.span(number))])
 
     def __enter__(self) -> Self:
         return self
@@ -219,7 +180,7 @@ class Metadata(FileWithHole):
         self.close()
 
 
-def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
+def _write_metadata(table: OutputTable, metadata: Metadata) -> list[int]:
     """Write the file, and return the offset of each protein's numbers."""
     import h5py
 
@@ -236,9 +197,10 @@ def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
     text = h5py.h5t.py_create(text_dtype, logical=True)
     scalar = h5py.h5s.create(h5py.h5s.SCALAR)
     number_type = h5py.h5t.py_create(numpy_dtype(getattr(table, root)[main].dtype))
-    unfilled = _unfilled()
+    unfilled = _unfilled(in_heap=bool(metadata.pages))
     offsets: list[int] = []
     kept: list[Any] = []
+    unused: list[Any] = []
 
     @lru_cache(maxsize=64)
     def kind_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
@@ -252,7 +214,11 @@ def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
         hdf5_type, space, in_memory = kind_of(value.dtype, value.shape)
         h5py.h5a.create(owner, name, hdf5_type, space).write(value, in_memory)
 
-    with _create(metadata, size_of_root(table)) as file:
+    def dataset_of(place: int) -> Any:
+        return kept[place] if place < len(kept) else h5py.h5d.open(file.id, taken[place])
+
+    num_bytes = size_of_root(table) + sum(int(pages.offsets[-1]) for _, pages in metadata.pages)
+    with _create(metadata, num_bytes) as file:
         # All datasets come first: texts and large attributes would take room among their numbers.
         taken = [names.take(row.id).encode() for row in table.rows]
         for name, row in zip(taken, table.rows, strict=True):
@@ -262,6 +228,20 @@ def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
             offsets.append(dataset.get_offset())
             if len(kept) < MAX_KEPT:
                 kept.append(dataset)
+        # A small attribute has its room for nothing, since HDF5 wants to have it elsewhere.
+        for first, pages in metadata.pages:
+            name = attribute_name("per_tok", pages.layer).encode()
+            for place, (offset, size) in enumerate(zip(pages.offsets, pages.sizes.tolist(), strict=False)):
+                if size > SMALL_BYTES:
+                    space = h5py.h5s.create_simple((table.rows[place].embedded, about.width))
+                    h5py.h5a.create(dataset_of(place), name, number_type, space)
+                    found = metadata.last_page
+                else:
+                    space = h5py.h5s.create_simple((size,))
+                    unused.append(h5py.h5d.create(file.id, None, h5py.h5t.STD_U8LE, space, unfilled))
+                    found = unused[-1].get_offset()
+                if found != first + offset:
+                    raise ValueError(TOGETHER)
         records = {
             "ids": table.ids,
             "headers": [row.header for row in table.rows],
@@ -272,27 +252,33 @@ def _write_metadata(table: OutputTable, metadata: FileWithHole) -> list[int]:
             attach(file.id, key.encode(), np.array(text_of, dtype=text_dtype))
         attach(file.id, b"layer", np.array(main))
         values = [
-            (b"%s_layer_%d" % (kind.encode(), layer), values_of(table, kind, layer))
+            (attribute_name(kind, layer).encode(), metadata.values(table, kind, layer))
             for kind, layer in attributes
         ]
-        for place, (name, row) in enumerate(zip(taken, table.rows, strict=True)):
-            dataset = kept[place] if place < len(kept) else h5py.h5d.open(file.id, name)
+        for place, row in enumerate(table.rows):
+            dataset = dataset_of(place)
             attach(dataset, b"original_id", np.array(row.id, dtype=text_dtype))
             attach(dataset, b"index", np.array(row.number))
             attach(dataset, b"length", np.array(row.embedded))
             for attribute, numbers in values:
-                attach(dataset, attribute, next(numbers))
+                value = next(numbers)
+                if value is not None:
+                    attach(dataset, attribute, value)
+        unused.clear()
     return offsets
 
 
-def _unfilled() -> Any:
-    """Return how datasets are made whose numbers have their place at once and are not written by HDF5."""
+def _unfilled(in_heap: bool = False) -> Any:
+    """Return how datasets are made whose numbers have their place at once and are not written by HDF5, and
+    whose attributes are all in a heap, if this is wanted: a large one stands by itself then."""
     import h5py
 
     unfilled = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     unfilled.set_obj_track_times(False)
     unfilled.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     unfilled.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    if in_heap:
+        unfilled.set_attr_phase_change(0, 0)
     return unfilled
 
 
@@ -345,14 +331,23 @@ def _first_offset() -> int:
 def places(
     table: OutputTable, extent: Extent, dtype: np.dtype[Any], lengths: Sequence[int]
 ) -> dict[tuple[str, int], Place]:
-    """Return where the numbers of the datasets begin; those of attributes have no place."""
-    start = _first_offset() if extent.proteins else 0
-    return {(root_kind(table), table.main_layer): Place("", start)}
+    """Return where the numbers of the datasets begin, and the residues of further layers; vectors that are
+    attributes have no place."""
+    root, width = root_kind(table), About.of(table).width
+    offset = _first_offset() if extent.proteins else 0
+    found = {(root, table.main_layer): Place("", offset)}
+    offset += (extent.residues if root == "per_tok" else extent.proteins) * width * dtype.itemsize
+    for layer in table.per_tok:
+        pages = AttributePages(layer, np.asarray(lengths, np.int64), width, dtype)
+        if layer != table.main_layer and np.count_nonzero(pages.sizes <= SMALL_BYTES) <= MAX_KEPT:
+            found["per_tok", layer] = Place("", offset, pages)
+            offset += int(pages.offsets[-1])
+    return found
 
 
 def finish_h5(table: OutputTable, path: Path, crcs: Mapping[tuple[str, int], int]) -> None:
-    """Write all but the numbers of datasets, which have their places already."""
-    with Metadata(table, path.parent) as metadata:
+    """Write all but the numbers that have their places already."""
+    with Metadata(table, path.parent, path) as metadata:
         offset = 0
         for block in metadata.blocks(0, metadata.hole.start):
             write_at(path, offset, block)
@@ -374,8 +369,13 @@ class OpenedH5:
         self._root = (self._file.attrs["kind"], self._file.attrs["layer"])
 
     @cached_property
-    def _names(self) -> list[str]:
-        return list(self._file)
+    def _names(self) -> list[bytes]:
+        """In file order; h5py before 3.12 has them in alphabetical order, whatever the file says."""
+        import h5py
+
+        names: list[bytes] = []
+        self._file.id.links.iterate(names.append, idx_type=h5py.h5.INDEX_CRT_ORDER)
+        return names
 
     @property
     def num_proteins(self) -> int:
@@ -472,4 +472,6 @@ def bytes_in_memory(table: OutputTable) -> int:
         return metadata.num_bytes + len(metadata.hole)
 
 
-CODEC = Codec(write_h5, OpenedH5, in_place=InPlace(places, finish_h5), output_bytes=output_bytes)
+CODEC = Codec(
+    write_h5, OpenedH5, in_place=InPlace(places, finish_h5, has_lengths=True), output_bytes=output_bytes
+)

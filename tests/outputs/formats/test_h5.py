@@ -34,6 +34,16 @@ from helpers.outputs import (
 from helpers.standin import WIDTH
 
 
+def meant_by(name: str) -> str:
+    """The id that a name is made of, as far as it says it."""
+    return unquote(re.sub("~(h[0-9a-f]{16}|[0-9]+)$", "", name))
+
+
+def as_named(ids: list[str]) -> list[str]:
+    """What names say of ids."""
+    return [protein if len(protein) <= 1024 else protein[: 1024 - len("~h") - 16] for protein in ids]
+
+
 def test_h5_is_flat_in_file_order_and_says_the_ids(tmp_path):
     with h5py.File(embed_text(tmp_path, Format.h5), "r") as file:
         assert file.attrs["model_name"] == "stand-in"
@@ -51,7 +61,7 @@ def test_h5_is_flat_in_file_order_and_says_the_ids(tmp_path):
                 i,
                 len(residues),
             )
-        assert [unquote(re.sub("~[0-9]+$", "", name)) for name in names] == IDS
+        assert [meant_by(name) for name in names] == as_named(IDS)
 
 
 def test_h5_with_residues_has_them_as_datasets_and_vectors_as_attributes(tmp_path):
@@ -91,7 +101,7 @@ def test_h5_through_protspace(tmp_path, protspace, dtype):
     )
     found = protspace.load_h5([path])
     assert found.name == PROVENANCE["model"]
-    assert [unquote(re.sub("~[0-9]+$", "", name)) for name in found.headers] == IDS
+    assert [meant_by(name) for name in found.headers] == as_named(IDS)
     assert_same(found.data, np.arange(len(IDS) * WIDTH, dtype=np.float32).reshape(-1, WIDTH))
     assert protspace.parse_identifier(found.headers[0]) == "P12345"
 
@@ -108,6 +118,43 @@ def test_h5_takes_attributes_of_any_size(tmp_path):
     )
     assert_same(load(path).residues("long", 0), expected_rows("MKTAYIAKQR" * 500, 0))
     assert path.stat().st_size > 2 * 5000 * WIDTH * 4 > 1 << 17
+
+
+@pytest.mark.parametrize("most_small", [10_000, 2])
+@pytest.mark.parametrize("width", [6, 320])
+def test_residues_of_further_layers_stand_by_themselves_or_among_descriptions(
+    tmp_path, monkeypatch, width, most_small
+):
+    """HDF5 keeps those of at most 4 KiB elsewhere: there are such proteins, and others, in every order, and
+    more than may be open at once."""
+    monkeypatch.setattr("dist_esm.outputs.formats.h5.MAX_KEPT", most_small)
+    lengths = [1, 2, 60, 170, 2, 3, 200, 1]
+    table = table_of(["M" * length for length in lengths], width=width)
+    numbers = torch.arange(sum(lengths) * width, dtype=torch.float32).view(-1, width)
+    per_tok = {layer: ChunkedTensor([numbers + layer]) for layer in (5, 33, 12)}
+    path = write_table(Format.h5, replace(table, include=["per_tok"], per_tok=per_tok), tmp_path / "a_ESM")
+    first = 0
+    with h5py.File(path, "r") as file:
+        for dataset, length in zip(file.values(), lengths, strict=True):
+            rows = numbers[first : first + length].numpy()
+            assert np.array_equal(dataset[()], rows + 33)
+            assert np.array_equal(dataset.attrs["per_tok_layer_5"], rows + 5)
+            assert np.array_equal(dataset.attrs["per_tok_layer_12"], rows + 12)
+            assert (dataset.attrs["length"], len(dataset.attrs)) == (length, 6)
+            first += length
+
+
+@pytest.mark.parametrize("place", [0, 2, 19])
+def test_an_id_as_long_as_a_protein_is_cut_in_its_name_alone(tmp_path, place):
+    """HDF5 would keep a name of 4 KiB among the numbers, and a protein without a line break is such an id."""
+    ids = [f"p{i}" for i in range(20)]
+    ids[place] = "MKTAYIAKQR" * 500
+    path = write_table(Format.h5, table_of(["M" * 30] * 20, width=1280, ids=ids), tmp_path / "a_ESM")
+    assert load(path).ids == ids
+    with h5py.File(path, "r") as file:
+        name = list(file)[place]
+        assert re.fullmatch("[A-Z]{1006}~h[0-9a-f]{16}", name)
+        assert file[name].attrs["original_id"] == ids[place]
 
 
 @pytest.mark.parametrize("kind", ["mean", "per_tok"])
