@@ -563,6 +563,10 @@ def conclude(
     describe_launch(report, about, out.launch)
     fail_what_vanished(report, out.path)
     remove_superseded(plan, report, out)
+    if report.status == "complete":
+        removed = as_value(out.remove_useless_shards)
+        if isinstance(removed, Exception):
+            log.warning("shards of files that are complete are left in %s: %s", out.shards, removed)
     remove_copies(inputs.files)
     try:
         # Where output_dir was removed under way, its report is written all the same.

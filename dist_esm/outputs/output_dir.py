@@ -209,6 +209,19 @@ class OutputDir:
             remove(self.path / path)
         return list(superseded)
 
+    def remove_useless_shards(self) -> None:
+        """Remove shards that nothing will be made of, on rank 0 and when all ranks are done.
+
+        There are such if a file that is complete now was cut in other places before, or not at all.
+
+        Raises
+        ------
+        OSError
+            If one cannot be removed.
+        """
+        if any(path.is_file() for name in SHARDS for path in (inside(self.path) / name).rglob("*")):
+            remove_useless_shards(self.path, [*self.entries, *self.entries_of_this_launch()])
+
 
 def inside(output_dir: Path) -> Path:
     """Return the folder of an output directory that holds what is not an output."""
@@ -525,6 +538,12 @@ def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
         for path in folder.glob(".*.tmp"):
             if is_leftover(path, names):
                 discard(path)
+    for path in filter(Path.exists, remove_useless_shards(output_dir, entries)):
+        part_from_finished(path)
+
+
+def remove_useless_shards(output_dir: Path, entries: Sequence[Entry]) -> set[Path]:
+    """Remove shards that nothing will be made of, and return the outputs in the making of the others."""
     kept = {output_dir / path for path in _shards_to_join(output_dir, entries)}
     outputs = {output_in_making(shard) for shard in kept}
     for folder in (inside(output_dir) / name for name in SHARDS):
@@ -533,8 +552,7 @@ def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
         for path in [*folder.glob(f"*{SUFFIX}*"), *folder.glob(f"*{LOOSE}")]:
             if path not in outputs and path not in kept:
                 remove(path)
-    for path in filter(Path.exists, outputs):
-        part_from_finished(path)
+    return outputs
 
 
 def _shards_to_join(output_dir: Path, entries: Sequence[Entry]) -> set[str]:

@@ -131,13 +131,23 @@ def again_format(out: Path) -> Format:
 
 @pytest.mark.parametrize("share", [1.0, 0.3])
 def test_nothing_stays_of_units_that_were_cut_in_other_places(half_done, share):
-    """It may be as large as the output. What is not known to be of no use goes with the next launch."""
+    """It may be as large as the output."""
     embed_again, _, out, uncut = half_done
-    assert embed_again(share=share).report.status == "complete"
-    assert share == 1.0 or not list((out / ".dist_esm" / "shards").iterdir())
     assert embed_again(share=share).report.status == "complete"
     assert not list((out / ".dist_esm" / "shards").iterdir())
     assert files_of(out) == files_of(uncut)
+
+
+def test_units_of_a_file_wait_for_it_while_others_are_completed(half_done, tmp_path):
+    embed_again, _, out, uncut = half_done
+    other = tmp_path / "other.fasta"
+    other.write_text(">q\nMKT\n")
+    assert embed(other, out, format=again_format(out)).report.status == "complete"
+    again = embed_again()
+    assert again.report.status == "complete"
+    assert 0 < again.engine.num_segments < 20
+    assert not list((out / ".dist_esm" / "shards").iterdir())
+    assert files_of(uncut).items() <= files_of(out).items()
 
 
 def test_a_kill_between_the_name_and_its_line_in_the_journal_loses_nothing(half_done, monkeypatch):
