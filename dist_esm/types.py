@@ -182,6 +182,12 @@ class Layout:
     lengths: tuple[int, ...] = ()
     """Embedded residues of all proteins of the file, if places depend on them."""
 
+    @property
+    def own_lengths(self) -> list[int]:
+        """Those of the unit's own proteins."""
+        first = self.before.proteins
+        return list(self.lengths[first : first + self.own.proteins])
+
 
 @dataclass(frozen=True)
 class Unit:

@@ -339,7 +339,8 @@ class OutputBuilder:
         codec = in_place(settings.format, settings.is_compressed)
         assert codec is not None
         own = Extent(len(self.rows), self.num_residues, codec.text_size(self.rows))
-        if own != target.layout.own:
+        lengths = [row.embedded for row in self.rows] if codec.has_lengths else []
+        if own != target.layout.own or lengths != target.layout.own_lengths:
             raise FastaError(CHANGED)
 
     def _write_numbers(

@@ -454,6 +454,7 @@ def finish_placed(
     for shard in shards:
         for key, region in shard.regions.items():
             region.write_ends(shard.file(key))
+    remove_text_behind(first, places, extent)
     crcs = {
         key: reduce(
             lambda crc, region: joined_crc32(crc, region.crc32, region.num_bytes),
@@ -473,6 +474,23 @@ def finish_placed(
         return checksum_of_output(path, known)
 
     return stage_output(output_format, tsv_lines, stem, scratch, name)
+
+
+def remove_text_behind(shard: PlacedShard, places: Mapping[Key, Place], total: Extent) -> None:
+    """Cut off what stands behind all numbers in the files of an output in the making.
+
+    It is of a launch that was killed when it had completed the output but for its name; text may be shorter
+    now.
+    """
+    ends: dict[Path, int] = {}
+    for key, place in places.items():
+        _, stop = span(place, key, Extent(), total, shard.width * shard.dtype.itemsize)
+        file = shard.file(key)
+        ends[file] = max(stop, ends.get(file, 0))
+    for file, end in ends.items():
+        # With a second name it is of this launch, and people may see it.
+        if file.exists() and file.stat().st_nlink == 1 and file.stat().st_size > end:
+            os.truncate(file, end)
 
 
 def checksum_of_output(output: Path, known: Mapping[str, Mapping[int, bytes]]) -> str:

@@ -31,6 +31,7 @@ def small_units_and_pages(monkeypatch):
     monkeypatch.setattr("dist_esm.outputs.region.PAGE_BYTES", 64)
     monkeypatch.setattr("dist_esm.checksum.BLOCK_BYTES", 128)
     monkeypatch.setattr("dist_esm.outputs.row_buffer.KEPT_BYTES", 0)
+    monkeypatch.setattr("dist_esm.outputs.formats.h5.MAX_SMALL_SHARE", 1)
     monkeypatch.setattr("dist_esm.outputs.formats.parquet.GROUP_BYTES", 1 << 12)
     monkeypatch.setattr("dist_esm.outputs.formats.parquet_pages.PAGE_BYTES", 1 << 10)
 
@@ -186,7 +187,7 @@ def test_what_people_see_shares_no_bytes_with_what_is_written_to(half_done, monk
     assert files_of(out) == before
 
 
-def refuse_all(self, entries) -> None:
+def refuse_all(*_) -> None:
     raise OSError("killed")
 
 
@@ -200,6 +201,51 @@ def test_rows_that_find_no_room_in_memory_go_to_their_places(tmp_path, monkeypat
     run = embed(path, tmp_path / "out", format=kind)
     assert run.report.status == "complete"
     assert files_of(tmp_path / "out") == files_of(tmp_path / "uncut")
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("num_bytes", [0, 1 << 20], ids=["on disk", "in memory"])
+def test_lengths_that_changed_within_a_unit_are_found_where_places_depend_on_them(
+    tmp_path, monkeypatch, kind, num_bytes
+):
+    """As many bytes, records, residues and seconds as before, in each unit."""
+    path = tmp_path / "a.fasta"
+    path.write_text(fasta())
+    stat = path.stat()
+    monkeypatch.setattr("dist_esm.pipeline.worker.Memory", partial(Memory, num_bytes))
+
+    def change() -> None:
+        before = path.read_text()
+        first, second = (before.partition(f">{name} ")[2].split("\n", 2)[1] for name in ("p22", "p23"))
+        assert len(first) != len(second)
+        text = before.replace(f'"22"\n{first}', f'"22"\n{second}').replace(
+            f'"23"\n{second}', f'"23"\n{first}'
+        )
+        assert (len(text), text != before) == (stat.st_size, True)
+        path.write_text(text)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    run = embed(path, tmp_path / "out", share=0.3, format=kind, after_plan=change)
+    failed = [failure.error_message for failure in run.report.failed]
+    is_found = kind in (Format.h5, Format.parquet)
+    assert failed == ["the file was changed while the run was under way: start the run again"] * is_found
+    assert embed(path, tmp_path / "out", share=0.3, format=kind).report.status == "complete"
+    embed(path, tmp_path / "uncut", share=1.0, format=kind)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "uncut")
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_text_that_is_shorter_after_a_kill_leaves_nothing_behind(tmp_path, monkeypatch, kind):
+    """The output was complete but for its name; names of datasets, escaped, are shorter now."""
+    path, out = tmp_path / "a.fasta", tmp_path / "out"
+    path.write_text(fasta().replace(" number", f"{'/' * 300} number"))
+    with monkeypatch.context() as patch:
+        patch.setattr("dist_esm.outputs.placed.stage_output", refuse_all)
+        assert embed(path, out, format=kind).report.status != "complete"
+    path.write_text(fasta().replace(" number", f"{'a' * 300} number"))
+    assert embed(path, out, format=kind).report.status == "complete"
+    embed(path, tmp_path / "uncut", share=1.0, format=kind)
+    assert files_of(out) == files_of(tmp_path / "uncut")
 
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)

@@ -47,6 +47,9 @@ MAX_NAME = 1 << 10
 SMALL_BYTES = 1 << 12
 """Bytes of the largest attribute that HDF5 keeps among its descriptions, where it keeps all in a heap; a
 larger one stands by itself, in one piece, among the numbers of datasets."""
+MAX_SMALL, MAX_SMALL_SHARE = 500, 0.01
+"""Small attributes with residues, and their share of all, beyond which no residues of further layers get
+places: the room of each stays empty, and all attributes of a dataset take 2 kB more in a heap."""
 
 # A `/` would make a group and a lone `.` is the root itself; `~` marks the second of a name, `%` what is
 # escaped.
@@ -337,10 +340,15 @@ def places(
     offset = _first_offset() if extent.proteins else 0
     found = {(root, table.main_layer): Place("", offset)}
     offset += (extent.residues if root == "per_tok" else extent.proteins) * width * dtype.itemsize
-    for layer in table.per_tok:
-        pages = AttributePages(layer, np.asarray(lengths, np.int64), width, dtype)
-        if layer != table.main_layer and np.count_nonzero(pages.sizes <= SMALL_BYTES) <= MAX_KEPT:
-            found["per_tok", layer] = Place("", offset, pages)
+    further = [
+        AttributePages(layer, np.asarray(lengths, np.int64), width, dtype)
+        for layer in table.per_tok
+        if layer != table.main_layer
+    ]
+    num_small = sum(np.count_nonzero(pages.sizes <= SMALL_BYTES) for pages in further)
+    if num_small <= min(MAX_SMALL, MAX_SMALL_SHARE * len(lengths) * len(further)):
+        for pages in further:
+            found["per_tok", pages.layer] = Place("", offset, pages)
             offset += int(pages.offsets[-1])
     return found
 
@@ -449,14 +457,22 @@ def sample_of(size: ContentSize) -> ContentSize:
 
 
 def table_like(size: ContentSize, num_proteins: int) -> OutputTable:
-    """Return a table of so many of the proteins of a size, all alike, with zeros for their numbers."""
+    """Return a table of so many of the proteins of a size, with zeros for their numbers.
+
+    All are alike, but that the second has most of the first's residues, too: whether proteins of an
+    eighth of the mean length are small is taken for whether there are many small ones.
+    """
     all_of_them = max(1, size.proteins)
     length = size.residues // all_of_them
+    lengths = [length] * num_proteins
+    if num_proteins > 1:
+        lengths[0] = max(1, length // 8)
+        lengths[1] += length - lengths[0]
     header = "x" * (size.header_bytes // all_of_them)
     id_length = max(4, size.id_bytes // all_of_them)
     rows = [
         Row(f"{place:0{id_length}d}", header, place, length, length, "ok", 0, 0, 0, 0)
-        for place in range(num_proteins)
+        for place, length in enumerate(lengths)
     ]
     dtype = torch.float32 if size.itemsize == 4 else torch.float16
     zeros = torch.zeros(num_proteins * max(1, length), size.width, dtype=dtype)

@@ -120,14 +120,16 @@ def test_h5_takes_attributes_of_any_size(tmp_path):
     assert path.stat().st_size > 2 * 5000 * WIDTH * 4 > 1 << 17
 
 
-@pytest.mark.parametrize("most_small", [10_000, 2])
+@pytest.mark.parametrize("most_small", [500, 2])
 @pytest.mark.parametrize("width", [6, 320])
 def test_residues_of_further_layers_stand_by_themselves_or_among_descriptions(
     tmp_path, monkeypatch, width, most_small
 ):
     """HDF5 keeps those of at most 4 KiB elsewhere: there are such proteins, and others, in every order, and
-    more than may be open at once."""
-    monkeypatch.setattr("dist_esm.outputs.formats.h5.MAX_KEPT", most_small)
+    more than have places."""
+    monkeypatch.setattr("dist_esm.outputs.formats.h5.MAX_KEPT", 3)
+    monkeypatch.setattr("dist_esm.outputs.formats.h5.MAX_SMALL", most_small)
+    monkeypatch.setattr("dist_esm.outputs.formats.h5.MAX_SMALL_SHARE", 1)
     lengths = [1, 2, 60, 170, 2, 3, 200, 1]
     table = table_of(["M" * length for length in lengths], width=width)
     numbers = torch.arange(sum(lengths) * width, dtype=torch.float32).view(-1, width)

@@ -18,12 +18,22 @@ from helpers.outputs import PROVENANCE, write_table
 INCLUDED = [["mean"], ["bos"], ["mean", "bos"], ["mean", "per_tok"], ["mean", "bos", "per_tok"]]
 
 
-def make_table(number: int, include: list[str], layers: list[int], width: int, dtype: torch.dtype):
-    """An output of proteins of many lengths, with headers as UniRef has them and random numbers."""
+def make_table(
+    number: int,
+    include: list[str],
+    layers: list[int],
+    width: int,
+    dtype: torch.dtype,
+    longest: int | None = None,
+):
+    """An output of proteins of many lengths, or of short ones, with headers as UniRef has them and random
+    numbers."""
     rng = random.Random(number)
     rows = []
     for place in range(number):
-        length = max(1, min(1022, int(rng.lognormvariate(5, 0.6))))
+        length = (
+            max(1, min(1022, int(rng.lognormvariate(5, 0.6)))) if longest is None else rng.randint(1, longest)
+        )
         name = f"UniRef90_A0A{rng.randrange(10**7):07d}"
         header = f"{name} Uncharacterized protein n={rng.randrange(99)} Tax=Virus {'x' * rng.randrange(30)}"
         rows.append(Row(name, header, place, length, length, "ok", 0, 0, 0, 0))
@@ -71,6 +81,14 @@ def test_the_bytes_of_an_output_are_known_before_it_is_written(tmp_path, kind, i
         told, written = codec.output_bytes(size_of(table)), bytes_on_disk(path)
         assert told == pytest.approx(written, rel=0.03), (name, told, written)
         assert codec.output_files(size_of(table)) == paths_on_disk(path)
+
+
+@pytest.mark.parametrize("longest", [3, 9, 20, 60, 150])
+def test_the_bytes_of_peptides_in_an_h5_are_known_before_it_is_written(tmp_path, longest):
+    """Where HDF5 keeps residues of further layers depends on how many proteins are short."""
+    table = make_table(400, ["mean", "per_tok"], [3, 6, 5], 320, torch.float16, longest)
+    told = FORMATS["h5"].codec.output_bytes(size_of(table))
+    assert told == pytest.approx(bytes_on_disk(write_table(Format.h5, table, tmp_path / "a")), rel=0.03)
 
 
 @pytest.mark.parametrize("kind", list(Format), ids=lambda kind: kind.name)
