@@ -286,7 +286,9 @@ class OutputBuilder:
             whole_unit = self._table(settings, file), self.target.alone, unit.ordinal, settings.scratch
             return Work(partial(write_unit, *whole_unit), is_movable=True)
         if unit.is_shard:
-            path = settings.output_dir / SHARDS / f"{shards_name(file)}.{unit.ordinal:06d}"
+            # With the slice: a launch that cuts otherwise must not write over a unit that it takes as done.
+            name = f"{shards_name(file)}.{unit.slice.start}-{unit.slice.stop or 'end'}.{unit.ordinal:06d}"
+            path = settings.output_dir / SHARDS / name
             table = self._table(settings, file)
             write = partial(write_shard, table, settings.format, path, settings.scratch, self.early)
             return Work(write, is_movable=self.early is None)

@@ -187,6 +187,14 @@ def read(output_dir: Path, launch: int | None = None) -> list[Entry]:
     return [entry for path in sorted(folder(output_dir).glob(pattern)) for entry in _entries(path)]
 
 
+def read_by_launch(output_dir: Path) -> list[list[Entry]]:
+    """Read the entries of all launches, as `read` does, those of each launch by themselves."""
+    by_launch: dict[str, list[Entry]] = {}
+    for path in sorted(folder(output_dir).glob("*.jsonl")):
+        by_launch.setdefault(path.name.partition(".")[0], []).extend(_entries(path))
+    return list(by_launch.values())
+
+
 def _entries(path: Path) -> Iterator[Entry]:
     for text in whole_lines(path):
         yield _decode(text, path)

@@ -220,7 +220,7 @@ class OutputDir:
             If one cannot be removed.
         """
         if any(path.is_file() for name in SHARDS for path in (inside(self.path) / name).rglob("*")):
-            remove_useless_shards(self.path, [*self.entries, *self.entries_of_this_launch()])
+            remove_useless_shards(self.path, journal.read_by_launch(self.path))
 
 
 def inside(output_dir: Path) -> Path:
@@ -321,7 +321,7 @@ def _prepare(
         entries = []
     was_restarted = num_restarts() > 0
     deaths = in_hand.collect(output_dir, was_restarted)
-    clean(output_dir, entries)
+    clean(output_dir, journal.read_by_launch(output_dir) if entries else [])
     journal.folder(output_dir).mkdir(exist_ok=True)
     content = {"format": FORMAT_VERSION, "settings": settings, "weights_in_words": weights_in_words}
     _write_json(inside(output_dir) / "settings.json", content)
@@ -517,7 +517,7 @@ def refuse_to_remove(output_dir: Path, path: str, output: str) -> None:
             raise ValueError(str(error)) from None
 
 
-def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
+def clean(output_dir: Path, by_launch: Sequence[Sequence[Entry]]) -> None:
     """Remove what dead launches left: their scratch folders, and shards that nothing will be made of.
 
     Nothing else is touched: neither files of others that look temporary, nor a directory of another run below
@@ -527,8 +527,8 @@ def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
     ----------
     output_dir
         The directory, which the caller holds.
-    entries
-        What the journal says.
+    by_launch
+        What the journal says, launch by launch.
     """
     shutil.rmtree(inside(output_dir) / "scratch", ignore_errors=True)
     for folder, names in (
@@ -538,13 +538,13 @@ def clean(output_dir: Path, entries: Sequence[Entry]) -> None:
         for path in folder.glob(".*.tmp"):
             if is_leftover(path, names):
                 discard(path)
-    for path in filter(Path.exists, remove_useless_shards(output_dir, entries)):
+    for path in filter(Path.exists, remove_useless_shards(output_dir, by_launch)):
         part_from_finished(path)
 
 
-def remove_useless_shards(output_dir: Path, entries: Sequence[Entry]) -> set[Path]:
+def remove_useless_shards(output_dir: Path, by_launch: Sequence[Sequence[Entry]]) -> set[Path]:
     """Remove shards that nothing will be made of, and return the outputs in the making of the others."""
-    kept = {output_dir / path for path in _shards_to_join(output_dir, entries)}
+    kept = {output_dir / path for path in _shards_to_join(output_dir, by_launch)}
     outputs = {output_in_making(shard) for shard in kept}
     for folder in (inside(output_dir) / name for name in SHARDS):
         for path in [path for path in folder.rglob("*.pt") if path not in kept]:
@@ -555,12 +555,15 @@ def remove_useless_shards(output_dir: Path, entries: Sequence[Entry]) -> set[Pat
     return outputs
 
 
-def _shards_to_join(output_dir: Path, entries: Sequence[Entry]) -> set[str]:
+def _shards_to_join(output_dir: Path, by_launch: Sequence[Sequence[Entry]]) -> set[str]:
     """Return the paths of shards that an entry speaks of and that may be joined yet.
 
-    Some are joined already, as a kill may come before they are removed; of others a later launch has made the
-    output otherwise.
+    Some are joined already, by their launch or a later one, as a kill may come before they are removed; of
+    others a later launch has made the output otherwise. What an earlier launch joined was edited or damaged
+    since, and its text was embedded again.
     """
+    entries = [entry for launch in by_launch for entry in launch]
+    launches = [number for number, launch in enumerate(by_launch) for _ in launch]
     cut = {entry.output for entry in entries if entry.is_shard}
     latest = {
         entry.output: place
@@ -571,17 +574,17 @@ def _shards_to_join(output_dir: Path, entries: Sequence[Entry]) -> set[str]:
         and _is_there(output_dir, entry.written[0])
     }
     joined = {
-        (entry.output, text)
-        for entry in entries
+        (entry.output, text): launch
+        for launch, entry in zip(launches, entries, strict=True)
         if entry.is_joined and _is_there(output_dir, entry.written[0])
         for text in zip(entry.slices, entry.digests, strict=True)
     }
     return {
         written.path
-        for place, entry in enumerate(entries)
+        for place, (launch, entry) in enumerate(zip(launches, entries, strict=True))
         if entry.is_shard
         and place > latest.get(entry.output, -1)
-        and (entry.output, (entry.slices[0], entry.digests[0])) not in joined
+        and launch > joined.get((entry.output, (entry.slices[0], entry.digests[0])), -1)
         for written in entry.written
     }
 

@@ -11,7 +11,7 @@ import pytest
 
 from dist_esm import atomic
 from dist_esm.checksum import read_back
-from dist_esm.config import Chains, Format, Include
+from dist_esm.config import Chains, Compression, Format, Include
 from dist_esm.outputs import builder as builder_module
 from dist_esm.outputs import journal
 from dist_esm.outputs import loose as loose_module
@@ -149,6 +149,42 @@ def test_units_of_a_file_wait_for_it_while_others_are_completed(half_done, tmp_p
     assert 0 < again.engine.num_segments < 20
     assert not list((out / ".dist_esm" / "shards").iterdir())
     assert files_of(uncut).items() <= files_of(out).items()
+
+
+@pytest.mark.parametrize("kind", list(Format), ids=lambda kind: kind.name)
+def test_units_of_a_file_that_was_complete_before_it_was_edited_are_kept(tmp_path, kind):
+    path, out = tmp_path / "a.fasta", tmp_path / "out"
+    path.write_text(fasta())
+    assert embed(path, out, format=kind).report.status == "complete"
+    path.write_text(fasta(poison_at=35))
+    assert embed(path, out, poison=[POISON], format=kind).report.files == []
+    again = embed(path, out, format=kind)
+    assert again.report.status == "complete"
+    anew = embed(path, tmp_path / "uncut", share=1.0, format=kind)
+    assert 0 < again.engine.num_segments < anew.engine.num_segments
+    assert files_of(out) == files_of(tmp_path / "uncut")
+
+
+@pytest.mark.parametrize(("first", "then"), [(0.05, 0.1), (0.1, 0.05), (0.05, 0.2)])
+@pytest.mark.parametrize(
+    ("kind", "compression"),
+    [*((kind, Compression.none) for kind in Format), (Format.parquet, Compression.zstd)],
+    ids=lambda value: value.name,
+)
+def test_a_unit_that_is_done_is_not_written_over_where_others_are_cut_otherwise(
+    tmp_path, kind, compression, first, then
+):
+    """Records that are larger than a unit are cut alike, at another place in the order of units."""
+    path, out = tmp_path / "a.fasta", tmp_path / "out"
+    lengths = [60] * 12 + [900, 800, 900, 800, 31] + [60] * 20
+    sequences = [("ACDEFGHIKLMNPQRSTVWY" * 50)[i % 20 :][:length] for i, length in enumerate(lengths)]
+    sequences[16] = POISON
+    path.write_text("".join(f">p{i}\n{residues}\n" for i, residues in enumerate(sequences)))
+    settings = {"format": kind, "compression": compression}
+    assert embed(path, out, share=first, poison=[POISON], **settings).report.files == []
+    assert embed(path, out, share=then, **settings).report.status == "complete"
+    embed(path, tmp_path / "uncut", share=1.0, **settings)
+    assert files_of(out) == files_of(tmp_path / "uncut")
 
 
 def test_a_kill_between_the_name_and_its_line_in_the_journal_loses_nothing(half_done, monkeypatch):
