@@ -446,7 +446,7 @@ def sample_of(size: ContentSize) -> ContentSize:
     few = min(SAMPLE, size.proteins)
     share = few / max(1, size.proteins)
     longest = -(-SAMPLE_BYTES // (size.width * size.itemsize))
-    residues = few * min(longest, round(size.residues / max(1, size.proteins)))
+    residues = few * max(1, min(longest, round(size.residues / max(1, size.proteins))))
     return replace(
         size,
         proteins=few,

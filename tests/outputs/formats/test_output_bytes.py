@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,15 @@ def test_the_bytes_of_peptides_in_an_h5_are_known_before_it_is_written(tmp_path,
     table = make_table(400, ["mean", "per_tok"], [3, 6, 5], 320, torch.float16, longest)
     told = FORMATS["h5"].codec.output_bytes(size_of(table))
     assert told == pytest.approx(bytes_on_disk(write_table(Format.h5, table, tmp_path / "a")), rel=0.03)
+
+
+@pytest.mark.parametrize("kind", list(Format), ids=lambda kind: kind.name)
+@pytest.mark.parametrize("residues", [0, 1, 3])
+def test_records_that_are_empty_are_counted_before_they_are_skipped(kind, residues):
+    table = make_table(4, ["mean", "per_tok"], [3, 6], 320, torch.float32)
+    size = replace(size_of(table), residues=residues)
+    told = FORMATS[kind.name].codec.output_bytes(size)
+    assert size.number_bytes < told < size.number_bytes + 60_000
 
 
 @pytest.mark.parametrize("kind", list(Format), ids=lambda kind: kind.name)
