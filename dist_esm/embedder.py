@@ -46,6 +46,7 @@ from dist_esm.model.kernels.choose import choose_device, choose_dtype, choose_ke
 from dist_esm.model.pool import combine
 from dist_esm.model.weights import architecture, check_weights, complete
 from dist_esm.outputs.convert import frame_of, need_frames
+from dist_esm.outputs.formats.base import representation_name
 from dist_esm.outputs.load import EmbeddingSet, load
 from dist_esm.pipeline.packer import Packer
 from dist_esm.pipeline.retry import finish
@@ -225,7 +226,7 @@ class Embedder:
         with self.engine.for_layers(config.resolved_layers(), wants_rows) as engine:
             proteins = embed_given(engine, given, wanted, progress)
         arrays = {
-            f"{kind.name}_layer_{layer}": together(
+            representation_name(kind.name, layer): together(
                 [protein[kind, layer] for protein in proteins], kind, self.width
             )
             for kind, layer in wanted

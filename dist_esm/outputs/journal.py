@@ -183,14 +183,14 @@ def read(output_dir: Path, launch: int | None = None) -> list[Entry]:
     ValueError
         If a whole line cannot be understood, in one line that names the file: it may be of a later version.
     """
+    return [entry for entries in read_by_launch(output_dir, launch) for entry in entries]
+
+
+def read_by_launch(output_dir: Path, launch: int | None = None) -> list[list[Entry]]:
+    """Read the entries as `read` does, those of each launch by themselves."""
     pattern = "*.jsonl" if launch is None else f"{launch:020d}.*.jsonl"
-    return [entry for path in sorted(folder(output_dir).glob(pattern)) for entry in _entries(path)]
-
-
-def read_by_launch(output_dir: Path) -> list[list[Entry]]:
-    """Read the entries of all launches, as `read` does, those of each launch by themselves."""
     by_launch: dict[str, list[Entry]] = {}
-    for path in sorted(folder(output_dir).glob("*.jsonl")):
+    for path in sorted(folder(output_dir).glob(pattern)):
         by_launch.setdefault(path.name.partition(".")[0], []).extend(_entries(path))
     return list(by_launch.values())
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dist_esm.outputs import convert, journal, launches
 from dist_esm.outputs.finished import finished_files
-from dist_esm.outputs.formats.base import About
+from dist_esm.outputs.formats.base import About, representation_name
 from dist_esm.outputs.formats.registry import FORMATS, format_at
 from dist_esm.outputs.opened import OutputSequence
 from dist_esm.outputs.positions import Positions
@@ -322,7 +322,7 @@ class EmbeddingSet:
         values: dict[str, Any] = {}
         for kind, layers in self.about.kinds.items():
             for layer in layers if kind in include else ():
-                values[f"{kind}_layer_{layer}"] = (
+                values[representation_name(kind, layer)] = (
                     [self.residues(position, layer) for position in range(len(self))]
                     if kind == "per_tok"
                     else self.to_numpy(kind, layer)
@@ -354,7 +354,7 @@ class EmbeddingSet:
         convert.need_anndata()
         about: dict[str, Sequence[Any]] = {"id": self.ids, "source": self.sources, "length": self.lengths}
         others = {
-            f"{kind}_layer_{layer}": self.to_numpy(kind, layer)
+            representation_name(kind, layer): self.to_numpy(kind, layer)
             for kind, layers in self.about.kinds.items()
             for layer in layers
             if kind != "per_tok" and (kind, layer) != ("mean", self.about.main_layer)

@@ -312,16 +312,17 @@ def _prepare(
     make_output_dir(output_dir)
     held.enter_context(lock(output_dir))
     launch = launches.next_launch(output_dir)
-    entries = journal.read(output_dir)
+    by_launch = journal.read_by_launch(output_dir)
+    entries = [entry for launched in by_launch for entry in launched]
     if config.resume:
         check_settings(output_dir, settings, entries, weights_in_words)
     else:
         start_over(output_dir, entries)
         in_hand.forget(output_dir)
-        entries = []
+        by_launch, entries = [], []
     was_restarted = num_restarts() > 0
     deaths = in_hand.collect(output_dir, was_restarted)
-    clean(output_dir, journal.read_by_launch(output_dir) if entries else [])
+    clean(output_dir, by_launch)
     journal.folder(output_dir).mkdir(exist_ok=True)
     content = {"format": FORMAT_VERSION, "settings": settings, "weights_in_words": weights_in_words}
     _write_json(inside(output_dir) / "settings.json", content)

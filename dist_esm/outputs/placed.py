@@ -487,10 +487,11 @@ def remove_text_behind(shard: PlacedShard, places: Mapping[Key, Place], total: E
         _, stop = span(place, key, Extent(), total, shard.width * shard.dtype.itemsize)
         file = shard.file(key)
         ends[file] = max(stop, ends.get(file, 0))
-    for file, end in ends.items():
+    for file in filter(Path.exists, ends):
+        status = file.stat()
         # With a second name it is of this launch, and people may see it.
-        if file.exists() and file.stat().st_nlink == 1 and file.stat().st_size > end:
-            os.truncate(file, end)
+        if status.st_nlink == 1 and status.st_size > ends[file]:
+            os.truncate(file, ends[file])
 
 
 def checksum_of_output(output: Path, known: Mapping[str, Mapping[int, bytes]]) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.atomic import SummedFolder
+from dist_esm.names import cut
 from dist_esm.outputs.embeddings import OutputTable
 from dist_esm.types import Extent, Row, WrittenFile
 
@@ -286,6 +287,21 @@ class Codec(NamedTuple):
     """Returns about how many bytes an output will have; within a few percent of what `write` writes."""
     output_files: Callable[[ContentSize], int] = lambda size: 1
     """Returns how many files and folders an output is."""
+
+
+def representation_name(kind: str, layer: int) -> str:
+    """Return what a kind and layer is called where users see it."""
+    return f"{kind}_layer_{layer}"
+
+
+def safe_name(text: str, unsafe: re.Pattern[str], max_bytes: int) -> str:
+    """Return a text as a name: escaped, never empty, and if it is too long cut, with a hash of the text
+    behind it; `unsafe` as of `escape`."""
+    name = escape(text, unsafe) or "%"
+    if len(name.encode()) <= max_bytes:
+        return name
+    beginning, mark = cut(name, text, max_bytes)
+    return re.sub("%.?$", "", beginning) + mark  # no half of an escaped byte
 
 
 def escape(text: str, unsafe: re.Pattern[str]) -> str:

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_esm.atomic import SummedFile, SummedFolder
-from dist_esm.names import cut
 from dist_esm.outputs.embeddings import OutputTable
-from dist_esm.outputs.formats.base import About, Codec, ContentSize, Loose, Names, escape, plain_bytes
+from dist_esm.outputs.formats.base import About, Codec, ContentSize, Loose, Names, plain_bytes, safe_name
 from dist_esm.outputs.pickling import torch_save
 from dist_esm.types import Row, WrittenFile
 
@@ -53,11 +52,7 @@ def file_name(label: str) -> str:
 
     Unsafe letters are escaped. A name that is too long is cut, with a hash of the label behind it.
     """
-    name = escape(label, _UNSAFE) or "%"
-    if len(name.encode()) <= MAX_NAME:
-        return name
-    beginning, mark = cut(name, label, MAX_NAME)
-    return re.sub("%.?$", "", beginning) + mark
+    return safe_name(label, _UNSAFE, MAX_NAME)
 
 
 def same_file(name: str) -> str:

@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 
 from dist_esm.atomic import SummedFile, write_at
-from dist_esm.names import cut
 from dist_esm.outputs.embeddings import (
     ChunkedTensor,
     OutputTable,
@@ -26,8 +25,17 @@ from dist_esm.outputs.embeddings import (
     little_endian_blocks,
     numpy_dtype,
 )
-from dist_esm.outputs.formats.base import About, Codec, ContentSize, InPlace, Names, Place, escape
-from dist_esm.outputs.formats.h5_hole import AttributePages, FileWithHole, attribute_name
+from dist_esm.outputs.formats.base import (
+    About,
+    Codec,
+    ContentSize,
+    InPlace,
+    Names,
+    Place,
+    representation_name,
+    safe_name,
+)
+from dist_esm.outputs.formats.h5_hole import AttributePages, FileWithHole
 from dist_esm.types import Extent, Row
 
 if TYPE_CHECKING:
@@ -61,11 +69,7 @@ def dataset_name(protein: str) -> str:
 
     A name that is too long is cut, with a hash of the id behind it.
     """
-    name = escape(protein, _UNSAFE) or "%"
-    if len(name.encode()) <= MAX_NAME:
-        return name
-    beginning, mark = cut(name, protein, MAX_NAME)
-    return re.sub("%.?$", "", beginning) + mark
+    return safe_name(protein, _UNSAFE, MAX_NAME)
 
 
 def write_h5(table: OutputTable, path: Path) -> str:
@@ -143,11 +147,11 @@ class Metadata(FileWithHole):
         self._written = written
         dtype = numpy_dtype(table.mean[table.main_layer].dtype)
         self.places = places(table, Extent(len(table.rows), sum(table.lengths)), dtype, table.lengths)
-        self.pages = [
-            (place.offset, place.pages)
-            for place in self.places.values()
+        self.pages = {
+            layer: (place.offset, place.pages)
+            for (_, layer), place in self.places.items()
             if isinstance(place.pages, AttributePages)
-        ]
+        }
         with ExitStack() as undo:
             undo.callback(self.close)
             offsets = _write_metadata(table, self)
@@ -160,12 +164,11 @@ class Metadata(FileWithHole):
 
     def values(self, table: OutputTable, kind: str, layer: int) -> Iterator[NDArray[Any] | None]:
         """Give the numbers of each protein, of shape (L, D) or (D,); None if HDF5 needs not know them."""
-        place = self.places.get((kind, layer))
-        if place is None or not isinstance(place.pages, AttributePages):
+        if kind != "per_tok" or layer not in self.pages:
             yield from values_of(table, kind, layer)
             return
-        pages = place.pages
-        begins = place.offset + pages.offsets[:-1] + pages.header_bytes[:-1]
+        first, pages = self.pages[layer]
+        begins = first + pages.offsets[:-1] + pages.header_bytes[:-1]
         for number, size in enumerate(pages.sizes.tolist()):
             shape = int(pages.lengths[number]), pages.width
             if size > SMALL_BYTES:
@@ -220,7 +223,7 @@ def _write_metadata(table: OutputTable, metadata: Metadata) -> list[int]:
     def dataset_of(place: int) -> Any:
         return kept[place] if place < len(kept) else h5py.h5d.open(file.id, taken[place])
 
-    num_bytes = size_of_root(table) + sum(int(pages.offsets[-1]) for _, pages in metadata.pages)
+    num_bytes = size_of_root(table) + sum(int(pages.offsets[-1]) for _, pages in metadata.pages.values())
     with _create(metadata, num_bytes) as file:
         # All datasets come first: texts and large attributes would take room among their numbers.
         taken = [names.take(row.id).encode() for row in table.rows]
@@ -232,8 +235,8 @@ def _write_metadata(table: OutputTable, metadata: Metadata) -> list[int]:
             if len(kept) < MAX_KEPT:
                 kept.append(dataset)
         # A small attribute has its room for nothing, since HDF5 wants to have it elsewhere.
-        for first, pages in metadata.pages:
-            name = attribute_name("per_tok", pages.layer).encode()
+        for layer, (first, pages) in metadata.pages.items():
+            name = representation_name("per_tok", layer).encode()
             for place, (offset, size) in enumerate(zip(pages.offsets, pages.sizes.tolist(), strict=False)):
                 if size > SMALL_BYTES:
                     space = h5py.h5s.create_simple((table.rows[place].embedded, about.width))
@@ -255,7 +258,7 @@ def _write_metadata(table: OutputTable, metadata: Metadata) -> list[int]:
             attach(file.id, key.encode(), np.array(text_of, dtype=text_dtype))
         attach(file.id, b"layer", np.array(main))
         values = [
-            (attribute_name(kind, layer).encode(), metadata.values(table, kind, layer))
+            (representation_name(kind, layer).encode(), metadata.values(table, kind, layer))
             for kind, layer in attributes
         ]
         for place, row in enumerate(table.rows):
@@ -417,7 +420,7 @@ class OpenedH5:
         """Return one representation of one protein, shape (D,)."""
         dataset = self._file[self._names[position]]
         return np.asarray(
-            dataset[()] if (kind, layer) == self._root else dataset.attrs[f"{kind}_layer_{layer}"]
+            dataset[()] if (kind, layer) == self._root else dataset.attrs[representation_name(kind, layer)]
         )
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:

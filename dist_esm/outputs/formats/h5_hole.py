@@ -17,14 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_esm.outputs.formats.base import representation_name
+
 BLOCK_BYTES = 1 << 20
 SPOOL_BYTES = 1 << 28
 """Bytes of a file without its numbers that are kept in memory."""
-
-
-def attribute_name(kind: str, layer: int) -> str:
-    """Return the name of the attribute of a kind and layer."""
-    return f"{kind}_layer_{layer}"
 
 
 def attribute_header(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
@@ -59,7 +56,7 @@ class AttributePages:
     def header(self, number: int) -> bytes:
         """Return what stands in front of the residues of a protein."""
         shape = int(self.lengths[number]), self.width
-        return attribute_header(attribute_name("per_tok", self.layer), shape, self.dtype)
+        return attribute_header(representation_name("per_tok", self.layer), shape, self.dtype)
 
     def some(self, first: int, last: int) -> AttributePages:
         """Return the pages from number `first` to `last`, as if there were no others."""
@@ -100,9 +97,9 @@ class FileWithHole:
 
     def __init__(self, folder: Path) -> None:
         self.hole = range(0)
-        self.pages: list[tuple[int, AttributePages]] = []
-        """The attributes in the hole, and where they begin. HDF5 writes them without their numbers, which is
-        passed over."""
+        self.pages: dict[int, tuple[int, AttributePages]] = {}
+        """By layer, where the attributes in the hole begin, and these. HDF5 writes them without their
+        numbers, which is passed over."""
         self.last_page: int | None = None
         """Where HDF5 has written such an attribute last."""
         self._file = SpooledTemporaryFile(SPOOL_BYTES, dir=str(folder))  # noqa: SIM115 - closed by close()
@@ -146,7 +143,7 @@ class FileWithHole:
 
     def _page_at(self, start: int) -> tuple[bytes, int]:
         """Return the header and the bytes of the attribute in the hole that begins here; none: b"", 0."""
-        for first, pages in self.pages:
+        for first, pages in self.pages.values():
             number = int(np.searchsorted(pages.offsets, start - first))
             if number < len(pages.lengths) and first + pages.offsets[number] == start:
                 return pages.header(number), int(pages.sizes[number])

@@ -21,7 +21,15 @@ from torch import Tensor
 
 from dist_esm.atomic import SummedFolder, write_at
 from dist_esm.outputs.embeddings import ChunkedTensor, OutputTable, little_endian_blocks, numpy_dtype
-from dist_esm.outputs.formats.base import About, Codec, ContentSize, InPlace, Place, plain_bytes
+from dist_esm.outputs.formats.base import (
+    About,
+    Codec,
+    ContentSize,
+    InPlace,
+    Place,
+    plain_bytes,
+    representation_name,
+)
 from dist_esm.types import Extent
 
 PROTEINS = "proteins.tsv"
@@ -31,7 +39,7 @@ ABOUT = "provenance.json"
 
 def file_name(kind: str, layer: int) -> str:
     """Return the name of the matrix of a kind and layer."""
-    return f"{kind}_layer_{layer}.npy"
+    return f"{representation_name(kind, layer)}.npy"
 
 
 def write_npy(table: OutputTable, path: Path) -> str:

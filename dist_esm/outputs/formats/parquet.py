@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dist_esm.atomic import SummedFile, write_at
 from dist_esm.outputs.embeddings import OutputTable, little_endian, numpy_dtype
-from dist_esm.outputs.formats.base import About, Codec, ContentSize, InPlace, Place
+from dist_esm.outputs.formats.base import About, Codec, ContentSize, InPlace, Place, representation_name
 from dist_esm.outputs.formats.parquet_mapped import MappedColumn, map_column
 from dist_esm.outputs.formats.parquet_pages import MAGIC, Chunk, Page, ParquetFile, page_header, pages
 from dist_esm.types import Extent, Row
@@ -59,14 +59,9 @@ def write_parquet(table: OutputTable, path: Path, is_compressed: bool = False) -
             rows = getattr(table, kind)[layer]
             for group in groups:
                 content = ((page, little_endian(rows[page.first : page.stop])) for page in group)
-                parquet.add_numbers(column_of(kind, layer), content, about.width)
+                parquet.add_numbers(representation_name(kind, layer), content, about.width)
         _write_rest(parquet, table, about, is_compressed)
     return file.checksum()
-
-
-def column_of(kind: str, layer: int) -> str:
-    """Return the name of the column of a kind and layer."""
-    return f"{kind}_layer_{layer}"
 
 
 def _write_rest(parquet: ParquetFile, table: OutputTable, about: About, is_compressed: bool) -> None:
@@ -109,7 +104,7 @@ def schema_of(table: OutputTable, about: About) -> Any:
             ("outcome", pa.string()),
             *((name, pa.int64()) for name in COUNTS[1:]),
             *(
-                (f"{kind}_layer_{layer}", pa.list_(vector) if kind == "per_tok" else vector)
+                (representation_name(kind, layer), pa.list_(vector) if kind == "per_tok" else vector)
                 for kind, layers in about.kinds.items()
                 for layer in layers
             ),
@@ -244,7 +239,9 @@ def finish_parquet(table: OutputTable, path: Path, crcs: Mapping[tuple[str, int]
         for group in groups:
             size = int(PagesInPlace(group, about.width, dtype.itemsize).offsets[-1])
             num_values = (group[-1].stop - group[0].first) * about.width
-            chunks.setdefault(column_of(kind, layer), []).append(Chunk(position, size, size, num_values))
+            chunks.setdefault(representation_name(kind, layer), []).append(
+                Chunk(position, size, size, num_values)
+            )
             position += size
     rest = io.BytesIO()
     _write_rest(ParquetFile(rest, None, chunks, position), table, about, is_compressed=False)
@@ -292,7 +289,9 @@ class OpenedParquet:
         """Return one representation of proteins, shape (n, D), from the row groups that have them."""
         start, stop, _ = slice(start, stop).indices(self.num_proteins)
         parts = [
-            self._vectors(group, f"{kind}_layer_{layer}", max(0, start - first), min(stop, end) - first)
+            self._vectors(
+                group, representation_name(kind, layer), max(0, start - first), min(stop, end) - first
+            )
             for group, (first, end) in enumerate(pairwise(self._starts))
             if first < stop and start < end
         ]
@@ -303,12 +302,12 @@ class OpenedParquet:
     def vector(self, kind: str, layer: int, position: int) -> NDArray[Any]:
         """Return one representation of one protein, shape (D,)."""
         group, row = self._find(position)
-        return np.asarray(self._vectors(group, f"{kind}_layer_{layer}", row, row + 1)[0])
+        return np.asarray(self._vectors(group, representation_name(kind, layer), row, row + 1)[0])
 
     def residues(self, layer: int, position: int) -> NDArray[Any]:
         """Return the residues of one protein, shape (L, D)."""
         group, row = self._find(position)
-        name = f"per_tok_layer_{layer}"
+        name = representation_name("per_tok", layer)
         mapped = self._map(group, name)
         if mapped is None:
             return numbers(self._decoded(group, name).slice(row, 1).flatten(), self.about.width)
